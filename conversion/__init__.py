@@ -1,0 +1,1 @@
+"""Trained multi-head checkpoints into grouped-query ones."""

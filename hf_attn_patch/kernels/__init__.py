@@ -1,0 +1,1 @@
+"""Our own Triton kernels, each beside its plain-PyTorch truth."""

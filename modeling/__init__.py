@@ -1,0 +1,1 @@
+"""Modules and model families with configurable KV heads."""
