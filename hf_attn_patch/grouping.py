@@ -40,7 +40,8 @@ class KVGrouping:
         if self.num_heads % self.num_kv_heads:
             choices = ", ".join(str(n) for n in divisors(self.num_heads))
             raise GroupingError(
-                f"{self.num_heads} query heads cannot share {self.num_kv_heads} KV heads evenly; choose one of {choices}"
+                f"{self.num_heads} query heads cannot share {self.num_kv_heads} KV heads evenly; "
+                f"choose one of {choices}"
             )
 
     @property
