@@ -1,0 +1,31 @@
+"""The rule that every kernel and backend is held to (FlashAttention's own test criterion, with an absolute term)."""
+
+from __future__ import annotations
+
+import torch
+
+
+def assert_conforms(
+    out: torch.Tensor, low: torch.Tensor, ref: torch.Tensor, *, factor: float = 2.0, where: torch.Tensor | None = None
+) -> None:
+    """``max|out - ref| <= factor * max|low - ref| + atol``, all finite.
+
+    Args:
+        out: what is tested, any dtype.
+        low: the same function by plain PyTorch in the tested dtype.
+        ref: the same function in fp32 or fp64.
+        factor: 2 for outputs, 2 to 3 for gradients.
+        where: bool mask, broadcastable, of the elements that count.
+    """
+    out, low, ref = (t.detach().double() for t in (out, low, ref))
+    assert out.shape == ref.shape, (out.shape, ref.shape)
+    if where is not None:
+        where = where.expand_as(ref)
+        out, low, ref = out[where], low[where], ref[where]
+    if ref.numel() == 0:
+        return
+    assert torch.isfinite(out).all(), "not finite"
+    small = ref.to(low.dtype)
+    atol = 2 * float(((small + 0.3 - 0.3) - small).abs().max()) + 2e-6
+    error, allowed = float((out - ref).abs().max()), factor * float((low - ref).abs().max()) + atol
+    assert error <= allowed, f"error {error:.3g} is over {allowed:.3g}"
