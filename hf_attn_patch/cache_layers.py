@@ -1,0 +1,291 @@
+"""Cache layers that append K and V in place: what :class:`hf_attn_patch.GrowingCache` is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import (
+    DynamicIndexedLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+)
+
+ROUND_TO = 256  # capacities are multiples of this many keys
+
+
+def _capacity(needed: int, growth: float, expected: int | None, limit: int | None = None) -> int:
+    """Keys to make room for when ``needed`` must fit: more by ``growth``, but not past what is known to be enough."""
+    target = max(needed, int(needed * growth))
+    for bound in (expected, limit):
+        if bound is not None and needed <= bound:
+            target = min(target, bound)
+    return -(-target // ROUND_TO) * ROUND_TO
+
+
+def _buffer(old: Tensor, like: Tensor, capacity: int) -> Tensor:
+    """A buffer ``[B, HKV, capacity, D]`` that starts with ``old [B, HKV, S, D]``; the rest is left as it comes."""
+    B, H, _, D = like.shape
+    buffer = like.new_empty(B, H, capacity, D)
+    if old.numel():
+        buffer.narrow(2, 0, old.shape[2]).copy_(old)
+    return buffer
+
+
+def _span(buffers: tuple[Tensor, Tensor], start: int, end: int) -> tuple[Tensor, Tensor]:
+    return buffers[0].narrow(2, start, end - start), buffers[1].narrow(2, start, end - start)
+
+
+def _holders(tensor: Tensor) -> int:
+    """How many tensors share this one's memory, itself included (the storage object made to ask counts too)."""
+    count: int = torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)  # type: ignore[attr-defined]
+    return count - 1
+
+
+def _in_place_allowed() -> bool:
+    """False where an in-place write would disturb a graph: autograd counts a write as a change of every view of the
+    buffer, and a compiled graph would bake in the position. There the layers concatenate, as ``DynamicLayer`` does."""
+    return not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+
+
+@dataclass(slots=True)
+class _Room:
+    """K and V buffers ``[B, HKV, capacity, D]``, and the views of ``[start, end)`` that a layer's states are."""
+
+    buffers: tuple[Tensor, Tensor]
+    start: int
+    end: int
+    views: tuple[Tensor, Tensor]
+
+    @classmethod
+    def of(cls, buffers: tuple[Tensor, Tensor], start: int, end: int) -> _Room:
+        return cls(buffers, start, end, _span(buffers, start, end))
+
+    @property
+    def capacity(self) -> int:
+        return self.buffers[0].shape[2]
+
+    def writable(self) -> bool:
+        """A buffer made under inference_mode may not be written outside of it."""
+        return torch.is_inference_mode_enabled() or not self.buffers[0].is_inference()
+
+    def shared(self) -> bool:
+        """True if someone holds a view of the buffers besides the layer."""
+        return any(_holders(buffer) > 2 for buffer in self.buffers)
+
+
+class GrowingMixin:
+    """What a ``DynamicLayer`` needs in order to append in place; mixed in before it."""
+
+    growth: float = 1.25
+    expected_length: int | None = None
+    _room: _Room | None = None
+
+    keys: Any
+    values: Any
+    is_initialized: bool
+
+    def _held(self) -> _Room | None:
+        """The room, if ``keys`` and ``values`` are still the views made of it (nobody replaced or moved them)."""
+        room = self._room
+        if room is not None and self.keys is room.views[0] and self.values is room.views[1]:
+            return room
+        return None
+
+    def _keep(self, room: _Room) -> tuple[Tensor, Tensor]:
+        """Make the room's views the layer's states."""
+        self._room = room
+        self.keys, self.values = room.views
+        return room.views
+
+    def _fits(self, key_states: Tensor, value_states: Tensor) -> bool:
+        """True if the new states continue the cached ones: same B, HKV, D, dtype, device. What does not is left to
+        ``torch.cat``, which promotes the dtype or says what is wrong."""
+        if key_states.dim() != 4 or value_states.dim() != 4 or key_states.shape[2] != value_states.shape[2]:
+            return False
+        for old, new in ((self.keys, key_states), (self.values, value_states)):
+            if old.dtype != new.dtype or old.device != new.device:
+                return False
+            if old.dim() != 4:  # a fresh layer's `torch.tensor([])`
+                if old.numel():
+                    return False
+            elif old.shape[:2] != new.shape[:2] or old.shape[3] != new.shape[3]:
+                return False
+        return True
+
+    def _append(self, key_states: Tensor, value_states: Tensor, limit: int | None = None) -> _Room | None:
+        """Write ``[B, HKV, S, D]`` states behind the stored ones; the room that now holds both.
+
+        None, with nothing changed, where only concatenation is right: see :func:`_in_place_allowed` and :meth:`_fits`,
+        or if more than ``limit`` keys would have to fit.
+        """
+        if not (_in_place_allowed() and self._fits(key_states, value_states)):
+            return None
+        new, room = key_states.shape[2], self._held()
+        stored = self.keys.shape[2] if self.keys.dim() == 4 else 0
+        if limit is not None and stored + new > limit:
+            return None
+        if room is not None and room.end + new <= room.capacity and room.writable():
+            buffers, start, end = room.buffers, room.start, room.end
+        else:
+            capacity = _capacity(stored + new, self.growth, self.expected_length, limit)
+            buffers = (_buffer(self.keys, key_states, capacity), _buffer(self.values, value_states, capacity))
+            start, end = 0, stored
+        buffers[0].narrow(2, end, new).copy_(key_states)
+        buffers[1].narrow(2, end, new).copy_(value_states)
+        return _Room.of(buffers, start, end + new)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append ``[B, HKV, S, D]`` states; return all that is cached, ``[B, HKV, Sk, D]``, as views of the buffers."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)  # type: ignore[attr-defined]
+        room = self._append(key_states, value_states)
+        if room is not None:
+            return self._keep(room)
+        self._room = None
+        out: tuple[Tensor, Tensor] = super().update(key_states, value_states, *args, **kwargs)  # type: ignore[misc]
+        return out
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """As in ``DynamicLayer``. The room of the removed tokens is used again, unless someone else holds a view."""
+        if tokens_to_remove <= 0 and not self.is_initialized:
+            return
+        room = self._held()
+        shared = room is not None and room.shared()
+        super().crop(tokens_to_remove)  # type: ignore[misc]
+        if room is not None and self._held() is None:
+            offset = self.keys.storage_offset() - room.buffers[0].storage_offset()
+            start = offset // room.buffers[0].stride(2)
+            # whoever kept a view of the removed states must not see them overwritten
+            self._room = None if shared else _Room.of(room.buffers, start, start + self.keys.shape[2])
+            if self._room is not None:
+                self._keep(self._room)
+
+    @contextmanager
+    def _whole_buffers(self) -> Iterator[None]:
+        """Within, ``keys`` and ``values`` are the buffers, so that an operation on the batch keeps the room."""
+        room = self._held()
+        if room is None:
+            yield
+            return
+        self.keys, self.values = room.buffers
+        try:
+            yield
+        except BaseException:
+            self.keys, self.values = room.views
+            raise
+        self._keep(_Room.of((self.keys, self.values), room.start, room.end))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        with self._whole_buffers():
+            super().reorder_cache(beam_idx)  # type: ignore[misc]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        with self._whole_buffers():
+            super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        with self._whole_buffers():
+            super().batch_select_indices(indices)  # type: ignore[misc]
+
+    def offload(self) -> None:
+        self._room = None
+        super().offload()  # type: ignore[misc]
+
+    def reset(self) -> None:
+        # dropped, not zeroed (transformers before 5.23 zeroes, and goes on counting the zeros as keys)
+        self.keys = self.values = self._room = None
+        self.is_initialized = False
+        super().reset()  # type: ignore[misc]
+
+    def trim(self) -> None:
+        """Give the unused room back: ``keys`` and ``values`` become tensors of exactly their size."""
+        room = self._held()
+        if room is not None:
+            self.keys, self.values = (view.clone(memory_format=torch.contiguous_format) for view in room.views)
+            self._room = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles carry the states at their size, and share no buffer with the original."""
+        state, room = self.__dict__.copy(), self._held()
+        state.pop("_room", None)
+        if room is not None:
+            state["keys"], state["values"] = (v.clone(memory_format=torch.contiguous_format) for v in room.views)
+        return state
+
+
+class GrowingSlidingMixin(GrowingMixin):
+    """The same for layers that keep the last ``sliding_window - 1`` states: the window walks through the buffer, and
+    moves to the front of a new one when it has reached the end."""
+
+    sliding_window: int
+    cumulative_length: int
+    record_past: bool
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append ``[B, HKV, S, D]`` states; return those before them in the window, and them."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)  # type: ignore[attr-defined]
+        past, new = self.sliding_window - 1, key_states.shape[2]
+        # when the past is recorded nothing is dropped before `crop`, so the room is not bounded by the window
+        limit = None if self.record_past else past + max(ROUND_TO, past // 4)
+        room = self._append(key_states, value_states, limit)
+        if room is None:
+            self._room = None
+            return super(GrowingMixin, self).update(key_states, value_states, *args, **kwargs)  # type: ignore[misc,no-any-return]
+        self.cumulative_length += new
+        first = room.start if self.record_past else max(room.start, room.end - past)
+        self._keep(_Room.of(room.buffers, first, room.end))
+        # as many as `get_mask_sizes` announces: while the past is recorded more may be stored
+        return _span(room.buffers, max(room.start, room.end - past - new), room.end)
+
+
+class GrowingLayer(GrowingMixin, DynamicLayer):
+    """``DynamicLayer`` that appends in place."""
+
+
+class GrowingSlidingWindowLayer(GrowingSlidingMixin, DynamicSlidingWindowLayer):
+    """``DynamicSlidingWindowLayer`` that appends in place."""
+
+
+class GrowingIndexedLayer(GrowingMixin, DynamicIndexedLayer):
+    pass
+
+
+class GrowingHybridLayer(GrowingMixin, LinearAttentionAndFullAttentionLayer):
+    pass
+
+
+class GrowingHybridSlidingLayer(GrowingSlidingMixin, LinearAttentionAndSlidingWindowAttentionLayer):
+    pass
+
+
+# Layers of any other class (linear attention, a family's own) stay what they are: they do not concatenate K and V.
+_GROWING: dict[type, Any] = {
+    DynamicLayer: GrowingLayer,
+    DynamicSlidingWindowLayer: GrowingSlidingWindowLayer,
+    DynamicIndexedLayer: GrowingIndexedLayer,
+    LinearAttentionAndFullAttentionLayer: GrowingHybridLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer: GrowingHybridSlidingLayer,
+}
+
+
+def growing(layer: Any, growth: float, expected_length: int | None) -> Any:
+    """The growing kind of a layer of transformers, with the same state; the layer itself if it has none."""
+    kind = _GROWING.get(type(layer))
+    if kind is None:
+        return layer
+    grown = kind.__new__(kind)
+    grown.__dict__.update(layer.__dict__)
+    grown.growth, grown.expected_length = growth, expected_length
+    return grown
+
+
+def new_layer(growth: float, expected_length: int | None) -> Any:
+    return growing(DynamicLayer(), growth, expected_length)

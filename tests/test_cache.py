@@ -1,0 +1,373 @@
+"""GrowingCache against DynamicCache: the same states after any sequence of operations, without the copies."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from transformers import DynamicCache, FalconH1Config, Gemma2Config, LlamaConfig, MistralConfig
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from hf_attn_patch.cache import GrowingCache
+from hf_attn_patch.cache_layers import GrowingLayer, GrowingMixin, GrowingSlidingWindowLayer
+
+HKV, D = 2, 4
+WINDOW = 6
+
+
+def states(B: int, S: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(B, HKV, S, D, dtype=dtype), torch.randn(B, HKV, S, D + 2, dtype=dtype)
+
+
+def config() -> Gemma2Config:
+    """One sliding and one full layer."""
+    return Gemma2Config(num_hidden_layers=2, sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention"])
+
+
+def assert_same(ours: Any, theirs: Any) -> None:
+    assert ours.get_seq_length() == theirs.get_seq_length()
+    for layer_idx, (a, b) in enumerate(zip(ours.layers, theirs.layers, strict=True)):
+        assert a.get_seq_length() == b.get_seq_length(), layer_idx
+        assert a.is_sliding == b.is_sliding
+        assert a.is_initialized == b.is_initialized
+        for query_length in (1, 3):
+            sizes = ours.get_mask_sizes(query_length, layer_idx)
+            assert sizes == theirs.get_mask_sizes(query_length, layer_idx)
+        if b.keys is None:
+            assert a.keys is None
+        else:
+            torch.testing.assert_close(a.keys.flatten(), b.keys.flatten(), rtol=0, atol=0)
+            torch.testing.assert_close(a.values.flatten(), b.values.flatten(), rtol=0, atol=0)
+
+
+class CacheMachine(RuleBasedStateMachine):
+    """Whatever is done to both caches, they hold and return the same."""
+
+    @initialize(B=st.integers(1, 3), growth=st.sampled_from([1.0, 1.25, 2.0]), expected=st.sampled_from([None, 1, 300]))
+    def start(self, B: int, growth: float, expected: int | None) -> None:
+        self.B = B
+        self.ours: Any = GrowingCache(config=config(), growth=growth, expected_length=expected)
+        self.theirs: Any = DynamicCache(config=config())
+        self.snapshots: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def append(self, S: int, grad: bool = False) -> None:
+        for layer_idx in range(2):
+            k, v = states(self.B, S)
+            announced, _ = self.theirs.get_mask_sizes(S, layer_idx)
+            with torch.set_grad_enabled(grad):
+                ours = self.ours.update(k, v, layer_idx)
+                theirs = self.theirs.update(k, v, layer_idx)
+            for a, b in zip(ours, theirs, strict=True):
+                # transformers 5.17 returns more than its masks cover if the past is recorded over several updates
+                torch.testing.assert_close(a, b[:, :, -announced:], rtol=0, atol=0)
+                assert a.stride(-1) == 1
+                assert a.stride(-2) == a.shape[-1], "the keys of a head must lie one behind the other"
+
+    @rule(S=st.one_of(st.just(1), st.integers(1, 9), st.integers(200, 400)))
+    def update(self, S: int) -> None:
+        self.append(S)
+
+    @rule(n=st.integers(1, 300))
+    def many_tokens(self, n: int) -> None:
+        for _ in range(min(n, 40)):
+            self.append(1)
+
+    @rule()
+    def update_with_gradients_on(self) -> None:
+        self.append(2, grad=True)
+
+    @rule(grow=st.integers(1, 8), back=st.integers(0, 8))
+    def speculate(self, grow: int, back: int) -> None:
+        """What assisted decoding does: record the past, run ahead, take some of it back."""
+        for cache in (self.ours, self.theirs):
+            cache.activate_past_recording()
+        self.append(grow)
+        self.append(1)
+        for cache in (self.ours, self.theirs):
+            cache.crop(-min(back, grow))
+        for cache in (self.ours, self.theirs):
+            cache.layers[0].record_past = False
+
+    @precondition(lambda self: self.theirs.layers[1].is_initialized)
+    @rule(fraction=st.floats(0, 1))
+    def crop(self, fraction: float) -> None:
+        """Far back, as a chat does that returns to an earlier turn; a full window cannot."""
+        n = int(fraction * self.theirs.layers[1].get_seq_length())
+        for cache in (self.ours, self.theirs):
+            cache.layers[1].crop(-n)
+
+    @precondition(lambda self: self.theirs.get_seq_length() > 0)
+    @rule(data=st.data())
+    def reorder(self, data: st.DataObject) -> None:
+        index = torch.tensor(data.draw(st.lists(st.integers(0, self.B - 1), min_size=self.B, max_size=self.B)))
+        self.ours.reorder_cache(index)
+        self.theirs.reorder_cache(index)
+
+    @precondition(lambda self: self.B <= 3)
+    @rule(repeats=st.integers(1, 2))
+    def repeat(self, repeats: int) -> None:
+        self.ours.batch_repeat_interleave(repeats)
+        self.theirs.batch_repeat_interleave(repeats)
+        self.B *= repeats if self.theirs.get_seq_length() else 1
+
+    @rule(data=st.data())
+    def select(self, data: st.DataObject) -> None:
+        if self.theirs.get_seq_length() == 0:
+            return
+        index = torch.tensor(data.draw(st.lists(st.integers(0, self.B - 1), min_size=1, max_size=3, unique=True)))
+        self.ours.batch_select_indices(index)
+        self.theirs.batch_select_indices(index)
+        self.B = len(index)
+
+    @rule(how=st.sampled_from(["deepcopy", "pickle", "copy the layers"]))
+    def replace_by_a_copy(self, how: str) -> None:
+        original = self.ours
+        if how == "deepcopy":
+            self.ours = copy.deepcopy(original)
+        elif how == "pickle":
+            self.ours = pickle.loads(pickle.dumps(original))
+        else:
+            self.ours = copy.copy(original)
+            self.ours.layers = [copy.copy(layer) for layer in original.layers]
+        before = [layer.keys.clone() for layer in original.layers if layer.keys is not None]
+        self.append(1)
+        after = [layer.keys for layer in original.layers if layer.keys is not None]
+        for a, b in zip(before, after, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+    @rule()
+    def trim(self) -> None:
+        self.ours.trim()
+
+    @rule()
+    def replace_states(self) -> None:
+        """As user code does that edits ``layer.keys``."""
+        for cache in (self.ours, self.theirs):
+            for layer in cache.layers:
+                if layer.is_initialized and layer.keys.dim() == 4:
+                    layer.keys = layer.keys + 1
+
+    @rule()
+    def snapshot(self) -> None:
+        """What someone took out of the cache stays as it was, whatever happens to the cache."""
+        for layer in self.ours.layers:
+            if layer.keys is not None:
+                self.snapshots.append((layer.keys, layer.keys.clone()))
+
+    @rule()
+    def reset(self) -> None:
+        self.ours.reset()
+        self.theirs = DynamicCache(config=config())  # 5.17's own reset goes on counting
+
+    @invariant()
+    def same(self) -> None:
+        if hasattr(self, "ours"):
+            assert_same(self.ours, self.theirs)
+            for view, value in self.snapshots:
+                torch.testing.assert_close(view, value, rtol=0, atol=0)
+
+
+TestCacheMachine = CacheMachine.TestCase
+TestCacheMachine.settings = settings(max_examples=60, stateful_step_count=20, deadline=None)
+
+
+@torch.no_grad()
+def test_a_token_moves_a_token() -> None:
+    """Storage changes only when the room is used up, and the number of moves is logarithmic."""
+    cache, moves, last = GrowingCache(), 0, None
+    for _ in range(3000):
+        keys, _ = cache.update(*states(1, 1), 0)
+        moves += keys.data_ptr() != last
+        last = keys.data_ptr()
+    # a full buffer of C keys is followed by 1.25 * (C + 1) rounded up: 256 512 768 1024 1536 2048 2816 3584
+    assert moves == 8
+    assert cache.capacity() == 3584
+
+
+@torch.no_grad()
+def test_expected_length_bounds_the_room() -> None:
+    cache = GrowingCache(expected_length=8192 + 128)
+    cache.update(*states(1, 8192), 0)
+    assert cache.capacity() == 8192 + 256
+    cache = GrowingCache(expected_length=8)  # an estimate that turns out wrong is no limit
+    cache.update(*states(1, 1000), 0)
+    assert cache.capacity() == 1280
+
+
+@torch.no_grad()
+def test_sliding_window_memory_is_bounded() -> None:
+    layer = GrowingSlidingWindowLayer(sliding_window=100)
+    pointers = set()
+    for _ in range(2000):
+        keys, _ = layer.update(*states(1, 1))
+        pointers.add(keys.data_ptr())
+        assert keys.untyped_storage().nbytes() <= 512 * HKV * D * 4
+        assert keys.is_contiguous() or keys.stride(2) == D
+    assert keys.shape[2] == 100
+    assert layer.keys.shape[2] == 99
+
+
+@torch.no_grad()
+def test_trim_and_pickle_carry_no_unused_room() -> None:
+    cache = GrowingCache()
+    cache.update(*states(2, 300), 0)
+    exact = 2 * HKV * 300 * D * 4
+    assert cache.layers[0].keys.untyped_storage().nbytes() > exact
+    buffer = io.BytesIO()
+    torch.save(cache, buffer)
+    assert len(buffer.getvalue()) < 4 * exact
+    loaded = torch.load(io.BytesIO(buffer.getvalue()), weights_only=False)
+    assert loaded.layers[0].keys.untyped_storage().nbytes() == exact
+    cache.trim()
+    assert cache.layers[0].keys.untyped_storage().nbytes() == exact
+    assert cache.capacity() == 300
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen keys"])
+def test_gradients_survive_later_tokens(frozen: bool) -> None:
+    """Attention saved the keys for its backward; a token cached later must not touch what it saved."""
+    ours, theirs, grads = GrowingCache(), DynamicCache(), []
+    k, v = states(1, 3)
+    later = states(1, 1)
+    for cache in (ours, theirs):
+        q = torch.ones(1, HKV, 1, D, requires_grad=True)
+        key, value = k.clone().requires_grad_(not frozen), v.clone().requires_grad_(not frozen)
+        keys, values = cache.update(key, value, 0)
+        out = torch.nn.functional.scaled_dot_product_attention(q, keys, values)
+        keys, values = cache.update(*later, 0)
+        out = out + torch.nn.functional.scaled_dot_product_attention(q, keys, values)
+        with torch.no_grad():
+            cache.update(*later, 0)
+        out.sum().backward()
+        grads.append([q.grad] + ([] if frozen else [key.grad, value.grad]))
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_inference_mode_then_no_grad() -> None:
+    cache, reference = GrowingCache(), DynamicCache()
+    for mode in (torch.inference_mode, torch.no_grad, torch.inference_mode, torch.enable_grad, torch.no_grad):
+        k, v = states(1, 2)
+        with mode():
+            ours, theirs = cache.update(k, v, 0), reference.update(k, v, 0)
+        torch.testing.assert_close(ours[0], theirs[0], rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_what_does_not_fit_is_left_to_cat() -> None:
+    cache = GrowingCache()
+    cache.update(*states(2, 3, torch.bfloat16), 0)
+    keys, values = cache.update(*states(2, 1), 0)
+    assert keys.dtype == values.dtype == torch.float32  # promoted, as torch.cat does
+    with pytest.raises(RuntimeError, match="Sizes of tensors must match"):
+        cache.update(*states(1, 1), 0)  # never broadcast into the buffer
+
+
+@torch.no_grad()
+def test_compiled_update_falls_back() -> None:
+    cache = GrowingCache()
+    cache.update(*states(1, 4), 0)
+
+    @torch.compile(backend="eager")
+    def step(k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        keys, values = cache.update(k, v, 0)
+        return keys.sum() + values.sum()
+
+    expected = [float(t.sum()) for t in cache.layers[0].__dict__.values() if isinstance(t, torch.Tensor)]
+    k, v = states(1, 1)
+    torch.testing.assert_close(float(step(k, v)), sum(expected) + float(k.sum() + v.sum()), rtol=1e-5, atol=1e-5)
+    assert cache.get_seq_length() == 5
+    cache.update(*states(1, 1), 0)
+    assert cache.get_seq_length() == 6
+
+
+@torch.no_grad()
+def test_layer_types_follow_the_config() -> None:
+    llama = GrowingCache(config=LlamaConfig(num_hidden_layers=2))
+    assert [type(layer) for layer in llama.layers] == [GrowingLayer] * 2
+    mistral = GrowingCache(config=MistralConfig(num_hidden_layers=2, sliding_window=8))
+    assert [type(layer) for layer in mistral.layers] == [GrowingSlidingWindowLayer] * 2
+    hybrid = FalconH1Config(num_hidden_layers=2)
+    for ours, theirs in zip(GrowingCache(config=hybrid).layers, DynamicCache(config=hybrid).layers, strict=True):
+        assert isinstance(ours, type(theirs))
+        assert isinstance(ours, GrowingMixin)
+
+
+@torch.no_grad()
+def test_from_dynamic_continues() -> None:
+    source, reference = DynamicCache(config=config()), DynamicCache(config=config())
+    for S in (5, 3):
+        for layer_idx in range(2):
+            k, v = states(2, S)
+            source.update(k, v, layer_idx)
+            reference.update(k, v, layer_idx)
+    cache = GrowingCache.from_dynamic(source)
+    assert [type(layer) for layer in source.layers] == [DynamicSlidingWindowLayer, DynamicLayer]
+    for layer_idx in range(2):
+        k, v = states(2, 1)
+        cache.update(k, v, layer_idx)
+        reference.update(k, v, layer_idx)
+    assert_same(cache, reference)
+    with pytest.raises(TypeError, match="GrowingCache"):
+        GrowingCache.from_dynamic(cache)
+
+
+@torch.no_grad()
+def test_data_of_another_cache() -> None:
+    """The round trip of (distributed) data parallel: iterate one cache, build the next from it."""
+    source = GrowingCache(config=config())
+    for layer_idx in range(2):
+        source.update(*states(2, 9), layer_idx)
+    rebuilt = GrowingCache(tuple(source))
+    assert [type(layer) for layer in rebuilt.layers] == [GrowingSlidingWindowLayer, GrowingLayer]
+    for a, b in zip(source.layers, rebuilt.layers, strict=True):
+        torch.testing.assert_close(a.keys, b.keys, rtol=0, atol=0)
+
+
+def test_offloaded_layers_keep_their_exact_size() -> None:
+    cache = GrowingCache(config=config(), offloading=True, offload_only_non_sliding=True)
+    assert [type(layer) for layer in cache.layers] == [GrowingSlidingWindowLayer, DynamicLayer]
+    assert type(GrowingCache(offloading=True).layer_class_to_replicate()) is DynamicLayer
+
+
+@torch.no_grad()
+def test_offload_frees_the_buffers() -> None:
+    layer, reference = GrowingLayer(), DynamicLayer()
+    for S in (3, 2):
+        k, v = states(1, S)
+        layer.update(k, v)
+        reference.update(k, v)
+        layer.offload()
+        layer.prefetch()
+        assert layer._room is None
+        torch.testing.assert_close(layer.keys, reference.keys, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"), [({"growth": 0.9}, "growth"), ({"expected_length": 0}, "expected_length")]
+)
+def test_bad_settings(kwargs: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        GrowingCache(**kwargs)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kept", [False, True], ids=["nobody looks", "a view is kept"])
+def test_cropped_room_is_used_again_unless_someone_looks(kept: bool) -> None:
+    cache = GrowingCache()
+    cache.update(*states(1, 10), 0)
+    pointer = cache.layers[0].keys.data_ptr()
+    view = cache.layers[0].keys[:, :, 5:] if kept else None
+    before = None if view is None else view.clone()
+    cache.crop(-4)
+    keys, _ = cache.update(*states(1, 4), 0)
+    assert (keys.data_ptr() == pointer) is not kept
+    if view is not None:
+        torch.testing.assert_close(view, before, rtol=0, atol=0)
