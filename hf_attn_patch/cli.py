@@ -8,9 +8,7 @@ from typing import Any
 import click
 
 #: subcommand -> (module, attribute): looked up only when it is asked for, so that `--help` imports no torch
-COMMANDS: dict[str, tuple[str, str]] = {
-    "convert": ("hf_attn_patch.conversion.commands", "convert"),
-}
+COMMANDS: dict[str, tuple[str, str]] = {}
 
 
 class LazyGroup(click.Group):

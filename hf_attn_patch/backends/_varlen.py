@@ -1,0 +1,53 @@
+"""What the kernels that take cumulative lengths share: FlashAttention 2, 3, 4 and torch's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from hf_attn_patch.layout import FULL, PACKED, PADDED
+from hf_attn_patch.request import AttentionRequest, Operands
+
+from ._common import cut
+
+#: kernel(q [T, HQ, D], k [Tk, HKV, D], v, cu_q, cu_k, max_q, max_k) -> out [T, HQ, Dv]
+Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int], Tensor]
+
+
+def refuses_common(request: AttentionRequest, largest: int, step: int = 8) -> str | None:
+    """What no FlashAttention takes."""
+    if request.device != "cuda":
+        return "needs a CUDA device"
+    if request.tracing:
+        return "is not traceable by torch.compile"
+    if not request.half:
+        return f"takes fp16 and bf16, not {str(request.dtype).removeprefix('torch.')}"
+    if request.weights:
+        return "returns no attention weights"
+    if request.bias:
+        return "takes no additive bias"
+    if request.visibility not in (FULL, PADDED, PACKED):
+        return "takes no dense mask"
+    if request.head_dim > largest or request.head_dim % step or request.value_dim != request.head_dim:
+        return f"takes head_dim up to {largest} in steps of {step}, not {request.head_dim}/{request.value_dim}"
+    return None
+
+
+def run_varlen(q: Tensor, k: Tensor, v: Tensor, operands: Operands, kernel: Kernel) -> Tensor:
+    """A padded or packed request through ``kernel``, without gathering a token.
+
+    Padding: rows become segments (:meth:`Layout.segments`) over the tokens as they lie. Packed: the documents.
+    """
+    layout = operands.layout
+    B, HQ, Sq, _ = q.shape
+    if layout.kind == PADDED:
+        cu_q, cu_k = layout.segments()
+        max_q, max_k = Sq, layout.keys
+    else:
+        assert layout.cu_q is not None and layout.cu_k is not None
+        k, v = cut(layout, k, v)
+        cu_q, cu_k, max_q, max_k = layout.cu_q, layout.cu_k, layout.max_q, layout.max_k
+    q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (q, k, v))
+    out = kernel(q, k, v, cu_q, cu_k, max_q, max_k).unflatten(0, (B, Sq)).transpose(1, 2)
+    return out if layout.padding is None else out.masked_fill(layout.padding[:, None, :, None], 0)

@@ -1,0 +1,80 @@
+"""FlashAttention-4 (package ``flash-attn-4``, module ``flash_attn.cute``): Hopper and newer, forward and backward."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_attn_patch.layout import FULL
+from hf_attn_patch.request import AttentionRequest, Operands
+
+from ._common import cut
+from ._varlen import refuses_common, run_varlen
+
+
+@functools.cache
+def _module() -> Any:
+    return importlib.import_module("flash_attn.cute")
+
+
+@functools.cache
+def missing() -> str | None:
+    """Why the package cannot run here, or None."""
+    try:
+        found = importlib.util.find_spec("flash_attn.cute")
+    except ModuleNotFoundError:
+        found = None
+    if found is None:
+        return "flash-attn-4 is not installed (pip install 'hf-attn-patch[flash]')"
+    if not torch.cuda.is_available():
+        return "needs a CUDA device"
+    if torch.cuda.get_device_capability() < (9, 0):
+        return "needs a Hopper GPU or newer"
+    return None
+
+
+def refuses(request: AttentionRequest) -> str | None:
+    """Why not, or None."""
+    if reason := refuses_common(request, 256) or missing():
+        return reason
+    if request.dropout:
+        return "FlashAttention-4 has no dropout"
+    return None
+
+
+def run(q: Tensor, k: Tensor, v: Tensor, request: AttentionRequest, operands: Operands) -> tuple[Tensor, None]:
+    """q [B, HQ, Sq, D], k [B, HKV, Sk, D], v [B, HKV, Sk, D] -> (out [B, HQ, Sq, D], None)."""
+    layout = operands.layout
+    sinks = operands.sinks
+    options = {
+        "softmax_scale": operands.scale,
+        "causal": layout.causal and layout.window == (None, None),
+        "window_size": (layout.window[0], 0 if layout.causal else layout.window[1])
+        if layout.window != (None, None)
+        else (None, None),
+        "softcap": operands.softcap or 0.0,
+        "learnable_sink": None if sinks is None else sinks.to(q.dtype),
+        "deterministic": request.deterministic,
+    }
+    if layout.kind == FULL:
+        k, v = cut(layout, k, v)
+        out = _module().flash_attn_func(*(t.transpose(1, 2) for t in (q, k, v)), **options)
+        return _first(out).transpose(1, 2), None
+
+    def kernel(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int) -> Tensor:
+        return _first(
+            _module().flash_attn_varlen_func(
+                q, k, v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, max_seqlen_q=max_q, max_seqlen_k=max_k, **options
+            )
+        )
+
+    return run_varlen(q, k, v, operands, kernel), None
+
+
+def _first(out: Any) -> Tensor:
+    return out[0] if isinstance(out, tuple) else out

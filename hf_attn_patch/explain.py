@@ -1,0 +1,100 @@
+"""Which backend runs what, and why the others don't."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .dispatch import _capability, reasons
+from .grouping import KVGrouping
+from .request import AttentionRequest
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The answer of :func:`explain`: ``chosen``, and for every backend the reason against it (None: it can run)."""
+
+    request: AttentionRequest
+    reasons: tuple[tuple[str, str | None], ...]
+
+    @property
+    def chosen(self) -> str:
+        """The backend that runs the request."""
+        return next(name for name, reason in self.reasons if reason is None)
+
+    def rows(self) -> list[tuple[str, str]]:
+        """(backend, what about it), in the order in which they are tried."""
+        return [
+            (name, reason or ("runs this" if name == self.chosen else "could run it, but was measured slower"))
+            for name, reason in self.reasons
+        ]
+
+    def __str__(self) -> str:
+        width = max(len(name) for name, _ in self.reasons)
+        lines = [self.request.describe()]
+        return "\n".join(lines + [f"  {name:<{width}}  {text}" for name, text in self.rows()])
+
+    def _repr_html_(self) -> str:
+        cells = "".join(f"<tr><td>{name}</td><td>{text}</td></tr>" for name, text in self.rows())
+        return f"<p>{self.request.describe()}</p><table><tr><th>backend</th><th></th></tr>{cells}</table>"
+
+
+def explain(
+    model: Any,
+    *,
+    batch: int = 1,
+    q_len: int = 1,
+    kv_len: int = 1024,
+    padded: bool = False,
+    packed: bool = False,
+    training: bool = False,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> Explanation:
+    """Which backend a model's attention takes in a situation, and why not the others.
+
+    Args:
+        model: a transformers model or config.
+        batch, q_len, kv_len: B, Sq and Sk of the call (q_len 1 is decoding).
+        padded: rows have padding. packed: documents lie packed in the rows. training: gradients are needed.
+        device, dtype: default to the model's.
+    """
+    config = getattr(model, "config", model)
+    text: Any = config.get_text_config() if hasattr(config, "get_text_config") else config
+    heads = int(text.num_attention_heads)
+    kv_heads = int(getattr(text, "num_key_value_heads", None) or heads)
+    KVGrouping(heads, kv_heads)
+    head_dim = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
+    device_type = torch.device(device if device is not None else getattr(model, "device", "cpu")).type
+    dtype = dtype or getattr(model, "dtype", None) or torch.get_default_dtype()
+    window: int = getattr(text, "sliding_window", None) or 0
+    visibility = "packed" if packed else ("full" if not padded else ("dense" if q_len <= 16 else "padded"))
+    request = AttentionRequest(
+        device=device_type,
+        capability=_capability(torch.device(device_type)) if device_type == "cuda" else 0,
+        dtype=dtype,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        value_dim=head_dim,
+        q_class=1 if q_len == 1 else (16 if q_len <= 16 else 17),
+        kv_bits=(batch * kv_heads * kv_len * head_dim).bit_length(),
+        batch_is_one=batch == 1,
+        square=q_len == kv_len,
+        visibility=visibility,
+        causal=q_len > 1 and visibility != "dense",
+        windowed=0 < window < kv_len and q_len > 1 and visibility != "dense",
+        softcap=getattr(text, "attn_logit_softcapping", None) is not None,
+        sinks=text.model_type == "gpt_oss",
+        bias=text.model_type in ("t5", "mt5", "umt5"),
+        bias_grad=training and text.model_type in ("t5", "mt5", "umt5"),
+        dropout=training and bool(getattr(text, "attention_dropout", 0.0)),
+        grad=training,
+        weights=False,
+        per_head_mask=False,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+        tracing=False,
+    )
+    return Explanation(request, tuple(reasons(request)))

@@ -1,0 +1,92 @@
+"""What one attention call asks for: the facts that decide who can run it, and the operands that go with them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor, dtype
+
+from .layout import Layout
+
+
+class AttentionError(ValueError):
+    """A request that cannot be run exactly; the message names it and the way out."""
+
+
+class AttentionRequest(NamedTuple):
+    """The facts of a call, hashable: two calls with equal requests take the same backend.
+
+    Lengths are classes, not numbers, so that a growing cache does not ask anew at each token: ``q_class`` is 1, 16
+    (2 to 16 queries) or 17 (more); ``kv_bits`` is the bit length of B * HKV * Sk * D.
+    """
+
+    device: str
+    capability: int  # of a CUDA device, 90 for Hopper; 0 elsewhere
+    dtype: dtype
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    q_class: int
+    kv_bits: int
+    batch_is_one: bool
+    square: bool  # as many queries as keys, after the layout's cut
+    visibility: str  # Layout.kind
+    causal: bool
+    windowed: bool
+    softcap: bool
+    sinks: bool
+    bias: bool
+    bias_grad: bool
+    dropout: bool
+    grad: bool
+    weights: bool
+    per_head_mask: bool
+    deterministic: bool
+    tracing: bool
+
+    @property
+    def group_size(self) -> int:
+        """G = HQ // HKV."""
+        return self.heads // self.kv_heads
+
+    @property
+    def half(self) -> bool:
+        """fp16 or bf16."""
+        return self.dtype.itemsize == 2
+
+    def describe(self) -> str:
+        """One line for error messages."""
+        parts = [
+            f"{str(self.dtype).removeprefix('torch.')} on {self.device}",
+            f"{self.heads} query and {self.kv_heads} KV heads of {self.head_dim}"
+            + (f"/{self.value_dim}" if self.value_dim != self.head_dim else ""),
+            {1: "1 query", 16: "2 to 16 queries", 17: "more than 16 queries"}[self.q_class],
+            {"full": "no padding", "padded": "padded", "packed": "packed documents", "dense": "a dense mask"}[
+                self.visibility
+            ],
+        ]
+        parts += [name for name in ("causal", "windowed", "softcap", "sinks", "bias", "dropout") if getattr(self, name)]
+        if self.bias_grad:
+            parts.append("gradient of the bias")
+        elif self.grad:
+            parts.append("gradients")
+        parts += ["attention weights"] * self.weights + ["deterministic"] * self.deterministic
+        parts += ["under torch.compile"] * self.tracing
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True, slots=True)
+class Operands:
+    """The numbers and tensors that go with a request.
+
+    ``bias`` is float, broadcastable to [B, HQ, Sq, Sk], added to the scaled (and capped) scores; ``sinks`` is [HQ].
+    """
+
+    layout: Layout
+    scale: float
+    softcap: float | None = None
+    sinks: Tensor | None = None
+    bias: Tensor | None = None
+    dropout: float = 0.0
