@@ -1,0 +1,357 @@
+"""Triton kernels of grouped decode attention: who computes what, and how.
+
+Work is counted in tiles of BLOCK_N keys. The tiles that any query may see, of every batch row and KV head, form one
+line; worker w takes tiles ``[w * chunk, (w + 1) * chunk)`` of it. So each worker has the same number of bytes to read,
+whatever the lengths of the rows, which live on the device (stream-K, https://arxiv.org/abs/2301.03598). A worker's
+range crosses heads: a head that lies in one worker is written at once; of the others every worker writes a partial
+result, and ``combine_kernel`` merges them in a fixed order (flash-decoding), so that results repeat bit by bit.
+
+A worker has at most two partial results: of the head that it begins with (slot 2w) and of the one that it ends with
+(slot 2w + 1). Row r of a head's query tile is query head ``h * G + r // Sq`` at query position ``r % Sq``.
+
+Scores are kept in base 2: exp2 is what the hardware has.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _key_range(First, End, b, ok, Sq, Sk, window, HAS_FIRST: tl.constexpr, HAS_END: tl.constexpr, WINDOW: tl.constexpr):
+    """Keys [lo, hi) that some query of batch row ``b`` (a number or a vector) may see."""
+    hi = b * 0 + Sk
+    if HAS_END:
+        hi = tl.minimum(tl.load(End + b, mask=ok, other=0).to(tl.int32), Sk)
+    lo = b * 0
+    if HAS_FIRST:
+        lo = tl.maximum(tl.load(First + b, mask=ok, other=0).to(tl.int32), 0)
+    if WINDOW:
+        lo = tl.maximum(lo, hi - Sq - window + 1)
+    return lo, hi
+
+
+@triton.jit
+def _tiles(lo, hi, BLOCK_N: tl.constexpr):
+    return (tl.maximum(hi - lo, 0) + BLOCK_N - 1) // BLOCK_N
+
+
+@triton.jit
+def _line(
+    First, End, B, HKV, Sq, Sk, window, chunk, workers,
+    HAS_FIRST: tl.constexpr, HAS_END: tl.constexpr, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr,
+):  # fmt: skip
+    """The line of tiles: each row's tiles per KV head, tiles before the row, tiles in all, tiles a worker.
+
+    ``chunk`` is the least that a worker takes; rows of equal length (no First, no End) come with their chunk set.
+    """
+    rows = tl.arange(0, BLOCK_B)
+    lo, hi = _key_range(First, End, rows, rows < B, Sq, Sk, window, HAS_FIRST, HAS_END, WINDOW)
+    n = tl.where(rows < B, _tiles(lo, hi, BLOCK_N), 0)
+    if HAS_FIRST or HAS_END:
+        upto = tl.cumsum(n, 0) * HKV
+        total = tl.sum(n, 0) * HKV
+        chunk = tl.maximum(chunk, (total + workers - 1) // workers)
+    else:
+        upto = tl.minimum(rows + 1, B) * n * HKV
+        total = tl.max(upto, 0)
+    return n, upto, total, chunk
+
+
+@triton.jit
+def _lse_offset(workers, G, Sq, DV: tl.constexpr):
+    """In ``Part``, [2 * workers, G * Sq, DV] results come first, then their [2 * workers, G * Sq] log-sum-exps."""
+    return workers.to(tl.int64) * (2 * G * Sq * DV)
+
+
+@triton.jit
+def _tanh(x):
+    return 1.0 - 2.0 / (1.0 + tl.exp2(x * (2 * LOG2E)))
+
+
+@triton.jit(do_not_specialize=["B", "HKV", "G", "Sq", "Sk", "page", "window", "chunk", "workers"])
+def decode_kernel(
+    Q, K, V, Out, Lse, Part, First, End, Mask, Bias, Sinks, Table,
+    q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, m_b, m_h, m_s, m_k, a_b, a_h, a_s, a_k, t_b,
+    B, HKV, G, Sq, Sk, page, window, chunk, workers, qk_scale, softcap_log2,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, BLOCK_B: tl.constexpr, M_TILES: tl.constexpr, SPLIT: tl.constexpr, CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_END: tl.constexpr, MASK: tl.constexpr,
+    BIAS: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_LSE: tl.constexpr, PAGED: tl.constexpr, LAZY_SUM: tl.constexpr,
+    EVICT: tl.constexpr, PDL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Attention of a query tile over a worker's tiles of keys.
+
+    MASK and BIAS: 0 none, 1 one row of Sk for all rows of a query tile, 2 a row of Sk for each.
+    CAUSAL: queries differ in what they see (false for one query, whose keys end at ``hi`` anyway).
+    """
+    pid = tl.program_id(0)
+    worker = pid // M_TILES
+    m_tile = pid % M_TILES
+    if PDL:
+        gdc_launch_dependents()
+
+    if SPLIT:
+        n, upto, total, chunk = _line(
+            First, End, B, HKV, Sq, Sk, window, chunk, workers, HAS_FIRST, HAS_END, WINDOW, BLOCK_N, BLOCK_B
+        )
+        tile = worker * chunk
+        stop = tl.minimum(tile + chunk, total)
+    else:  # one worker a head, empty ones too: they have zeros to write
+        tile = worker
+        stop = worker + 1
+
+    rows = m_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_ok = rows < G * Sq
+    group = rows // Sq
+    position = rows % Sq
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_dv = tl.arange(0, BLOCK_DV)
+    d_ok = offs_d < D
+    dv_ok = offs_dv < DV
+
+    while tile < stop:
+        if SPLIT:
+            if HAS_FIRST or HAS_END:
+                b = tl.sum((upto <= tile).to(tl.int32), 0)
+                tiles = tl.sum(tl.where(tl.arange(0, BLOCK_B) == b, n, 0), 0)
+                before = tl.max(tl.where(upto <= tile, upto, 0), 0)
+            else:
+                tiles = total // (B * HKV)
+                b = tile // (tiles * HKV)
+                before = b * tiles * HKV
+            h = (tile - before) // tiles
+            begin = (tile - before) % tiles
+            lo, hi = _key_range(First, End, b, b < B, Sq, Sk, window, HAS_FIRST, HAS_END, WINDOW)
+            count = tl.minimum(stop - tile, tiles - begin)
+        else:
+            b = worker // HKV
+            h = worker % HKV
+            lo, hi = _key_range(First, End, b, b < B, Sq, Sk, window, HAS_FIRST, HAS_END, WINDOW)
+            tiles = _tiles(lo, hi, BLOCK_N)
+            begin = 0
+            count = tiles
+
+        b64 = b.to(tl.int64)
+        head = h * G + group
+        q_rows = Q + b64 * q_b + head.to(tl.int64) * q_h + position * q_s
+        q = tl.load(q_rows[:, None] + offs_d[None, :], mask=row_ok[:, None] & d_ok[None, :], other=0.0)
+        last = hi - Sq + position  # of the keys that a causal query sees
+        if PAGED:
+            k_base = K + h.to(tl.int64) * k_h
+            v_base = V + h.to(tl.int64) * v_h
+        else:
+            k_base = K + b64 * k_b + h.to(tl.int64) * k_h
+            v_base = V + b64 * v_b + h.to(tl.int64) * v_h
+        if MASK == 1:
+            mask_row = Mask + b64 * m_b
+        if MASK == 2:
+            mask_rows = Mask + b64 * m_b + head.to(tl.int64) * m_h + position.to(tl.int64) * m_s
+        if BIAS == 1:
+            bias_row = Bias + b64 * a_b
+        if BIAS == 2:
+            bias_rows = Bias + b64 * a_b + head.to(tl.int64) * a_h + position.to(tl.int64) * a_s
+
+        m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+        if LAZY_SUM:
+            norm = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        else:
+            norm = tl.zeros([BLOCK_M], tl.float32)
+
+        for i in tl.range(begin, begin + count):
+            start = lo + i * BLOCK_N
+            keys = start + offs_n
+            key_ok = keys < hi
+            # A key that no row of the tile may see is not read: no bytes, and what lies there cannot leak.
+            if MASK == 1:
+                key_ok = key_ok & (tl.load(mask_row + keys * m_k, mask=key_ok, other=0) != 0)
+            if MASK == 2:
+                seen = tl.load(
+                    mask_rows[:, None] + (keys * m_k)[None, :], mask=row_ok[:, None] & key_ok[None, :], other=0
+                )
+                key_ok = key_ok & (tl.max(seen.to(tl.int32), 0) > 0)
+            if BIAS == 1:
+                bias = tl.load(bias_row + keys * a_k, mask=key_ok, other=float("-inf")).to(tl.float32)
+                key_ok = key_ok & (bias > float("-inf"))
+                bias = bias[None, :]
+            if BIAS == 2:
+                bias = tl.load(
+                    bias_rows[:, None] + (keys * a_k)[None, :],
+                    mask=row_ok[:, None] & key_ok[None, :],
+                    other=float("-inf"),
+                ).to(tl.float32)
+                key_ok = key_ok & (tl.max(bias, 0) > float("-inf"))
+            if PAGED:
+                number = tl.load(Table + b64 * t_b + keys // page, mask=key_ok, other=0).to(tl.int64)
+                slot = keys % page
+                k_rows = k_base + number * k_b + slot * k_s
+                v_rows = v_base + number * v_b + slot * v_s
+            else:
+                k_rows = k_base + start.to(tl.int64) * k_s + offs_n * k_s
+                v_rows = v_base + start.to(tl.int64) * v_s + offs_n * v_s
+
+            if D == BLOCK_D:
+                k = tl.load(k_rows[:, None] + offs_d[None, :], mask=key_ok[:, None], other=0.0, eviction_policy=EVICT)
+            else:
+                k_mask = key_ok[:, None] & d_ok[None, :]
+                k = tl.load(k_rows[:, None] + offs_d[None, :], mask=k_mask, other=0.0, eviction_policy=EVICT)
+            s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * qk_scale
+            if SOFTCAP:
+                s = _tanh(s) * softcap_log2
+            if BIAS:
+                s += bias * LOG2E
+            visible = key_ok[None, :]
+            if MASK == 2:
+                visible = visible & (seen != 0)
+            if CAUSAL:
+                visible = visible & (keys[None, :] <= last[:, None])
+                if WINDOW:
+                    visible = visible & (keys[None, :] > last[:, None] - window)
+            s = tl.where(visible, s, float("-inf"))
+
+            m_new = tl.maximum(m, tl.max(s, 1))
+            m_use = tl.where(m_new == float("-inf"), 0.0, m_new)  # nothing seen yet: -inf - -inf would be NaN
+            p = tl.exp2(s - m_use[:, None])
+            fade = tl.exp2(m - m_use)
+            if LAZY_SUM:
+                norm = norm * fade[:, None] + p
+            else:
+                norm = norm * fade + tl.sum(p, 1)
+            m = m_new
+
+            if DV == BLOCK_DV:
+                v = tl.load(v_rows[:, None] + offs_dv[None, :], mask=key_ok[:, None], other=0.0, eviction_policy=EVICT)
+            else:
+                v_mask = key_ok[:, None] & dv_ok[None, :]
+                v = tl.load(v_rows[:, None] + offs_dv[None, :], mask=v_mask, other=0.0, eviction_policy=EVICT)
+            acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
+
+        if LAZY_SUM:
+            norm = tl.sum(norm, 1)
+        some = norm > 0
+        if count == tiles:  # the whole head: the result
+            if HAS_SINKS:
+                sink = tl.load(Sinks + head, mask=row_ok, other=float("-inf")).to(tl.float32) * LOG2E
+                top = tl.maximum(m, sink)
+                top = tl.where(top == float("-inf"), 0.0, top)
+                fade = tl.exp2(m - top)
+                norm = norm * fade + tl.exp2(sink - top)
+                acc *= fade[:, None]
+                m = top
+                some = norm > 0
+            acc /= tl.where(some, norm, 1.0)[:, None]
+            out_row = (b64 * Sq + position) * (HKV * G) + head
+            tl.store(
+                Out + (out_row * DV)[:, None] + offs_dv[None, :],
+                acc.to(Out.dtype.element_ty),
+                mask=row_ok[:, None] & dv_ok[None, :],
+            )
+            if HAS_LSE:
+                lse = tl.where(some, m + tl.log2(tl.where(some, norm, 1.0)), float("-inf")) * LN2
+                tl.store(Lse + (b64 * (HKV * G) + head) * Sq + position, lse, mask=row_ok)
+        elif SPLIT:
+            acc /= tl.where(some, norm, 1.0)[:, None]
+            lse = tl.where(some, m + tl.log2(tl.where(some, norm, 1.0)), float("-inf"))
+            part_row = (2 * worker + (begin == 0).to(tl.int32)) * (G * Sq) + rows
+            tl.store(Part + _lse_offset(workers, G, Sq, DV) + part_row, lse, mask=row_ok)
+            tl.store(
+                Part + part_row.to(tl.int64)[:, None] * DV + offs_dv[None, :],
+                acc,
+                mask=row_ok[:, None] & dv_ok[None, :],
+            )
+        if SPLIT:
+            tile += count
+        else:
+            tile = stop
+
+
+@triton.jit(do_not_specialize=["B", "HKV", "G", "Sq", "Sk", "window", "chunk", "workers"])
+def combine_kernel(
+    Out, Lse, Part, First, End, Sinks, B, HKV, G, Sq, Sk, window, chunk, workers,
+    DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr,
+    WINDOW: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_END: tl.constexpr, HAS_SINKS: tl.constexpr,
+    HAS_LSE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Merge the partial results of one query row; write zeros for a row of no keys."""
+    pid = tl.program_id(0)
+    r = pid % (G * Sq)
+    h = (pid // (G * Sq)) % HKV
+    b = pid // (G * Sq * HKV)
+    offs_dv = tl.program_id(1) * BLOCK_DV + tl.arange(0, BLOCK_DV)
+    dv_ok = offs_dv < DV
+    n, upto, _, chunk = _line(
+        First, End, B, HKV, Sq, Sk, window, chunk, workers, HAS_FIRST, HAS_END, WINDOW, BLOCK_N, BLOCK_B
+    )
+    here = tl.arange(0, BLOCK_B) == b
+    tiles = tl.sum(tl.where(here, n, 0), 0)
+    start = tl.sum(tl.where(here, upto, 0), 0) - tiles * (HKV - h)
+    worker = start // chunk
+    parts = (start + tiles - 1) // chunk - worker + 1
+    if tiles == 0:
+        parts = 0
+    if PDL:
+        gdc_wait()
+
+    if parts != 1:
+        m = tl.full([1], float("-inf"), tl.float32)
+        norm = tl.zeros([1], tl.float32)
+        head = h * G + r // Sq
+        if HAS_SINKS:
+            m = tl.zeros([1], tl.float32) + tl.load(Sinks + head).to(tl.float32) * LOG2E
+            norm = tl.where(m == float("-inf"), 0.0, 1.0)
+        acc = tl.zeros([BLOCK_DV], tl.float32)
+        for i in tl.range(0, parts, BLOCK_P):
+            part = i + tl.arange(0, BLOCK_P)
+            part_row = (2 * (worker + part) + (part == 0).to(tl.int32)) * (G * Sq) + r
+            part_ok = part < parts
+            lse = tl.load(Part + _lse_offset(workers, G, Sq, DV) + part_row, mask=part_ok, other=float("-inf"))
+            values = tl.load(
+                Part + part_row.to(tl.int64)[:, None] * DV + offs_dv[None, :],
+                mask=part_ok[:, None] & dv_ok[None, :],
+                other=0.0,
+            )
+            top = tl.maximum(m, tl.max(lse, 0))
+            use = tl.where(top == float("-inf"), 0.0, top)
+            weight = tl.exp2(lse - use)
+            fade = tl.exp2(m - use)
+            norm = norm * fade + tl.sum(weight, 0)
+            acc = acc * fade + tl.sum(values * weight[:, None], 0)
+            m = top
+        some = norm > 0
+        acc = acc / tl.where(some, norm, 1.0)
+        b64 = b.to(tl.int64)
+        out_row = (b64 * Sq + r % Sq) * (HKV * G) + head
+        tl.store(Out + out_row * DV + offs_dv, acc.to(Out.dtype.element_ty), mask=dv_ok)
+        if HAS_LSE:
+            lse = tl.where(some, m + tl.log2(tl.where(some, norm, 1.0)), float("-inf")) * LN2
+            lse_at = Lse + (b64 * (HKV * G) + head) * Sq + r % Sq + tl.arange(0, 1)
+            tl.store(lse_at, lse, mask=(tl.program_id(1) + tl.arange(0, 1)) == 0)
+
+
+@triton.jit(do_not_specialize=["Sk", "heads", "queries"])
+def mask_bounds_kernel(Mask, First, End, m_b, m_h, m_s, m_k, heads, queries, Sk, BLOCK: tl.constexpr):
+    """First and one past the last key that any query of a batch row may see."""
+    b = tl.program_id(0)
+    keys = tl.arange(0, BLOCK)
+    lo = tl.full([BLOCK], 2147483647, tl.int32)
+    hi = tl.zeros([BLOCK], tl.int32)
+    for row in tl.range(0, heads * queries):
+        base = Mask + b.to(tl.int64) * m_b + (row // queries).to(tl.int64) * m_h + (row % queries).to(tl.int64) * m_s
+        for start in tl.range(0, Sk, BLOCK):
+            n = start + keys
+            seen = tl.load(base + n.to(tl.int64) * m_k, mask=n < Sk, other=0) != 0
+            lo = tl.where(seen, tl.minimum(lo, n), lo)
+            hi = tl.where(seen, tl.maximum(hi, n + 1), hi)
+    first = tl.min(lo, 0)
+    end = tl.max(hi, 0)
+    tl.store(First + b, tl.minimum(first, end))
+    tl.store(End + b, end)
