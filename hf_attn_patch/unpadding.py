@@ -1,0 +1,336 @@
+"""A padded batch through the whole model without its padding tokens.
+
+With a 2-D attention mask every layer of a model computes on padding: projections, MLPs and head, not only attention.
+:func:`unpadded` takes the real tokens out once before the model, runs them as one packed row ``[1, T]`` with document
+borders (``cu_seq_lens_q/k``, ``max_length_q/k``), and puts the results back into ``[B, S, ...]`` once after it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+__all__ = ["Unpadded", "unpadded"]
+
+IGNORE = -100  # the label that transformers' losses leave out
+PER_TOKEN = ("input_ids", "inputs_embeds", "position_ids", "token_type_ids", "labels", "shift_labels")
+#: heads that work token by token, so that they too run on the packed row. Other heads get padded hidden states.
+TOKENWISE_HEADS = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForTokenClassification")
+#: how a padded forward numbers its tokens when it gets no position_ids: by column (Llama, GPT-2, BERT), by counting the
+#: real tokens (OPT), or by counting ids that are not padding, from padding_idx on (RoBERTa)
+NUMBERINGS = ("columns", "counted", "from padding_idx")
+#: implementations, besides those of the flash family, that read document borders from ``cu_seq_lens_q/k``
+BORDER_AWARE = {"hf_attn_patch"}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the T real tokens of a batch ``[B, S]`` are."""
+
+    index: Tensor  # [T] into the B*S tokens, document after document
+    first: Tensor  # [number of documents] into the T tokens: each document's first one
+    cu_seq_lens: Tensor  # int32
+    max_length: int
+    shape: tuple[int, int]
+
+    def pack(self, tokens: Tensor) -> Tensor:
+        """``[B, S, ...]`` -> ``[1, T, ...]``"""
+        return tokens.flatten(0, 1).index_select(0, self.index)[None]
+
+    def unpack(self, name: str, value: Any) -> Any:
+        """``[1, T, ...]`` -> ``[B, S, ...]`` and ``[T, ...]`` -> ``[B*S, ...]``, zero at the padding."""
+        if isinstance(value, (tuple, list)):
+            return type(value)(self.unpack(name, v) for v in value)
+        if not isinstance(value, Tensor) or value.dim() == 0:
+            return value
+        (B, S), T = self.shape, len(self.index)
+        if value.shape[:2] == (1, T):
+            return self._scatter(value[0]).unflatten(0, (B, S))
+        if value.shape[0] == T:
+            return self._scatter(value)
+        raise ValueError(f"unpadded() cannot put the output {name} of shape {tuple(value.shape)} back into the batch")
+
+    def _scatter(self, tokens: Tensor) -> Tensor:
+        B, S = self.shape
+        return tokens.new_zeros(B * S, *tokens.shape[1:]).index_copy(0, self.index, tokens)
+
+
+def _layout(mask: Tensor, positions: Tensor, targets: Tensor | None, shifted: bool, strict: bool) -> Layout | None:
+    """The layout of a 2-D mask ``[B, S]`` (nonzero: real), or None if nothing is padding. Waits for the device once.
+
+    Args:
+        positions: position ids ``[B, S]``. Documents are put in an order in which no document's first position follows
+            the last one of the document before, because transformers' own masks find borders by that.
+        targets: labels ``[B, S]``, if there are any; ``shifted``: whether a label is the target of the token before.
+        strict: whether positions must count up by one inside each row (see :func:`unpadded`).
+
+    Raises:
+        ValueError: as :func:`unpadded` says.
+    """
+    (B, S), device = mask.shape, mask.device
+    real = mask != 0
+    lengths, first = real.sum(1), real.int().argmax(1)
+    last = S - 1 - real.flip(1).int().argmax(1)
+    gaps = ((last - first + 1 != lengths) & (lengths > 0)).sum()
+    both = real[:, 1:] & real[:, :-1]
+    jumps = ((positions.diff(dim=1) != 1) & both).sum()
+    lost = torch.zeros_like(gaps)
+    if targets is not None:
+        # of shifted labels the first column is nobody's target, and the others need the token before
+        wanted, served = (targets[:, 1:], both) if shifted else (targets, real)
+        lost = ((wanted != IGNORE) & ~served).sum()
+    order = positions.gather(1, first[:, None])[:, 0].argsort(descending=True, stable=True)
+    host: list[int] = torch.cat([torch.stack([gaps, jumps, lost]), lengths[order]]).tolist()
+    if host[0]:
+        raise ValueError("attention_mask has padding between real tokens, which unpadded() cannot pack: pad at one end")
+    if strict and host[1]:
+        raise ValueError(
+            "position_ids do not count up by one inside a row, and this attention implementation finds the borders of "
+            "documents by them: switch the model with hf_attn_patch.enable(model), which is given the borders"
+        )
+    if host[2]:
+        raise ValueError(
+            f"{host[2]} labels stand on padding tokens or would be predicted from them; unpadded() leaves those out: "
+            f"set these labels to {IGNORE}, or drop them with unpadded(model, drop_padding_targets=True)"
+        )
+    documents = [n for n in host[3:] if n]
+    T = sum(documents)
+    if T in (0, B * S):
+        return None
+    borders = [0]
+    for n in documents:
+        borders.append(borders[-1] + n)
+    # a stable sort brings the real tokens to the front in their order, and its size need not be asked of the device
+    front = real[order].flatten().to(torch.int8).argsort(descending=True, stable=True)[:T]
+    index = (order[:, None] * S + torch.arange(S, device=device)).flatten()[front]
+    cu_seq_lens = torch.tensor(borders, dtype=torch.int32).to(device, non_blocking=True)
+    return Layout(index, cu_seq_lens[:-1].long(), cu_seq_lens, max(documents), (B, S))
+
+
+class Unpadded:
+    """The handle that :func:`unpadded` returns: a context manager, or ``undo()`` when done."""
+
+    def __init__(self, model: PreTrainedModel, drop_padding_targets: bool) -> None:
+        self.model = model
+        self.drop_padding_targets = drop_padding_targets
+        self.tokenwise = type(model).__name__.endswith(TOKENWISE_HEADS)
+        self.shifted = type(model).__name__.endswith(TOKENWISE_HEADS[:2])
+        self.target: PreTrainedModel = model if self.tokenwise else model.base_model
+        self.numbering = NUMBERINGS[0]
+        self.active = True
+        self._signature = inspect.signature(self.target.forward)
+        kinds = {p.kind: name for name, p in self._signature.parameters.items()}
+        self._rest = kinds.get(inspect.Parameter.VAR_KEYWORD, "")  # the name of **kwargs
+        self._pending = threading.local()
+        self._hooks = [
+            self.target.register_forward_pre_hook(self._before, with_kwargs=True),
+            self.target.register_forward_hook(self._after),
+        ]
+
+    def undo(self) -> None:
+        """Let the model run on padding again."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def __enter__(self) -> Unpadded:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.undo()
+
+    def _positions(self, given: dict[str, Any], mask: Tensor) -> Tensor:
+        """``[B, S]``: what the padded forward would use."""
+        positions = given.get("position_ids")
+        columns = torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
+        if positions is not None:
+            if positions.dim() != 2:
+                raise ValueError(f"unpadded() needs position_ids of [B, S], not {tuple(positions.shape)}")
+            return positions.expand(mask.shape)  # type: ignore[no-any-return]
+        if self.numbering == "counted":
+            return (mask != 0).cumsum(1) - 1
+        if self.numbering == "from padding_idx":
+            padding_idx, ids = self.model.config.pad_token_id, given.get("input_ids")
+            if ids is None:
+                return columns + padding_idx + 1
+            return (ids != padding_idx).cumsum(1) * (ids != padding_idx) + padding_idx
+        return columns
+
+    def _before(
+        self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        self._pending.layout = None
+        given: dict[str, Any] = dict(self._signature.bind_partial(*args, **kwargs).arguments)
+        given.update(given.pop(self._rest, {}))
+        mask = given.get("attention_mask")
+        # what is cached keeps its padded layout, so generate() runs as it is
+        cached = given.get("past_key_values") is not None or given.get("use_cache") is True
+        if mask is None or cached or not self.active:
+            return None
+        if not isinstance(mask, Tensor) or mask.dim() != 2:
+            raise ValueError("unpadded() needs the 2-D attention_mask [B, S]")
+        for name in ("output_attentions", "logits_to_keep"):
+            if given.get(name) not in (None, False, 0):
+                raise ValueError(f"unpadded() cannot serve {name}: call the model outside of it")
+        positions = self._positions(given, mask)
+        shifted = self.shifted and given.get("shift_labels") is None
+        targets = given.get("labels" if shifted or not self.shifted else "shift_labels") if self.tokenwise else None
+        strict = not _takes_cu_seq_lens(self.model)
+        layout = _layout(mask, positions, None if self.drop_padding_targets else targets, shifted, strict)
+        if layout is None:
+            return None
+        packed = dict(given, attention_mask=None, use_cache=False, return_dict=True)
+        if "position_ids" in self._signature.parameters or "position_ids" in given:
+            packed["position_ids"] = positions
+        for name, value in packed.items():
+            if name in PER_TOKEN and value is not None:
+                packed[name] = layout.pack(value)
+            elif isinstance(value, Tensor) and value.dim() > 0:
+                raise ValueError(
+                    f"unpadded() does not know how to pack the argument {name}: call the model outside of it"
+                )
+        if shifted and packed.get("labels") is not None:
+            # the token before is another document's
+            packed["labels"] = packed["labels"].index_fill(1, layout.first, IGNORE)
+        packed["cu_seq_lens_q"] = packed["cu_seq_lens_k"] = layout.cu_seq_lens
+        packed["max_length_q"] = packed["max_length_k"] = layout.max_length
+        wanted = given.get("return_dict")
+        self._pending.layout = layout
+        self._pending.as_tuple = not (self.model.config.return_dict if wanted is None else wanted)
+        return (), packed
+
+    def _after(self, module: Any, args: tuple[Any, ...], output: Any) -> Any:
+        layout = self._pending.layout
+        if layout is None:
+            return None
+        self._pending.layout = None
+        for name in list(output.keys()):
+            if name != "pooler_output":
+                output[name] = layout.unpack(name, output[name])
+        if output.get("pooler_output") is not None:
+            # a pooler reads each row's first token: of the packed row it saw only the first document's
+            pooler = getattr(module, "pooler", None)
+            if pooler is None:
+                raise ValueError(f"unpadded() cannot redo how {type(module).__name__} pools")
+            output["pooler_output"] = pooler(output["last_hidden_state"])
+        return output.to_tuple() if self._pending.as_tuple else output
+
+
+def _takes_cu_seq_lens(model: PreTrainedModel) -> bool:
+    name = str(model.config._attn_implementation)
+    return name in BORDER_AWARE or "flash" in name
+
+
+def unpadded(model: torch.nn.Module, *, drop_padding_targets: bool = False, check: bool = True) -> Unpadded:
+    """Run a model's padded batches without their padding tokens, with the same loss, gradients and outputs.
+
+    For decoder-only language models and encoders, with padding on either side. Token-wise heads (language modelling,
+    token classification) run on the real tokens only, others on the encoder's padded output. Outputs are zero at
+    padding tokens (a padded forward leaves arbitrary values there). The attention implementation must keep packed
+    documents apart: ``"hf_attn_patch"`` and flash attention get the borders; transformers' ``"sdpa"``, ``"eager"`` and
+    ``"flex_attention"`` find them by ``position_ids``, in causal models only.
+
+    Calls that use a KV cache (``generate``), have no ``attention_mask``, or no padding in it, run as they are.
+
+    Args:
+        model: a transformers model, possibly wrapped (DDP, PEFT); wrap it in ``torch.compile`` after this.
+        drop_padding_targets: leave out labels that only a padding token could predict (the first real token of a
+            left-padded row) or that stand on padding, instead of raising.
+        check: compare a padded forward of a few tokens with the unpadded one, once, now. This is how a family is
+            refused that would not compute the same.
+
+    Returns:
+        a handle: ``with unpadded(model): ...``, or ``handle.undo()`` when done.
+
+    Raises:
+        TypeError: if there is no transformers model in ``model``, or it is no decoder-only model or text encoder.
+        ValueError: now, if the check fails; at a call, for a mask that is not ``[B, S]`` or has gaps inside a row,
+            targets on padding, arguments that are not known to be per token, ``output_attentions``, ``logits_to_keep``.
+
+    >>> import torch
+    >>> from hf_attn_patch.unpadding import unpadded
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+    ...                                      num_attention_heads=2)).eval()
+    >>> ids, mask = torch.tensor([[3, 4, 5, 6], [7, 8, 0, 0]]), torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    >>> padded = model(input_ids=ids, attention_mask=mask).logits
+    >>> with unpadded(model):
+    ...     packed = model(input_ids=ids, attention_mask=mask).logits
+    >>> torch.allclose(padded[mask.bool()], packed[mask.bool()], atol=1e-5)
+    True
+    """
+    inner = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
+    if inner is None:
+        raise TypeError(f"{type(model).__name__} holds no transformers model")
+    if inner.config.is_encoder_decoder:
+        raise TypeError(f"unpadded() serves decoder-only models and encoders, and {type(inner).__name__} is neither")
+    handle = Unpadded(inner, drop_padding_targets)
+    if not handle._rest or "attention_mask" not in handle._signature.parameters:
+        handle.undo()
+        raise TypeError(
+            f"{type(handle.target).__name__}.forward takes no attention_mask, or passes nothing on to attention"
+        )
+    if check:
+        try:
+            _calibrate(handle)
+        except BaseException:
+            handle.undo()
+            raise
+    return handle
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    """Of the largest output: what rounding alone may do in a deep model."""
+    if dtype in (torch.float16, torch.bfloat16):
+        return 5e-2
+    return 1e-2 if torch.backends.cuda.matmul.allow_tf32 else 1e-3
+
+
+#: a row padded on the right, one on the left, a full one
+_PROBE = ((1, 1, 1, 1, 0, 0), (0, 0, 1, 1, 1, 1), (1, 1, 1, 1, 1, 1))
+
+
+@torch.no_grad()
+def _calibrate(handle: Unpadded) -> None:
+    """Find the numbering with which the model computes the same unpadded as padded, or raise ValueError."""
+    target, config = handle.target, handle.model.config.get_text_config()
+    device = target.get_input_embeddings().weight.device
+    if device.type == "meta":
+        raise ValueError("unpadded() tries the model out, and this one has no weights yet: load it first")
+    mask = torch.tensor(_PROBE, device=device)
+    pad = config.pad_token_id if isinstance(config.pad_token_id, int) else 0
+    ids = torch.arange(mask.numel(), device=device).view_as(mask) * 7 % (config.vocab_size - 1)
+    ids = torch.where(mask == 1, ids + (ids >= pad), pad)
+    training = [module for module in target.modules() if module.training]
+    target.eval()
+    try:
+
+        def run() -> Tensor:
+            output = target(input_ids=ids, attention_mask=mask, return_dict=True)
+            states: Tensor = output["logits" if handle.tokenwise else "last_hidden_state"]
+            return states[mask == 1].double()
+
+        handle.active = False
+        expected = run()
+        handle.active = True
+        tolerance = _tolerance(target.dtype) * float(expected.abs().max())
+        errors = {}
+        for numbering in NUMBERINGS if isinstance(config.pad_token_id, int) else NUMBERINGS[:2]:
+            handle.numbering = numbering
+            errors[numbering] = float((run() - expected).abs().max())
+            if errors[numbering] <= tolerance:
+                return
+    finally:
+        for module in training:
+            module.training = True
+    raise ValueError(
+        f"{type(handle.model).__name__} with attn_implementation={handle.model.config._attn_implementation!r} does not "
+        f"compute the same on packed rows (off by {min(errors.values()):.2g}; {tolerance:.2g} could be rounding). "
+        "An encoder needs an implementation that is given the document borders: hf_attn_patch.enable(model). "
+        "Families that mix tokens outside attention (recurrences, convolutions) cannot run unpadded"
+    )

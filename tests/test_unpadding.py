@@ -1,0 +1,369 @@
+"""unpadded(): a padded batch without its padding computes the same outputs, loss and gradients."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    BartConfig,
+    BartModel,
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertModel,
+    FalconH1Config,
+    FalconH1ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    LlamaModel,
+    MixtralConfig,
+    MixtralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    RobertaConfig,
+    RobertaForMaskedLM,
+    RobertaModel,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from hf_attn_patch.unpadding import IGNORE, unpadded
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+}
+GQA = {**SIZES, "num_key_value_heads": 2}
+BERT = {**SIZES, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "num_labels": 3}
+GPT2 = GPT2Config(
+    vocab_size=64, n_embd=32, n_layer=2, n_head=4, initializer_range=0.2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
+)
+OPT = OPTConfig(
+    vocab_size=64,
+    hidden_size=32,
+    ffn_dim=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    word_embed_proj_dim=32,
+    dropout=0.0,
+    init_std=0.2,
+    pad_token_id=0,
+)
+GEMMA3 = Gemma3TextConfig(**GQA, head_dim=8, sliding_window=4, layer_types=["sliding_attention", "full_attention"])
+MIXTRAL = MixtralConfig(**GQA, num_local_experts=4, output_router_logits=True, router_aux_loss_coef=0.1)
+CAUSAL: dict[str, tuple[Any, Any]] = {
+    "llama": (LlamaForCausalLM, LlamaConfig(**GQA)),
+    "gemma3": (Gemma3ForCausalLM, GEMMA3),
+    "gpt2": (GPT2LMHeadModel, GPT2),
+    "opt": (OPTForCausalLM, OPT),
+    "mixtral": (MixtralForCausalLM, MIXTRAL),
+}
+ENCODERS: dict[str, tuple[Any, Any]] = {
+    "bert": (BertForMaskedLM, BertConfig(**BERT)),
+    "bert tokens": (BertForTokenClassification, BertConfig(**BERT)),
+    "roberta": (RobertaForMaskedLM, RobertaConfig(**{**BERT, "pad_token_id": 1})),
+}
+# rows of S=7: padded on the right, left, left with other lengths, both ways and full
+MASKS = {
+    "right": [[1] * 5 + [0] * 2, [1] * 2 + [0] * 5, [1] * 7],
+    "left": [[0] * 2 + [1] * 5, [0] * 5 + [1] * 2, [1] * 7],
+    "both": [[1] * 3 + [0] * 4, [0] * 3 + [1] * 4, [1] * 7, [0] * 7, [0] * 2 + [1] * 3 + [0] * 2],
+}
+
+
+def packed_reference(module: Any, q: Any, k: Any, v: Any, mask: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+    """What an implementation that takes document borders promises, the slow way: one document at a time."""
+    borders = kwargs.get("cu_seq_lens_q")
+    if borders is None:
+        return sdpa_attention_forward(module, q, k, v, mask, **kwargs)  # type: ignore[no-any-return]
+    assert mask is None
+    assert isinstance(kwargs["max_length_q"], int)
+    assert kwargs["max_length_q"] == int(borders.diff().max())
+    assert int(borders[-1]) == q.shape[2]
+    causal = kwargs.get("is_causal")
+    causal = module.is_causal if causal is None else causal
+    out = []
+    for start, end in borders.unfold(0, 2, 1).tolist():
+        n = end - start
+        visible = torch.ones(n, n, dtype=torch.bool).tril() if causal else torch.ones(n, n, dtype=torch.bool)
+        if kwargs.get("sliding_window"):
+            visible &= torch.ones(n, n, dtype=torch.bool).triu(1 - kwargs["sliding_window"])
+        one = (t[:, :, start:end] for t in (q, k, v))
+        out.append(scaled_dot_product_attention(*one, attn_mask=visible, scale=kwargs.get("scaling"), enable_gqa=True))
+    return torch.cat(out, dim=2).transpose(1, 2), None
+
+
+def packed_reference_mask(*args: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
+    return None if attention_mask is None else sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _registered() -> Iterator[None]:
+    AttentionInterface.register("packed_reference", packed_reference)
+    AttentionMaskInterface.register("packed_reference", packed_reference_mask)
+    yield
+    for interface in (AttentionInterface, AttentionMaskInterface):
+        interface._global_mapping.pop("packed_reference")
+
+
+def build(cls: Any, config: Any, attention: str = "packed_reference") -> Any:
+    torch.manual_seed(0)
+    model = cls._from_config(copy.deepcopy(config), attn_implementation=attention)
+    return model.eval()
+
+
+def batch(side: str, pad: int = 0, labels: bool = True) -> dict[str, torch.Tensor]:
+    mask = torch.tensor(MASKS[side])
+    torch.manual_seed(2)
+    ids = torch.randint(2, 64, mask.shape).where(mask == 1, pad)
+    out = {"input_ids": ids, "attention_mask": mask}
+    if labels:
+        predictor = torch.cat([torch.zeros_like(mask[:, :1]), mask[:, :-1]], dim=1)
+        out["labels"] = ids.where((mask * predictor == 1) & (torch.rand(mask.shape) < 0.8), IGNORE)
+    return out
+
+
+def run(model: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, torch.Tensor]]:
+    model.zero_grad()
+    output = model(**inputs)
+    output.loss.backward()
+    return output, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(model: Any, inputs: dict[str, Any], **kwargs: Any) -> Any:
+    """Loss, gradients and the outputs at real tokens."""
+    expected, expected_grads = run(model, inputs)
+    with unpadded(model, **kwargs):
+        output, grads = run(model, inputs)
+    torch.testing.assert_close(output.loss, expected.loss)
+    assert grads.keys() == expected_grads.keys()
+    for name in grads:
+        torch.testing.assert_close(grads[name], expected_grads[name], rtol=1e-3, atol=2e-5, msg=lambda m, n=name: n + m)
+    real = inputs["attention_mask"] == 1
+    for name in ("logits", "last_hidden_state"):
+        if name in expected:
+            torch.testing.assert_close(output[name][real], expected[name][real], rtol=1e-3, atol=1e-4)
+            assert (output[name][~real] == 0).all()
+    again, _ = run(model, inputs)  # undone
+    torch.testing.assert_close(again.logits, expected.logits)
+    return output
+
+
+@pytest.mark.parametrize("attention", ["packed_reference", "sdpa", "eager"])
+@pytest.mark.parametrize("side", MASKS)
+@pytest.mark.parametrize("family", CAUSAL)
+def test_causal(family: str, side: str, attention: str) -> None:
+    """transformers' own masks find the borders by position_ids; the others are given them."""
+    cls, config = CAUSAL[family]
+    model = build(cls, config, attention)
+    if family == "opt" and attention != "packed_reference":  # OPT makes its mask without position_ids
+        with pytest.raises(ValueError, match="does not compute the same"):
+            unpadded(model)
+    else:
+        assert_same(model, batch(side))
+
+
+@pytest.mark.parametrize("side", MASKS)
+@pytest.mark.parametrize("family", ENCODERS)
+def test_encoders(family: str, side: str) -> None:
+    cls, config = ENCODERS[family]
+    inputs = batch(side, config.pad_token_id)
+    if family == "bert tokens":
+        inputs["labels"] = inputs["labels"].where(inputs["labels"] == IGNORE, inputs["labels"] % 3)
+        inputs["token_type_ids"] = inputs["input_ids"] % 2
+    assert_same(build(cls, config), inputs)
+
+
+def test_the_padding_is_really_gone() -> None:
+    model, seen = build(*CAUSAL["llama"]), []
+    hook = model.model.layers[0].mlp.register_forward_hook(lambda m, args, out: seen.append(tuple(out.shape)))
+    with unpadded(model, check=False):
+        model(**batch("right"))
+    hook.remove()
+    assert seen == [(1, 14, 32)]
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_sequence_classification_gets_padded_hidden_states(side: str) -> None:
+    """A head that is not per token: it picks its token in the padded batch."""
+    assert_rows_same(build(LlamaForSequenceClassification, LlamaConfig(**GQA, num_labels=3)), side)
+
+
+def test_pooler() -> None:
+    assert_rows_same(build(BertForSequenceClassification, BertConfig(**BERT)), "right")
+
+
+def assert_rows_same(model: Any, side: str) -> None:
+    inputs = {**batch(side), "labels": torch.tensor([0, 2, 1])}
+    expected, expected_grads = run(model, inputs)
+    with unpadded(model):
+        output, grads = run(model, inputs)
+    torch.testing.assert_close(output.logits, expected.logits, rtol=1e-3, atol=1e-4)
+    assert grads.keys() == expected_grads.keys()
+    for name in grads:
+        torch.testing.assert_close(grads[name], expected_grads[name], rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize("as_tuple", [False, True])
+def test_base_models_and_hidden_states(as_tuple: bool) -> None:
+    for cls, config in (
+        (LlamaModel, LlamaConfig(**GQA)),
+        (BertModel, BertConfig(**BERT)),
+        (RobertaModel, ENCODERS["roberta"][1]),
+    ):
+        model, inputs = build(cls, config), batch("right", config.pad_token_id, labels=False)
+        call = {**inputs, "output_hidden_states": True, "return_dict": not as_tuple, "use_cache": False}
+        real = inputs["attention_mask"] == 1
+        with torch.no_grad():
+            expected = model(**call)
+            with unpadded(model):
+                output = model(**call)
+        assert type(output) is type(expected)
+        assert len(output) == len(expected)
+        for a, b in zip((output[0], *output[-1]), (expected[0], *expected[-1]), strict=True):
+            torch.testing.assert_close(a[real], b[real], rtol=1e-3, atol=1e-4)
+        if cls is not LlamaModel:
+            torch.testing.assert_close(output[1], expected[1], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("attention", ["packed_reference", "sdpa"])
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_any_mask(attention: str, data: st.DataObject) -> None:
+    S = data.draw(st.integers(2, 9))
+    spans = data.draw(st.lists(st.tuples(st.integers(0, S), st.integers(0, S)), min_size=1, max_size=4))
+    mask = torch.zeros(len(spans), S, dtype=torch.long)
+    for row, (a, b) in enumerate(spans):
+        mask[row, min(a, b) : max(a, b)] = 1
+    model, ids = build(*CAUSAL["llama"], attention), torch.randint(2, 64, mask.shape)
+    with torch.no_grad(), unpadded(model, check=False):
+        output = model(input_ids=ids, attention_mask=mask).logits
+    if mask.sum() in (0, mask.numel()):
+        return
+    for row in range(len(spans)):  # each document by itself
+        real = mask[row] == 1
+        assert (output[row][~real] == 0).all()
+        if real.any():
+            with torch.no_grad():
+                alone = model(input_ids=ids[row][real][None]).logits[0]
+            torch.testing.assert_close(output[row][real], alone, rtol=1e-3, atol=1e-4)
+
+
+def test_inputs_embeds_and_positions_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_attn_patch.unpadding.BORDER_AWARE", {"packed_reference"})
+    model, inputs = build(*CAUSAL["llama"]), batch("left")
+    inputs["position_ids"] = inputs["attention_mask"].cumsum(1).sub(1).clamp(min=0) * 3  # not by ones
+    assert_same(model, inputs)
+    embeds = model.get_input_embeddings()(inputs.pop("input_ids")).detach().requires_grad_()
+    inputs["inputs_embeds"] = embeds
+    model(**inputs).loss.backward()
+    expected = embeds.grad.clone()
+    embeds.grad = None
+    with unpadded(model):
+        model(**inputs).loss.backward()
+    torch.testing.assert_close(embeds.grad, expected, rtol=1e-3, atol=2e-5)
+    strict = build(*CAUSAL["llama"], "sdpa")
+    with pytest.raises(ValueError, match="position_ids do not count"), unpadded(strict):
+        strict(**inputs)
+
+
+def test_num_items_and_shift_labels() -> None:
+    model, inputs = build(*CAUSAL["llama"]), batch("right")
+    assert_same(model, {**inputs, "num_items_in_batch": torch.tensor(29)})
+    shifted = torch.cat([inputs["labels"][:, 1:], torch.full((3, 1), IGNORE)], dim=1)
+    assert_same(model, {**inputs, "shift_labels": shifted})
+
+
+def test_targets_on_padding() -> None:
+    model, inputs = build(*CAUSAL["llama"]), batch("left")
+    clean = assert_same(model, inputs).loss
+    dirty = dict(inputs, labels=inputs["labels"].clone())
+    dirty["labels"][0, 2] = 7  # the first real token, which only padding could predict
+    with pytest.raises(ValueError, match="1 labels stand on padding"), unpadded(model):
+        model(**dirty)
+    with unpadded(model, drop_padding_targets=True):
+        torch.testing.assert_close(model(**dirty).loss, clean)
+
+
+def test_generate_runs_as_it_is() -> None:
+    model, inputs = build(*CAUSAL["llama"], "sdpa"), batch("left", labels=False)
+    expected = model.generate(**inputs, max_new_tokens=5, do_sample=False)
+    with unpadded(model):
+        torch.testing.assert_close(model.generate(**inputs, max_new_tokens=5, do_sample=False), expected)
+
+
+def test_gradient_checkpointing() -> None:
+    model = build(*CAUSAL["llama"])
+    model.gradient_checkpointing_enable()
+    assert_same(model.train(), batch("right"))
+    assert model.training
+
+
+@pytest.mark.parametrize(
+    ("cls", "config", "attention", "error", "message"),
+    [
+        (BertForMaskedLM, BertConfig(**BERT), "sdpa", ValueError, "does not compute the same"),
+        (
+            FalconH1ForCausalLM,
+            FalconH1Config(**GQA, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8, mamba_chunk_size=8),
+            "sdpa",
+            ValueError,
+            "does not compute the same",
+        ),
+        (
+            BartModel,
+            BartConfig(vocab_size=64, d_model=32, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=8),
+            "sdpa",
+            TypeError,
+            "BartModel is neither",
+        ),
+    ],
+)
+def test_what_would_not_be_exact_is_refused(cls: Any, config: Any, attention: str, error: Any, message: str) -> None:
+    model = build(cls, config, attention)
+    with pytest.raises(error, match=message):
+        unpadded(model)
+    for module in model.modules():
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"output_attentions": True}, "output_attentions"),
+        ({"logits_to_keep": 1}, "logits_to_keep"),
+        ({"attention_mask": torch.tensor([[1, 0, 1, 1, 1, 1, 1]] * 3)}, "padding between real tokens"),
+        ({"attention_mask": torch.ones(3, 1, 7, 7)}, "2-D"),
+        ({"bbox": torch.ones(3, 7, 4)}, "argument bbox"),
+    ],
+)
+def test_calls_that_cannot_be_packed(change: dict[str, Any], message: str) -> None:
+    model = build(*CAUSAL["llama"])
+    with unpadded(model), pytest.raises(ValueError, match=message):
+        model(**{**batch("right", labels=False), **change})
+
+
+def test_no_model() -> None:
+    with pytest.raises(TypeError, match="Linear holds no transformers model"):
+        unpadded(torch.nn.Linear(1, 1))
