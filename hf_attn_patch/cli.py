@@ -8,7 +8,9 @@ from typing import Any
 import click
 
 #: subcommand -> (module, attribute): looked up only when it is asked for, so that `--help` imports no torch
-COMMANDS: dict[str, tuple[str, str]] = {}
+COMMANDS: dict[str, tuple[str, str]] = {
+    "convert": ("hf_attn_patch.conversion.commands", "convert"),
+}
 
 
 class LazyGroup(click.Group):

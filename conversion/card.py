@@ -1,0 +1,80 @@
+"""The model card (README.md) of a converted checkpoint, by huggingface_hub's ModelCard."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .planner import Plan
+from .report import cache_itemsize, human, kv_bytes_per_token, numbers
+
+_TEXT = """\
+---
+{metadata}
+---
+
+# {title}
+
+{base}, converted with [hf-attn-patch](https://pypi.org/project/hf-attn-patch/) to fewer KV heads.
+
+| attention | layers | query heads | KV heads before | KV heads now |
+|---|---|---|---|---|
+{rows}
+
+- Method: `{method}` ({summary}){options}; seed {seed}.
+- KV cache per token: {before} before, {after} now.
+- Everything that is not attention is the source's, byte for byte. `conversion.json` records versions, source hashes
+  and the command; `hf-attn verify SOURCE THIS` recomputes and compares.
+
+The merged heads have not been trained together. Mean-pooling in particular changes what the model says until it is
+uptrained (Ainslie et al. 2023, [arXiv 2305.13245](https://arxiv.org/abs/2305.13245)).
+{command}"""
+
+
+def model_card(plan: Plan, record: dict[str, Any]) -> str:
+    """The card's text: metadata from the source's own card where it has one, what was done, and how to check it."""
+    from huggingface_hub import ModelCardData
+
+    source = plan.source
+    inherited = _source_metadata(source.folder)
+    is_hub = source.revision is not None
+    data = ModelCardData(
+        license=inherited.get("license"),
+        language=inherited.get("language"),
+        library_name="transformers",
+        pipeline_tag=inherited.get("pipeline_tag"),
+        base_model=source.name if is_hub else None,
+        tags=["gqa", "hf-attn-patch"],
+    )
+    rows = []
+    for r in record["attention"]:
+        kv = f"{numbers(r['kv_heads_before'])} | {numbers(r['kv_heads_after'])}"
+        rows.append(f"| {r['attention']} | {r['layers']} | {r['heads']} | {kv} |")
+    itemsize = cache_itemsize(plan)
+    options = ", ".join(f"{k}={v}" for k, v in plan.options.items() if v is not None)
+    name = source.name.rstrip("/").rsplit("/", 1)[-1]
+    return _TEXT.format(
+        metadata=data.to_yaml(),
+        title=f"{name} with fewer KV heads",
+        base=f"[{source.name}](https://huggingface.co/{source.name})" if is_hub else f"`{name}`",
+        rows="\n".join(rows),
+        method=plan.method.name,
+        summary=plan.method.summary,
+        options=f" with {options}" if options else "",
+        seed=plan.seed,
+        before=human(kv_bytes_per_token(plan.layers, itemsize, new=False)),
+        after=human(kv_bytes_per_token(plan.layers, itemsize, new=True)),
+        command=f"\n```\n{record['command']}\n```\n" if record["command"] else "",
+    )
+
+
+def _source_metadata(folder: Any) -> dict[str, Any]:
+    """The metadata block of the source's README.md; empty where there is none that can be read."""
+    from huggingface_hub import ModelCard
+
+    path = folder / "README.md"
+    if not path.is_file():
+        return {}
+    try:
+        return dict(ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict())
+    except (ValueError, TypeError, OSError):  # not ours to repair, and a conversion needs none of it
+        return {}

@@ -1,0 +1,121 @@
+"""From config.json to the language model's numbers, through transformers' own config classes (defaults included)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from .errors import ConversionError
+from .families import TEXT_PREFIXES, Family, Stack, family_of, supported
+from .heads import LayerAttention, stack_layers
+
+
+@dataclass
+class LanguageModel:
+    """The part of a model whose KV heads are converted.
+
+    ``path``: the keys that lead from the top of config.json to this part's own config (empty: the top itself).
+    ``prefix``: what stands before the layers' names in the checkpoint; known after :meth:`locate`.
+    """
+
+    family: Family
+    model_type: str
+    config: Any
+    text_config: Any
+    path: tuple[str, ...]
+    prefixes: tuple[str, ...]
+    stacks: list[tuple[Stack, list[LayerAttention]]]
+    prefix: str = ""
+    warnings: list[str] = field(default_factory=list)
+
+    def locate(self, names: Collection[str]) -> None:
+        """Find the prefix under which this checkpoint keeps its layers, and put it before every layer's names."""
+        first_stack, first_layers = self.stacks[0]
+        modules = [projection.module for projection in first_stack.projections]
+        for prefix in self.prefixes:
+            starts = tuple(f"{prefix}{layer.prefix}{module}." for layer in first_layers[:1] for module in modules)
+            if any(name.startswith(starts) for name in names):
+                self.prefix = prefix
+                break
+        else:
+            wanted = first_layers[0].prefix + modules[0] + ".weight"
+            raise ConversionError(
+                f"the checkpoint has no tensor {wanted!r} (under {', '.join(map(repr, self.prefixes))}), "
+                f"where {self.model_type} keeps it"
+            )
+        self.stacks = [
+            (stack, [replace(layer, prefix=self.prefix + layer.prefix) for layer in layers])
+            for stack, layers in self.stacks
+        ]
+
+    def write_kv_heads(self, raw: dict[str, Any], layers: list[LayerAttention]) -> None:
+        """Change ``raw`` (a copy of config.json) so that it describes ``layers``."""
+        if not any(layer.changes for layer in layers):
+            return
+        part = raw
+        for key in self.path:
+            part = part[key]
+        for stack, _ in self.stacks:
+            own = [layer for layer in layers if layer.stack is stack]
+            if any(layer.changes for layer in own) or self.family.becomes:
+                stack.kv_field.write(part, self.text_config, own[0].heads, [layer.new_kv_heads for layer in own])
+        if self.family.becomes:
+            part["model_type"] = self.family.becomes
+            names = part.get("architectures") or []
+            part["architectures"] = [self.family.architectures.get(name, name) for name in names]
+        raw.pop("auto_map", None)  # the code that it names does not come along
+
+
+def read_config(raw: dict[str, Any], where: str) -> LanguageModel:
+    """The language model that a config.json describes.
+
+    Raises:
+        ConversionError: unknown family, quantized, or numbers that cannot be.
+    """
+    model_type = raw.get("model_type")
+    if not isinstance(model_type, str) or not model_type:
+        raise ConversionError(f"{where} names no model_type, so the family is unknown")
+    if raw.get("quantization_config") or raw.get("compression_config"):
+        raise ConversionError(
+            f"{where} describes a quantized checkpoint; convert the unquantized one, then quantize that"
+        )
+    config = _config_object(raw, model_type, where)
+    text = getattr(config, "text_config", None)
+    path: tuple[str, ...] = ()
+    text_config, text_type = config, model_type
+    if text is not None and getattr(text, "model_type", None) is not None and model_type not in supported():
+        text_config, text_type = text, text.model_type
+        if isinstance(raw.get("text_config"), dict):
+            path = ("text_config",)
+            if raw["text_config"].get("quantization_config"):
+                raise ConversionError(f"{where} describes a quantized checkpoint; convert the unquantized one")
+    try:
+        family = family_of(text_type)
+    except ConversionError as error:
+        known = None if text_type == model_type else f"{model_type!r}, whose language model is unknown here: "
+        raise ConversionError(f"{where}: {known or ''}{error}") from None
+    stacks = [(stack, stack_layers(stack, text_config, where)) for stack in family.stacks]
+    prefixes = family.prefixes if text_config is config else (*TEXT_PREFIXES, *family.prefixes)
+    warnings = []
+    if raw.get("auto_map"):
+        warnings.append("config.json names code of its own (auto_map); the result uses transformers' own classes")
+    return LanguageModel(family, text_type, config, text_config, path, prefixes, stacks, warnings=warnings)
+
+
+def _config_object(raw: dict[str, Any], model_type: str, where: str) -> Any:
+    """transformers' config of this type; its classes fill in defaults. Never runs code from a checkpoint."""
+    from transformers import CONFIG_MAPPING
+
+    try:
+        config_class = CONFIG_MAPPING[model_type]
+    except KeyError:
+        family_of(model_type)  # names the nearest family if it is unknown to us too
+        raise ConversionError(
+            f"{where}: this version of transformers does not know {model_type!r}; upgrade it"
+        ) from None
+    try:
+        return config_class.from_dict(dict(raw))
+    except Exception as error:  # the classes validate by many exception types of their own
+        text = " ".join(str(error).split())
+        raise ConversionError(f"{where} is no valid {model_type} config: {text[:300]}") from None

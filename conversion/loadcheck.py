@@ -1,0 +1,80 @@
+"""Would transformers load this? Tried on the meta device, where a model of any size takes no memory."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from .errors import ConversionError
+from .planner import Plan
+
+
+def check_loads(plan: Plan) -> None:
+    """Refuse a source that does not load whole, or a plan whose result would not.
+
+    Raises:
+        ConversionError: a tensor is missing or has a wrong shape.
+    """
+    import transformers
+
+    names = plan.new_config.get("architectures") or []
+    model_class = getattr(transformers, names[0], None) if names and isinstance(names[0], str) else None
+    if model_class is None or not hasattr(model_class, "from_pretrained"):
+        return  # a class that transformers does not have: attention was checked, the rest is the owner's
+    before = {name: (t.dtype, t.shape) for name, t in plan.source.tensors.items()}
+    _check(model_class, type(plan.config).from_dict(dict(plan.source.config)), before, plan.source.name)
+    if plan.units:
+        from transformers import CONFIG_MAPPING
+
+        new_config = CONFIG_MAPPING[plan.new_config["model_type"]].from_dict(dict(plan.new_config))
+        after = {name: (t.dtype, t.shape) for name, t in plan.tensors.items()}
+        _check(model_class, new_config, after, "the result")
+
+
+def _check(model_class: Any, config: Any, tensors: Mapping[str, tuple[str, tuple[int, ...]]], what: str) -> None:
+    import torch
+
+    from .dtypes import torch_dtype
+
+    state = {
+        name: torch.empty(shape, dtype=torch_dtype(dtype), device="meta") for name, (dtype, shape) in tensors.items()
+    }
+    with quiet():
+        try:
+            _, info = model_class.from_pretrained(
+                None,
+                config=config,
+                state_dict=state,
+                device_map="meta",
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
+        except Exception as error:  # whatever a model's constructor refuses a config with
+            text = " ".join(str(error).split())[:300]
+            raise ConversionError(
+                f"transformers cannot build {model_class.__name__} from config.json: {text}"
+            ) from None
+    for name in sorted(info["missing_keys"]):
+        raise ConversionError(f"tensor {name!r}, which {model_class.__name__} needs, is missing from {what}")
+    for name, found, wanted in sorted(info["mismatched_keys"], key=str):
+        raise ConversionError(
+            f"tensor {name!r} of {what} has shape {list(found)}, but config.json asks for {list(wanted)}"
+        )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars and no loading reports from transformers meanwhile."""
+    from transformers.utils import logging as hf_logging
+
+    verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity(logging.CRITICAL)
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(verbosity)
+        if bars:
+            hf_logging.enable_progress_bar()

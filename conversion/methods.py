@@ -1,0 +1,96 @@
+"""The methods by name. A method is a function from :class:`AttentionWeights` to :class:`AttentionWeights`.
+
+To add one: write the function (or a class with ``__call__``) in a file of its own and add a :class:`Method` to
+:data:`METHODS`; options of its own are :class:`Option` entries, which the command line shows by themselves.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from .errors import ConversionError
+
+if TYPE_CHECKING:
+    from .layouts import AttentionWeights
+    from .planner import Plan
+
+Merge = Callable[["AttentionWeights"], "AttentionWeights"]
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """An option of a method: ``--name`` on the command line, ``name=`` in Python."""
+
+    name: str
+    help: str
+    type: type = str
+    default: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """How heads are merged.
+
+    Attributes:
+        make: "module:function" inside this package, called as ``function(plan, **options) -> Merge`` when weights
+            are about to be touched; what it returns may have an attribute ``record`` (a dict for conversion.json).
+        scope: "kv": gets a tensor's K or V heads at a time; "layer": gets Q, K, V and O of a layer together.
+        ordered: the layers are given one after another, from the first on.
+        exact: the same inputs give the same bits, so that ``verify`` can recompute and compare.
+    """
+
+    name: str
+    summary: str
+    make: str
+    scope: Literal["kv", "layer"] = "kv"
+    options: tuple[Option, ...] = ()
+    ordered: bool = False
+    exact: bool = True
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+    def build(self, plan: Plan, options: Mapping[str, Any]) -> Merge:
+        module, name = self.make.split(":")
+        factory = getattr(importlib.import_module(f"{__package__}.{module}"), name)
+        merge: Merge = factory(plan, **options)
+        return merge
+
+    def resolve(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The options in full; :class:`ConversionError` for one that this method does not have."""
+        known = {option.name: option.default for option in self.options}
+        for name, value in options.items():
+            if name not in known:
+                raise ConversionError(f"method {self.name!r} has no option --{name.replace('_', '-')} ({value!r})")
+            known[name] = value
+        return known
+
+
+METHODS: dict[str, Method] = {
+    m.name: m
+    for m in (
+        Method("mean", "the mean of each group's heads (the GQA paper)", "pool:mean"),
+        Method("first", "the first head of each group", "pool:first"),
+        Method("random", "new heads, drawn anew with --seed (the paper's control)", "pool:random"),
+        Method("mean-norm", "the mean, scaled back to the heads' mean norm", "pool:mean_norm"),
+    )
+}
+
+DEFAULT_METHOD = "mean"
+
+
+def method_named(name: str) -> Method:
+    """The method of this name.
+
+    Raises:
+        ConversionError: there is none.
+    """
+    if name not in METHODS:
+        raise ConversionError(f"there is no method {name!r}; choose one of {', '.join(METHODS)}")
+    return METHODS[name]
+
+
+def all_options() -> dict[str, Option]:
+    """Every option of any method, by name."""
+    return {option.name: option for method in METHODS.values() for option in method.options}

@@ -1,0 +1,292 @@
+"""Plan first: from config and headers to what will be read, changed and written. No weights are touched."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from hf_attn_patch.grouping import GroupingError, KVGrouping, divisors
+
+from .config import LanguageModel, read_config
+from .dtypes import FLOATS
+from .errors import ConversionError
+from .families import Family, Norm, Projection, Stack
+from .heads import LayerAttention
+from .methods import DEFAULT_METHOD, Method, method_named
+from .reader import Source
+from .safetensors_header import tensor_nbytes
+from .shards import Shard, same_shards, split_shards
+
+KVHeads = int | Sequence[int] | Mapping[str, int | Sequence[int]]
+
+
+@dataclass(frozen=True, slots=True)
+class NewTensor:
+    """A tensor of the result: ``unit`` is the number of the unit that computes it, None: copied as it is."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    unit: int | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return tensor_nbytes(self.dtype, self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """Tensors of one layer that must be read together, and what is written from them."""
+
+    layer: LayerAttention
+    projections: tuple[Projection, ...]
+    norms: tuple[Norm, ...] = ()
+    output: bool = False
+    reads: tuple[str, ...] = ()
+    writes: tuple[str, ...] = ()
+
+
+@dataclass
+class Plan:
+    """What a conversion will do; made by :func:`make_plan`, carried out by ``convert``."""
+
+    source: Source
+    family: Family
+    model_type: str
+    config: Any  # the transformers config object of the whole model
+    text_config: Any  # of the language model in it (often the same object)
+    new_config: dict[str, Any]  # config.json of the result
+    layers: tuple[LayerAttention, ...]
+    method: Method
+    options: dict[str, Any]
+    seed: int
+    requested: KVHeads
+    units: tuple[Unit, ...] = ()
+    tensors: dict[str, NewTensor] = field(default_factory=dict)
+    shards: tuple[Shard, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def bytes_before(self) -> int:
+        return sum(t.nbytes for t in self.source.tensors.values())
+
+    @property
+    def bytes_after(self) -> int:
+        return sum(t.nbytes for t in self.tensors.values())
+
+    def unit_inputs(self, unit: Unit) -> int:
+        return sum(self.source.tensors[name].nbytes for name in unit.reads)
+
+
+def make_plan(
+    source: Source,
+    kv_heads: KVHeads,
+    *,
+    method: str = DEFAULT_METHOD,
+    seed: int = 0,
+    options: Mapping[str, Any] | None = None,
+    max_shard_size: int | None = None,
+) -> Plan:
+    """Check everything that can be known without reading weights.
+
+    Args:
+        source: an opened checkpoint.
+        kv_heads: one number for all layers; a list with one per layer; or ``{stack: number or list}`` for models
+            with several attentions, of which those not named stay as they are.
+        max_shard_size: bytes of an output file at most (one tensor may be larger); None: shards as in the source.
+
+    Raises:
+        ConversionError: the conversion cannot be done.
+    """
+    chosen = method_named(method)
+    model = read_config(source.config, str(source.folder / "config.json"))
+    model.locate(source.tensors)
+    layers = _with_targets(model, kv_heads)
+    new_config = copy.deepcopy(source.config)
+    model.write_kv_heads(new_config, layers)
+    for layer in layers:
+        _check_layer(source, layer)
+    _check_layer_count(source, model)
+    plan = Plan(
+        source, model.family, model.model_type, model.config, model.text_config, new_config, tuple(layers), chosen,
+        chosen.resolve(options or {}), seed, kv_heads, warnings=tuple(model.warnings),
+    )  # fmt: skip
+    if not any(layer.changes for layer in layers):
+        plan.warnings += ("every layer already has that many KV heads: the weights will be copied as they are",)
+    _plan_tensors(plan)
+    pieces = {name: tensor.nbytes for name, tensor in plan.tensors.items()}
+    plan.shards = same_shards(source, pieces) if max_shard_size is None else split_shards(pieces, max_shard_size)
+    return plan
+
+
+def _with_targets(model: LanguageModel, kv_heads: KVHeads) -> list[LayerAttention]:
+    """Every layer of every stack, with the number of KV heads that it shall have."""
+    names = [stack.name for stack, _ in model.stacks]
+    wanted = kv_heads if isinstance(kv_heads, Mapping) else dict.fromkeys(names, kv_heads)
+    for name in wanted:
+        if name not in names:
+            raise ConversionError(f"{model.model_type} has no attention {name!r}; it has {', '.join(names)}")
+    out = []
+    for stack, layers in model.stacks:
+        target = wanted.get(stack.name)
+        numbers = [layer.kv_heads for layer in layers] if target is None else _per_layer(target, len(layers), stack)
+        for layer, number in zip(layers, numbers, strict=True):
+            out.append(_with_target(layer, number))
+    return out
+
+
+def _per_layer(target: int | Sequence[int], num_layers: int, stack: Stack) -> list[int]:
+    if isinstance(target, int):
+        return [target] * num_layers
+    numbers = list(target)
+    if len(numbers) != num_layers:
+        raise ConversionError(
+            f"{len(numbers)} numbers of KV heads for {num_layers} layers ({stack.name}); give one per layer"
+        )
+    return numbers
+
+
+def _with_target(layer: LayerAttention, number: int) -> LayerAttention:
+    if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+        raise ConversionError(f"{number!r} KV heads: give a whole number from 1 to {layer.kv_heads}")
+    if number > layer.kv_heads:
+        raise ConversionError(
+            f"{number} KV heads are more than the {layer.kv_heads} of the source; a conversion can only merge heads"
+        )
+    try:
+        layer.grouping.merged(number)
+        KVGrouping(layer.heads, number)
+    except GroupingError:
+        choices = ", ".join(str(n) for n in divisors(layer.kv_heads))
+        raise ConversionError(
+            f"{layer.kv_heads} KV heads cannot be merged evenly into {number}; choose one of {choices}"
+        ) from None
+    return replace(layer, new_kv_heads=number)
+
+
+def _expect(source: Source, name: str, shape: tuple[int, ...], why: str) -> None:
+    """A tensor that must be there, float, in this shape."""
+    tensor = source.tensors.get(name)
+    if tensor is None:
+        module = name.rpartition(".")[0]
+        if any(other.startswith(module + ".") for other in source.tensors if other != f"{module}.bias"):
+            raise ConversionError(f"{module} is quantized (it has no plain weight); convert the unquantized checkpoint")
+        raise ConversionError(f"tensor {name!r} is missing from {source.name}, though config.json asks for it")
+    if tensor.shape != shape:
+        raise ConversionError(
+            f"tensor {name!r} has shape {list(tensor.shape)}, but config.json ({why}) asks for {list(shape)}"
+        )
+    if tensor.dtype not in FLOATS:
+        raise ConversionError(
+            f"tensor {name!r} has dtype {tensor.dtype}: a quantized checkpoint cannot be converted; "
+            "use the unquantized one"
+        )
+
+
+def projection_shape(layer: LayerAttention, projection: Projection, kv_heads: int) -> tuple[int, int]:
+    """The weight's shape with that many KV heads."""
+    rows, columns = layer.rows(projection, kv_heads), layer.inputs(projection)
+    return (columns, rows) if projection.transposed else (rows, columns)
+
+
+def norm_tensors(layer: LayerAttention, norm: Norm, kv_heads: int) -> dict[str, tuple[int, ...]]:
+    """The norm's tensors and their shapes with that many KV heads."""
+    count, D = layer.count(norm, kv_heads), layer.head_dim
+    if norm.form == "list":
+        return {f"{layer.prefix}{norm.module}.norms.{h}.weight": (D,) for h in range(count)}
+    return {layer.name(norm.module): (count, D) if norm.form == "heads" else (count * D,)}
+
+
+def has_norm(source: Source, layer: LayerAttention, norm: Norm) -> bool:
+    """Whether this checkpoint uses the norm at all (cohere, stablelm: an option of the config)."""
+    return any(name in source.tensors for name in norm_tensors(layer, norm, layer.kv_heads))
+
+
+def _check_layer(source: Source, layer: LayerAttention) -> None:
+    """Every attention tensor of a layer against the config's numbers."""
+    why = f"{layer.heads} heads, {layer.kv_heads} KV heads of {layer.head_dim}, width {layer.width}"
+    for projection in layer.stack.projections:
+        _expect(source, layer.name(projection.module), projection_shape(layer, projection, layer.kv_heads), why)
+        bias = layer.name(projection.module, "bias")
+        if bias in source.tensors:
+            _expect(source, bias, (layer.rows(projection, layer.kv_heads),), why)
+    rows, columns = layer.width, layer.heads * layer.head_dim
+    shape = (columns, rows) if layer.stack.output_transposed else (rows, columns)
+    _expect(source, layer.name(layer.stack.output), shape, why)
+    if layer.name(layer.stack.output, "bias") in source.tensors:
+        _expect(source, layer.name(layer.stack.output, "bias"), (layer.width,), why)
+    for norm in layer.stack.norms:
+        if has_norm(source, layer, norm):
+            for name, shape_ in norm_tensors(layer, norm, layer.kv_heads).items():
+                _expect(source, name, shape_, why)
+    if layer.stack.sinks and layer.prefix + layer.stack.sinks in source.tensors:
+        _expect(source, layer.prefix + layer.stack.sinks, (layer.heads,), why)
+
+
+def _check_layer_count(source: Source, model: LanguageModel) -> None:
+    """A layer that the config does not know of would keep its old heads."""
+    for _, layers in model.stacks:
+        extra = model.prefix + layers[0].stack.layer.format(i=len(layers))
+        for name in source.tensors:
+            if name.startswith(extra):
+                raise ConversionError(f"config.json says {len(layers)} layers, but {source.name} has tensor {name!r}")
+
+
+def _plan_tensors(plan: Plan) -> None:
+    """Fill in ``plan.units`` and ``plan.tensors`` (in the order of the source's files)."""
+    source = plan.source
+    units: list[Unit] = []
+    written: dict[str, NewTensor] = {}
+    dropped: set[str] = set()
+    for layer in plan.layers:
+        if not layer.changes:
+            continue
+        for unit in _units_of(layer, source, plan.method.scope):
+            reads, writes = _reads(source, unit), _writes(source, unit)
+            units.append(replace(unit, reads=tuple(reads), writes=tuple(writes)))
+            for name, shape in writes.items():
+                written[name] = NewTensor(source.tensors[name].dtype, shape, len(units) - 1)
+            dropped.update(set(reads) - set(writes))
+    plan.units = tuple(units)
+    plan.tensors = {
+        name: written.get(name) or NewTensor(tensor.dtype, tensor.shape)
+        for name, tensor in source.tensors.items()
+        if name not in dropped
+    }
+
+
+def _units_of(layer: LayerAttention, source: Source, scope: str) -> list[Unit]:
+    norms = tuple(norm for norm in layer.stack.norms if has_norm(source, layer, norm))
+    if scope == "layer":
+        return [Unit(layer, layer.stack.projections, norms, output=True)]
+    alone = [Unit(layer, (p,)) for p in layer.stack.projections if "k" in p.holds or "v" in p.holds]
+    return alone + [Unit(layer, (), (norm,)) for norm in norms if norm.of == "k"]
+
+
+def _reads(source: Source, unit: Unit) -> list[str]:
+    layer = unit.layer
+    modules = [p.module for p in unit.projections] + ([layer.stack.output] if unit.output else [])
+    names = [layer.name(module, what) for module in modules for what in ("weight", "bias")]
+    names = [name for name in names if name in source.tensors]
+    for norm in unit.norms:
+        names += norm_tensors(layer, norm, layer.kv_heads)
+    sinks = layer.prefix + (layer.stack.sinks or "")
+    return [*names, sinks] if unit.output and layer.stack.sinks and sinks in source.tensors else names
+
+
+def _writes(source: Source, unit: Unit) -> dict[str, tuple[int, ...]]:
+    layer = unit.layer
+    out: dict[str, tuple[int, ...]] = {}
+    for projection in layer.stack.written or layer.stack.projections:
+        if projection.module not in [p.module for p in unit.projections]:
+            continue
+        out[layer.name(projection.module)] = projection_shape(layer, projection, layer.new_kv_heads)
+        if layer.name(projection.module, "bias") in source.tensors:
+            out[layer.name(projection.module, "bias")] = (layer.rows(projection, layer.new_kv_heads),)
+    for norm in unit.norms:
+        out.update(norm_tensors(layer, norm, layer.new_kv_heads))
+    for name in _reads(source, unit) if unit.output else ():
+        if name not in out and not name.startswith(tuple(layer.prefix + norm.module for norm in layer.stack.norms)):
+            out[name] = source.tensors[name].shape
+    return out

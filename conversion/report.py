@@ -1,0 +1,156 @@
+"""What a plan says to people and programs: heads, bytes, KV bytes per token, disk and memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from .heads import LayerAttention
+from .kvfield import format_numbers
+from .planner import Plan
+from .safetensors_header import DTYPE_BITS
+
+
+def kv_bytes_per_token(layers: Iterable[LayerAttention], itemsize: float, *, new: bool) -> int:
+    """Bytes that one more token adds to the KV cache: 2 * L * HKV * D * itemsize, summed over layers.
+
+    Cross-attention's cache grows with the encoder's input, one entry for each of its tokens, and counts too.
+    """
+    total = 0.0
+    for layer in layers:
+        heads = layer.new_kv_heads if new else layer.kv_heads
+        total += 2 * (layer.heads if layer.stack.caches_query_heads else heads) * layer.head_dim * itemsize
+    return int(total)
+
+
+def cache_itemsize(plan: Plan) -> int:
+    """Bytes of one cached number: that of the checkpoint's K projection."""
+    layer = plan.layers[0]
+    for projection in layer.stack.projections:
+        if "k" in projection.holds:
+            return DTYPE_BITS[plan.source.tensors[layer.name(projection.module)].dtype] // 8
+    raise AssertionError("a stack without keys")
+
+
+def stack_rows(plan: Plan) -> list[dict[str, Any]]:
+    """For each attention of the model: its layers and heads before and after."""
+    rows = []
+    for stack in dict.fromkeys(layer.stack for layer in plan.layers):
+        layers = [layer for layer in plan.layers if layer.stack is stack]
+        before, after = [x.kv_heads for x in layers], [x.new_kv_heads for x in layers]
+        rows.append(
+            {
+                "attention": stack.name,
+                "layers": len(layers),
+                "heads": layers[0].heads,
+                "head_dim": layers[0].head_dim,
+                "kv_heads_before": before[0] if len(set(before)) == 1 else before,
+                "kv_heads_after": after[0] if len(set(after)) == 1 else after,
+            }
+        )
+    return rows
+
+
+def memory_needed(plan: Plan, workers: int = 1) -> int:
+    """A bound on the bytes of weights held at once: the largest unit, read, in fp32 and as it is written."""
+    from .execute import CHUNK
+
+    largest = 0
+    for unit in plan.units:
+        read = plan.unit_inputs(unit)
+        widths = [DTYPE_BITS[plan.source.tensors[name].dtype] // 8 for name in unit.reads]
+        largest = max(largest, read + 3 * read * max(4, *widths) // min(widths))
+    return max(largest, CHUNK) * workers
+
+
+def plan_dict(plan: Plan, workers: int = 1) -> dict[str, Any]:
+    """``--dry-run --json``."""
+    itemsize = cache_itemsize(plan)
+    changed = [name for name, tensor in plan.tensors.items() if tensor.unit is not None]
+    return {
+        "source": plan.source.name,
+        "model_type": plan.source.config.get("model_type"),
+        "language_model": plan.model_type,
+        "result_model_type": plan.new_config.get("model_type"),
+        "method": plan.method.name,
+        "options": plan.options,
+        "seed": plan.seed,
+        "attention": stack_rows(plan),
+        "tensors": {
+            "before": len(plan.source.tensors),
+            "after": len(plan.tensors),
+            "changed": len(changed),
+            "copied": len(plan.tensors) - len(changed),
+        },
+        "bytes": {"before": plan.bytes_before, "after": plan.bytes_after},
+        "kv_bytes_per_token": {
+            "before": kv_bytes_per_token(plan.layers, itemsize, new=False),
+            "after": kv_bytes_per_token(plan.layers, itemsize, new=True),
+        },
+        "output_files": [shard.name for shard in plan.shards],
+        "disk_needed": plan.bytes_after,
+        "memory_needed": memory_needed(plan, workers),
+        "warnings": list(plan.warnings),
+    }
+
+
+def human(nbytes: float) -> str:
+    """Bytes for people.
+
+    >>> human(524288), human(13_500_000_000)
+    ('524.3 kB', '13.5 GB')
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.1f} TB"
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Columns under a header, numbers to the right."""
+    texts = [list(header), *([str(cell) for cell in row] for row in rows)]
+    widths = [max(len(row[i]) for row in texts) for i in range(len(header))]
+    lines = [
+        "  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        for row in texts
+    ]
+    lines.insert(1, "  ".join("-" * w for w in widths))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def numbers(value: int | list[int]) -> str:
+    """One number of heads or a list of them."""
+    return str(value) if isinstance(value, int) else format_numbers(value)
+
+
+def plan_text(plan: Plan, workers: int = 1) -> str:
+    """``--dry-run`` for people."""
+    facts = plan_dict(plan, workers)
+    rows = [
+        (
+            r["attention"],
+            r["layers"],
+            r["heads"],
+            r["head_dim"],
+            numbers(r["kv_heads_before"]),
+            numbers(r["kv_heads_after"]),
+        )
+        for r in facts["attention"]
+    ]
+    kv, size, tensors = facts["kv_bytes_per_token"], facts["bytes"], facts["tensors"]
+    result = facts["result_model_type"]
+    lines = [
+        f"{plan.source.name}: {facts['model_type']}" + (f" -> {result}" if result != facts["model_type"] else ""),
+        "",
+        table(("attention", "layers", "heads", "head dim", "KV heads", "after"), rows),
+        "",
+        f"method            {plan.method.name}: {plan.method.summary}",
+        f"KV cache          {human(kv['before'])} -> {human(kv['after'])} per token ({kv['after'] / kv['before']:.1%})",
+        f"tensors           {tensors['before']} -> {tensors['after']}: {tensors['changed']} changed, "
+        f"{tensors['copied']} copied",
+        f"weights           {human(size['before'])} -> {human(size['after'])} in {len(plan.shards)} file(s)",
+        f"disk needed       {human(facts['disk_needed'])}",
+        f"memory needed     {human(facts['memory_needed'])} beside the programs themselves",
+    ]
+    return "\n".join(lines + [f"note              {warning}" for warning in plan.warnings])

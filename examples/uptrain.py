@@ -1,0 +1,162 @@
+"""Uptrain a converted model.
+
+    accelerate launch examples/uptrain.py --model DST --teacher SRC --dataset TEXT --tokens 50M
+
+Packed documents, cross-entropy and/or distillation, exact resume. The loop below is meant to be read and copied; its
+parts are in hf_attn_patch.training. `--help` lists the options; `--config FILE.yaml` takes them from a file.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+
+import torch
+from accelerate.utils import set_seed
+from tqdm.auto import tqdm
+
+from hf_attn_patch.training import (
+    Flops,
+    Progress,
+    Run,
+    StopSignals,
+    Throughput,
+    TrainingError,
+    UptrainOptions,
+    ahead,
+    document_lengths,
+    learning_rate,
+    load_checkpoint,
+    load_run,
+    parse_options,
+    save_checkpoint,
+)
+
+
+def whole_steps(tokens: int, options: UptrainOptions) -> int:
+    return -(-tokens // options.tokens_per_step) * options.tokens_per_step
+
+
+def uptrain(run: Run) -> Progress:
+    options = run.options
+    accelerator, data, teacher = run.accelerator, run.data, run.teacher
+    model, optimizer = accelerator.prepare(run.objective, run.optimizer)
+    run.check(model)  # that packed documents don't see each other, for one
+    held_out = data.held_out()
+
+    checkpoints = Path(options.output, "checkpoints")
+    progress = Progress(settings=options.lasting)
+    if options.resume and (found := load_checkpoint(accelerator, checkpoints, options.lasting)):
+        progress = found
+    first_phase, main_phase = (whole_steps(t, options) for t in (options.layerwise_tokens, options.budget))
+    total = first_phase + main_phase
+    every = math.ceil(total / options.tokens_per_step / 10)
+    flops = Flops(run.student), Flops(run.teacher_model, forward_only=True) if teacher else None
+    speed = Throughput(total, run.peak_flops)
+    bar = tqdm(
+        total=total, initial=progress.tokens, unit="tok", unit_scale=True, mininterval=0.5,
+        disable=not accelerator.is_main_process,
+    )  # fmt: skip
+
+    def evaluate() -> None:
+        found = {"step": progress.step, "tokens": progress.tokens, **run.evaluate(model, held_out)}
+        progress.history.append(found)
+        accelerator.log({f"eval/{k}": v for k, v in found.items()}, step=progress.step)
+        bar.write(f"step {progress.step}: " + ", ".join(f"{k} {found[k]:.4f}" for k in ("loss", "kl") if k in found))
+        if progress.best is None or found["loss"] < progress.best:
+            progress.best = found["loss"]
+            if progress.step:
+                run.save_model(Path(options.output, "best"), model, progress)
+
+    if held_out and not progress.history:
+        evaluate()
+    steps = ahead(lambda: data.steps(progress.position, accelerator.process_index, accelerator.num_processes))
+    with StopSignals() as stop:
+        for step in steps:
+            if progress.tokens >= total:
+                break
+            fitting = progress.tokens < first_phase  # of attention outputs, layer by layer; optional
+            mode = "fit" if fitting else "loss"
+            start, length = (0, first_phase) if fitting else (first_phase, main_phase)
+            lr = learning_rate(
+                progress.tokens - start + options.tokens_per_step // 2, total=length, peak=options.lr,
+                warmup=options.warmup, decay=options.decay, floor=options.lr_floor,
+            )  # fmt: skip
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+
+            sums, norm = [], None
+            for micro in step.micro:
+                batch = data.framing.collate(micro).to(accelerator.device)
+                with accelerator.accumulate(model):
+                    part = model(batch, told=teacher(batch, mode) if teacher else None, mode=mode)
+                    # gradients are averaged over processes and micro-batches; this makes it the mean over labels
+                    scale = accelerator.num_processes * len(step.micro) / step.targets
+                    accelerator.backward(part.loss * scale)
+                    sums.append(torch.stack([part.loss.detach(), part.ce, part.kl]))
+                    if accelerator.sync_gradients:
+                        # the step's one wait for the device: nobody steps on a loss that is not finite
+                        lines = accelerator.gather(torch.stack([*sums, sums[0].new_full((3,), stop.asked)])[None])
+                        loss, ce, kl = run.require_finite(lines, step, progress)
+                        asked = int(lines[:, -1].max())
+                        if options.clip:
+                            norm = accelerator.clip_grad_norm_(model.parameters(), options.clip)
+                    optimizer.step()
+                    optimizer.zero_grad()
+
+            progress.step, progress.position = progress.step + 1, step.position
+            progress.tokens += options.tokens_per_step
+            lengths = [n for micro in step.micro for n in document_lengths(micro)]
+            speed.step(options.tokens_per_step, sum(f.of(lengths) for f in flops if f) * accelerator.num_processes)
+            bar.update(options.tokens_per_step)
+            shown = {"loss": f"{loss:.4f}", "tok/s": f"{speed.tokens_per_second:,.0f}"}
+            shown |= {"MFU": f"{speed.mfu:.1%}"} if speed.mfu else {}
+            bar.set_postfix(shown, refresh=False)
+            if progress.step % options.log_every == 0:
+                values = {
+                    "loss": loss,
+                    "ce": ce,
+                    "kl": kl,
+                    "lr": lr,
+                    "grad_norm": float(norm or 0.0),
+                    "tokens": progress.tokens,
+                }
+                values |= {
+                    "tokens_per_second": speed.tokens_per_second,
+                    "mfu": speed.mfu or 0.0,
+                    "epoch": step.position.epoch,
+                }
+                accelerator.log({f"train/{k}": v for k, v in values.items()}, step=progress.step)
+
+            done = progress.tokens >= total
+            if held_out and (done or progress.step % (options.eval_every or every) == 0):
+                evaluate()
+            if done or asked or progress.step % (options.checkpoint_every or every) == 0:
+                save_checkpoint(accelerator, checkpoints, progress, options.keep)
+            if asked and not done:
+                accelerator.end_training()
+                print(f"stopped by signal {asked} after step {progress.step}; go on with --resume", file=sys.stderr)
+                sys.exit(128 + asked)
+            speed.pause()
+    bar.close()
+    run.save_model(Path(options.output), model, progress)
+    accelerator.end_training()
+    return progress
+
+
+def main(arguments: list[str] | None = None) -> None:
+    try:
+        options = parse_options(arguments, __doc__)
+        set_seed(options.seed)
+        run = load_run(options)  # accelerator, tokenizer, data, student and teacher, checked against each other
+        try:
+            uptrain(run)
+        except torch.OutOfMemoryError as error:
+            raise TrainingError(run.out_of_memory_advice()) from error
+    except TrainingError as error:
+        sys.exit(f"uptrain: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""The model card of an uptrained model: what it was, what was done, what came of it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from .checkpoints import Progress
+from .options import UptrainOptions
+
+#: what a conversion leaves beside the weights, kept with the uptrained model
+KEPT = "hf_attn_conversion*.json"
+
+
+def write_card(folder: Path, *, options: UptrainOptions, progress: Progress, config: Any) -> None:
+    """``README.md`` of the model in ``folder``; the source's conversion record is copied beside it."""
+    source = Path(options.model)
+    if source.is_dir():
+        for record in source.glob(KEPT):
+            shutil.copy(record, folder)
+    (folder / "README.md").write_text(render_card(options, progress, config), encoding="utf-8")
+
+
+def render_card(options: UptrainOptions, progress: Progress, config: Any) -> str:
+    """The card as Markdown with the hub's front matter."""
+    ce, kl = options.loss_weights
+    heads = config.get_text_config(decoder=True)
+    kv_heads = getattr(heads, "num_key_value_heads", None)
+    loss = " + ".join(f"{w:g} x {name}" for w, name in ((ce, "cross-entropy"), (kl, "KL to the teacher")) if w)
+    lines = [
+        "---",
+        "library_name: transformers",
+        f"base_model: {options.model}",
+        "tags: [hf-attn-patch, gqa, uptrained]",
+        "---",
+        "",
+        f"# {Path(options.output).name}",
+        "",
+        f"`{options.model}` uptrained on {progress.tokens:,} tokens of `{options.dataset}`.",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| query heads | {getattr(heads, 'num_attention_heads', 'n/a')} |",
+        f"| KV heads | {kv_heads if kv_heads is not None else 'as the base model'} |",
+        f"| teacher | {f'`{options.teacher}`' if options.teacher else 'none'} |",
+        f"| loss | {loss} |",
+        f"| trained | {options.mode} |",
+        f"| peak learning rate, schedule | {options.lr:g}, {options.decay} after {options.warmup:.0%} warm-up |",
+        f"| sequence length, batch | {options.sequence_length}, {options.batch_size} |",
+        f"| seed | {options.seed} |",
+    ]
+    if progress.history:
+        first, last = progress.history[0], progress.history[-1]
+        best = min(progress.history, key=lambda entry: float(entry["loss"]))
+        columns = [key for key in ("loss", "perplexity", "kl") if key in first]
+        lines += [
+            "",
+            f"Held-out text ({int(first['scored']):,} tokens; `loss` in nats a token, `kl` to the teacher):",
+            "",
+            f"| | tokens | {' | '.join(columns)} |",
+            "|---" * (2 + len(columns)) + "|",
+        ]
+        for name, entry in (("before", first), ("after", last), ("best", best)):
+            numbers = " | ".join(f"{entry[key]:.4f}" for key in columns)
+            lines.append(f"| {name} | {entry['tokens']:,} | {numbers} |")
+    return "\n".join([*lines, ""])

@@ -1,0 +1,166 @@
+"""Checkpoints that are there whole or not at all, and plain models.
+
+Everything is written into a folder with another name, flushed to disk and renamed: a kill at any moment leaves the
+last complete checkpoint in place.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .errors import TrainingError
+from .stream import Position
+
+STATE = "trainer_state.json"
+PREFIX = "step-"
+
+
+@dataclass
+class Progress:
+    """All of a run that is neither weights nor optimiser nor RNG.
+
+    Args:
+        settings: what must not change between a run and its continuation.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    phase: str = "train"
+    position: Position = field(default_factory=Position)
+    best: float | None = None
+    history: list[dict[str, Any]] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        return json.dumps({**self.__dict__, "position": self.position.as_dict()}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Progress:
+        fields = json.loads(text)
+        return cls(**{**fields, "position": Position(**fields["position"])})
+
+    def require_same_settings(self, settings: dict[str, Any]) -> None:
+        """Refuse to continue a run as another one.
+
+        Raises:
+            TrainingError: a setting that shapes the result differs.
+        """
+        changed = [k for k, v in self.settings.items() if settings.get(k) != v]
+        if changed:
+            named = ", ".join(f"{k} ({self.settings[k]!r} then, {settings.get(k)!r} now)" for k in changed)
+            raise TrainingError(
+                f"--resume continues a run as it was, but this differs: {named}; give the same options, or another "
+                "--output"
+            )
+
+
+@contextmanager
+def written_aside(target: Path, accelerator: Any = None) -> Iterator[Path]:
+    """A new folder to write into, which becomes ``target`` when the block ends well; what was there goes.
+
+    With an ``accelerator``, all processes enter together and the main one renames.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     with written_aside(Path(folder, "a")) as aside:
+    ...         _ = (aside / "x").write_text("1")
+    ...     sorted(p.name for p in Path(folder).rglob("*"))
+    ['a', 'x']
+    """
+    main = accelerator is None or accelerator.is_main_process
+    aside = target.with_name(f".{target.name}.incomplete")
+    if main:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+    _wait(accelerator)
+    yield aside
+    _wait(accelerator)
+    if main:
+        for path in aside.rglob("*"):
+            _flush(path)
+        _flush(aside)
+        old = target.with_name(f".{target.name}.old")
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            target.rename(old)
+        aside.rename(target)
+        _flush(target.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    _wait(accelerator)
+
+
+def save_checkpoint(accelerator: Any, folder: Path, progress: Progress, keep: int = 1) -> Path:
+    """Weights, optimiser, RNG and ``progress`` into ``folder/step-N``; older ones beyond ``keep`` are removed."""
+    target = folder / f"{PREFIX}{progress.step:08d}"
+    with written_aside(target, accelerator) as aside:
+        accelerator.save_state(str(aside))
+        if accelerator.is_main_process:
+            (aside / STATE).write_text(progress.to_json())
+    if accelerator.is_main_process:
+        for old in list_checkpoints(folder)[:-keep]:
+            shutil.rmtree(old)
+    return target
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints, the oldest first."""
+    return sorted(p for p in folder.glob(f"{PREFIX}*") if (p / STATE).is_file())
+
+
+def load_checkpoint(accelerator: Any, folder: Path, settings: dict[str, Any]) -> Progress | None:
+    """Put the newest checkpoint of ``folder`` into the prepared objects; None if there is none.
+
+    Raises:
+        TrainingError: it belongs to a run with other settings.
+    """
+    found = list_checkpoints(folder)
+    if not found:
+        return None
+    progress = Progress.from_json((found[-1] / STATE).read_text())
+    progress.require_same_settings(settings)
+    accelerator.load_state(str(found[-1]))
+    return progress
+
+
+def replace_files(source: Path, target: Path) -> None:
+    """Move every file of ``source`` into ``target``, the config last: a folder with a config is complete."""
+    target.mkdir(parents=True, exist_ok=True)
+    for path in sorted(source.iterdir(), key=lambda p: p.name == "config.json"):
+        os.replace(path, target / path.name)
+    source.rmdir()
+
+
+def save_model(folder: Path, model: Any, *, extras: Callable[[Path], None]) -> None:
+    """A plain model that ``from_pretrained`` reads, put in place only when it is complete.
+
+    Args:
+        extras: writes what stands beside the weights (tokenizer, model card).
+    """
+    aside = folder / ".incomplete"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    model.save_pretrained(aside)
+    extras(aside)
+    for path in aside.iterdir():
+        _flush(path)
+    replace_files(aside, folder)
+
+
+def _wait(accelerator: Any) -> None:
+    if accelerator is not None:
+        accelerator.wait_for_everyone()
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

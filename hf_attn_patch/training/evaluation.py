@@ -1,0 +1,56 @@
+"""Loss on held-out text, over all processes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .steps import share_of
+
+
+@torch.no_grad()
+def evaluate(
+    accelerator: Any,
+    model: Any,
+    examples: list[Any],
+    collate: Callable[[list[Any]], Any],
+    teacher: Any = None,
+    micro_batch_size: int = 1,
+) -> dict[str, float]:
+    """Means per token with a label: ``loss`` (cross-entropy in nats), ``perplexity``, and with a teacher ``kl``.
+
+    Every process runs as many forwards as every other (a sharded model needs them all); where a process has no
+    batch left it repeats the first one and does not count it.
+    """
+    training = model.training
+    model.eval()
+    sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
+    batches = [examples[i : i + micro_batch_size] for i in range(0, len(examples), micro_batch_size)]
+    for some in share_of(batches, accelerator.process_index, accelerator.num_processes):
+        batch = collate(some or batches[0]).to(accelerator.device)
+        part = model(batch, told=None if teacher is None else teacher(batch))
+        if some is not None:
+            sums += torch.stack([part.ce, part.kl, part.labels]).double()
+    ce, kl, count = accelerator.reduce(sums).tolist()
+    model.train(training)
+    found = {"loss": ce / count, "perplexity": math.exp(min(ce / count, 700.0)), "scored": count}
+    return found if teacher is None else {**found, "kl": kl / count}
+
+
+class TeacherCall:
+    """A teacher's objective as a function of a batch, and of how the student is about to use it."""
+
+    def __init__(self, objective: Any, accelerator: Any) -> None:
+        self.objective, self.accelerator = objective, accelerator
+
+    @torch.no_grad()
+    def __call__(self, batch: Any, mode: str = "loss") -> Any:
+        """Hidden states and head for ``loss``; a Trace for ``fit``."""
+        with self.accelerator.autocast():
+            if mode == "fit":
+                return self.objective(batch, mode="trace")
+            hidden = self.objective(batch, mode="hidden")
+        return hidden, self.objective.head()

@@ -1,0 +1,120 @@
+"""Loading what a run needs: tokenizer, student, teacher, each with its objective."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, cast
+
+import torch
+
+from .errors import TrainingError
+from .objectives import CausalObjective, LossWeights, Objective
+from .options import UptrainOptions
+from .teacher import freeze, require_same_vocabulary
+
+Kind = Literal["causal", "seq2seq", "encoder"]
+
+
+def load_config(name: str) -> Any:
+    """The model's config.
+
+    Raises:
+        TrainingError: there is no such model.
+    """
+    import transformers
+
+    import hf_attn_patch  # noqa: F401  (registers the attention and the grouped model families)
+
+    transformers.utils.logging.disable_progress_bar()  # a run shows one bar, its own
+    try:
+        return transformers.AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise TrainingError(f"{name} is no model that can be loaded: {str(error).splitlines()[0]}") from error
+
+
+def load_tokenizer(name: str) -> Any:
+    """The model's tokenizer.
+
+    Raises:
+        TrainingError: the model comes without one.
+    """
+    import transformers
+
+    try:
+        return transformers.AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise TrainingError(f"{name} has no tokenizer that can be loaded ({str(error).splitlines()[0]})") from error
+
+
+def objective_kind(config: Any, wanted: str = "auto") -> Kind:
+    """Which loss suits the architecture that the checkpoint was saved as."""
+    if wanted != "auto":
+        return cast(Kind, wanted)
+    if config.is_encoder_decoder:
+        return "seq2seq"
+    names = config.architectures or []
+    return "causal" if any(n.endswith(("ForCausalLM", "LMHeadModel")) for n in names) else "encoder"
+
+
+def load_model(name: str, config: Any, kind: Kind, *, attention: str, dtype: torch.dtype) -> Any:
+    """The model with the head that its objective needs.
+
+    Raises:
+        TrainingError: transformers has no such head for the architecture, or refuses the attention.
+    """
+    import transformers
+
+    masked = kind == "encoder" and any(n.endswith("ForMaskedLM") for n in config.architectures or [])
+    auto = {
+        "causal": transformers.AutoModelForCausalLM,
+        "seq2seq": transformers.AutoModelForSeq2SeqLM,
+        "encoder": transformers.AutoModelForMaskedLM if masked else transformers.AutoModel,
+    }[kind]
+    try:
+        return auto.from_pretrained(name, config=config, dtype=dtype, attn_implementation=attention)
+    except (OSError, ValueError, ImportError) as error:
+        raise TrainingError(f"{name} can't be loaded for the {kind} objective: {error}") from error
+
+
+def make_objective(model: Any, kind: Kind, options: UptrainOptions) -> Objective:
+    """The model wrapped in the loss of its family."""
+    ce, kl = options.loss_weights
+    weights = LossWeights(ce, kl, options.temperature)
+    if kind == "causal":
+        return CausalObjective(model, weights, packed=options.packed)
+    raise TrainingError(f"no objective {kind}")
+
+
+def load_student(options: UptrainOptions, config: Any, kind: Kind) -> Any:
+    """The model that will be trained, in the dtype of its optimiser."""
+    require_positions(config, options.sequence_length)
+    dtype = getattr(torch, options.dtype)
+    model = load_model(options.model, config, kind, attention=options.attn_implementation, dtype=dtype)
+    model.train()
+    if options.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def load_teacher(options: UptrainOptions, tokenizer: Any, config: Any, kind: Kind, dtype: torch.dtype) -> Objective:
+    """The teacher's objective, frozen, after making sure that it speaks the student's language.
+
+    Raises:
+        TrainingError: it does not, or it is shorter-sighted than the sequences.
+    """
+    assert options.teacher is not None
+    teacher_config = load_config(options.teacher)
+    require_same_vocabulary(tokenizer, load_tokenizer(options.teacher), config, teacher_config)
+    require_positions(teacher_config, options.sequence_length)
+    model = load_model(options.teacher, teacher_config, kind, attention=options.attn_implementation, dtype=dtype)
+    return cast(Objective, freeze(make_objective(model, kind, options)))
+
+
+def require_positions(config: Any, S: int) -> None:
+    """Refuse sequences longer than the model was built for.
+
+    Raises:
+        TrainingError: they are.
+    """
+    longest = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if longest is not None and longest > 0 and longest < S:
+        raise TrainingError(f"--sequence-length {S} is more than the model's {longest} positions")

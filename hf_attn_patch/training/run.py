@@ -1,0 +1,209 @@
+"""Everything a run needs, loaded and checked against each other."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .card import write_card
+from .checkpoints import Progress, save_model
+from .data import Framing, TrainingData, causal_framing
+from .errors import TrainingError, out_of_memory_advice
+from .evaluation import TeacherCall, evaluate
+from .meters import peak_tflops
+from .models import Kind, load_config, load_student, load_teacher, load_tokenizer, make_objective, objective_kind
+from .objectives import Objective, check_batch
+from .options import UptrainOptions
+from .steps import Step
+from .teacher import place_teacher
+from .trainable import choose_trainable, merged_state, parameter_groups
+
+
+@dataclass
+class Run:
+    """The parts of a run; ``objective`` and ``optimizer`` are still to be prepared by ``accelerator``."""
+
+    options: UptrainOptions
+    accelerator: Any
+    kind: Kind
+    tokenizer: Any
+    data: TrainingData
+    student: Any
+    objective: Objective
+    optimizer: torch.optim.Optimizer
+    teacher: TeacherCall | None
+    saved_dtype: torch.dtype
+
+    @property
+    def teacher_model(self) -> Any:
+        assert self.teacher is not None
+        return self.teacher.objective.model
+
+    @property
+    def peak_flops(self) -> float | None:
+        """Of all processes' accelerators together; None where it is not known."""
+        tflops = self.options.peak_tflops
+        if tflops is None and self.accelerator.device.type == "cuda":
+            tflops = peak_tflops(torch.cuda.get_device_name(self.accelerator.device))
+        return None if tflops is None else tflops * 1e12 * self.accelerator.num_processes
+
+    def check(self, model: Any) -> None:
+        """Try the prepared ``model`` and the teacher on a few tokens (see ``Objective.check``)."""
+        for objective in [model] + ([self.teacher.objective] if self.teacher else []):
+            vocabulary = self.student.config.get_text_config(decoder=True).vocab_size
+            objective(check_batch(vocabulary, self.accelerator.device), mode="check")
+
+    def evaluate(self, model: Any, examples: list[Any]) -> dict[str, float]:
+        """Loss, perplexity and KL on held-out examples."""
+        size = self.options.micro_batch_size
+        return evaluate(self.accelerator, model, examples, self.data.framing.collate, self.teacher, size)
+
+    def require_finite(self, lines: Tensor, step: Step[Any], progress: Progress) -> tuple[float, float, float]:
+        """(loss, ce, kl) per label over the whole step.
+
+        Args:
+            lines: [processes, micro-batches + 1, 3] sums; the last line of each process is not a loss.
+
+        Raises:
+            TrainingError: a sum is not finite; it says where.
+        """
+        sums = lines[:, :-1].double().cpu()
+        if not sums.isfinite().all():
+            process, micro, _ = (~sums.isfinite()).nonzero()[0].tolist()
+            first, last = step.numbers[process][micro]
+            raise TrainingError(
+                f"the loss is {float(sums[process, micro, 0])} at step {progress.step + 1}, micro-batch {micro + 1} of "
+                f"process {process} (documents {first} to {last} of epoch {step.position.epoch}); nothing of this step "
+                "was applied. Look at these documents, lower --lr, or use --precision bf16 or no; --resume goes on "
+                "from the last checkpoint"
+            )
+        loss, ce, kl = (sums.sum((0, 1)) / step.targets).tolist()
+        return loss, ce, kl
+
+    def save_model(self, folder: Path, model: Any, progress: Progress) -> None:
+        """The student as it is now as a plain checkpoint in ``folder``: merged, in the dtype that it came in."""
+        state = self.accelerator.get_state_dict(model)  # all processes take part in gathering it
+        if self.accelerator.is_main_process:
+            o, state = self.options, {k.removeprefix("model."): v for k, v in state.items()}
+            state = merged_state(state, o.mode, o.lora_alpha / o.lora_rank, self._is_transposed)
+            plain = plain_model(self.student, state, self.saved_dtype)
+
+            def extras(to: Path) -> None:
+                self.tokenizer.save_pretrained(to)
+                write_card(to, options=self.options, progress=progress, config=plain.config)
+
+            save_model(folder, plain, extras=extras)
+        self.accelerator.wait_for_everyone()
+
+    def _is_transposed(self, name: str) -> bool:
+        return type(self.student.get_submodule(name).base_layer).__name__ == "Conv1D"
+
+    def out_of_memory_advice(self) -> str:
+        """What to change in this run."""
+        o = self.options
+        return out_of_memory_advice(
+            micro_batch_size=o.micro_batch_size, gradient_checkpointing=o.gradient_checkpointing, mode=o.mode,
+            sequence_length=o.sequence_length, sharded=self.accelerator.is_fsdp2,
+        )  # fmt: skip
+
+
+def load_run(options: UptrainOptions) -> Run:
+    """Load and check everything that ``options`` name.
+
+    Raises:
+        TrainingError: something is missing, or does not go with the rest.
+    """
+    accelerator = make_accelerator(options)
+    config = load_config(options.model)
+    kind = objective_kind(config, options.objective)
+    tokenizer = load_tokenizer(options.model)
+    saved_dtype = config.dtype or torch.float32
+    low = accelerator.mixed_precision == "bf16" or options.dtype == "bfloat16"
+    teacher = None
+    if options.teacher:  # first, because it is what is most often refused
+        dtype = torch.bfloat16 if low else torch.float32
+        objective = load_teacher(options, tokenizer, config, kind, dtype)
+        teacher = TeacherCall(place_teacher(accelerator, objective), accelerator)
+    student = load_student(options, config, kind)
+    choose_trainable(
+        student, options.mode, rank=options.lora_rank, alpha=options.lora_alpha, targets=options.lora_targets,
+        seed=options.seed,
+    )  # fmt: skip
+    if options.compile:
+        for module in student.modules():
+            if type(module).__name__ in (student._no_split_modules or ()):
+                module.compile()
+    optimizer = torch.optim.AdamW(
+        parameter_groups(student, options.weight_decay), lr=options.lr, betas=(options.beta1, options.beta2),
+        fused=accelerator.device.type == "cuda",
+    )  # fmt: skip
+    data = TrainingData(options, tokenizer, framing_for(kind, options))
+    objective = make_objective(student, kind, options)
+    return Run(options, accelerator, kind, tokenizer, data, student, objective, optimizer, teacher, saved_dtype)
+
+
+def framing_for(kind: Kind, options: UptrainOptions) -> Framing:
+    """How this kind of model is fed."""
+    if kind == "causal":
+        return causal_framing(options.sequence_length)
+    raise TrainingError(f"no framing for {kind}")
+
+
+def make_accelerator(options: UptrainOptions) -> Any:
+    """The accelerator that the options and accelerate's own config ask for."""
+    try:
+        import accelerate
+    except ImportError as error:
+        raise TrainingError("training needs accelerate: pip install 'hf-attn-patch[train]'") from error
+    precision: str | None = options.precision
+    if precision == "auto":
+        configured = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        on_gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true"
+        precision = configured if configured != "no" or not on_gpu else "bf16"
+    share = options.micro_batch_size * accelerate.PartialState().num_processes
+    if options.batch_size % share:
+        raise TrainingError(
+            f"--batch-size {options.batch_size} is not a multiple of {share} (--micro-batch-size "
+            f"{options.micro_batch_size} on each of {share // options.micro_batch_size} processes)"
+        )
+    # the plugin, because the plain argument gives way to an environment variable that accelerate launch sets
+    plugin = accelerate.utils.GradientAccumulationPlugin(num_steps=options.batch_size // share)
+    accelerator = accelerate.Accelerator(
+        mixed_precision=precision,
+        gradient_accumulation_plugin=plugin,
+        log_with=options.log_with,
+        project_dir=options.output,
+    )
+    if accelerator.distributed_type == accelerate.DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise TrainingError("FSDP version 1 is not supported; set fsdp_version: 2 (examples/accelerate/fsdp2.yaml)")
+    if accelerator.state.deepspeed_plugin is not None:  # it wants to know what it otherwise reads off a DataLoader
+        settings = {"train_micro_batch_size_per_gpu": options.micro_batch_size, "gradient_clipping": options.clip}
+        accelerator.state.deepspeed_plugin.deepspeed_config.update(settings)
+    if options.log_with:
+        simple = {k: v for k, v in asdict(options).items() if isinstance(v, (str, int, float, bool))}
+        accelerator.init_trackers("uptrain", config=simple)
+    return accelerator
+
+
+def plain_model(model: Any, state: dict[str, Tensor], dtype: torch.dtype) -> Any:
+    """A model like ``model``, without whatever was put into it for training, that holds ``state``."""
+    import copy
+
+    config = copy.deepcopy(model.config)
+    config.dtype = dtype
+    with torch.device("meta"):
+        plain = type(model)(config)
+    state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
+    plain.load_state_dict(state, strict=False, assign=True)
+    plain.tie_weights()
+    missing = [name for name, p in plain.named_parameters() if p.is_meta]
+    if missing:
+        raise RuntimeError(f"the trained state lacks {', '.join(missing[:5])}")
+    if model.can_generate():
+        plain.generation_config = model.generation_config
+    return plain

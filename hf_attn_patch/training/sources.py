@@ -1,0 +1,109 @@
+"""Where documents come from: a data set of the hub, or local text, JSONL and Parquet; always streamed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from .errors import TrainingError
+
+Unit = Literal["auto", "file", "paragraph", "line"]
+
+TEXT_SUFFIXES = {
+    ".txt", ".text", ".md", ".rst", ".py", ".c", ".h", ".cc", ".cpp", ".rs", ".go", ".java", ".js", ".ts", ".tex",
+    ".html", ".xml", ".csv",
+}  # fmt: skip
+TABLES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+
+
+def open_documents(
+    name: str,
+    *,
+    fields: tuple[str, ...] = ("text",),
+    config: str | None = None,
+    split: str = "train",
+    pattern: str | None = None,
+    unit: Unit = "auto",
+) -> Any:
+    """A ``datasets.IterableDataset`` of records that have ``fields``.
+
+    Args:
+        name: a file, a folder (every text, JSONL or Parquet file below it, in the order of their names) or the id of
+            a data set on the hub.
+        config: the hub data set's configuration.
+        pattern: which files of a folder, such as ``**/*.py``.
+        unit: what one document is in plain text: a file, a paragraph (between blank lines) or a line.
+            ``auto``: a file in a folder, a paragraph in a single file.
+
+    Raises:
+        TrainingError: nothing is there, or the records lack a field.
+    """
+    datasets = import_datasets()
+    path = Path(name).expanduser()
+    if path.exists():
+        files = _files(path, pattern)
+        kinds = {TABLES.get(f.suffix.lower(), "text") for f in files}
+        if len(kinds) > 1:
+            raise TrainingError(f"{name} mixes {' and '.join(sorted(kinds))} files; choose some with --dataset-glob")
+        kind = kinds.pop()
+        options: dict[str, Any] = {}
+        if kind == "text":
+            if fields != ("text",):
+                raise TrainingError(f"{name} is plain text without fields {', '.join(fields)}; give JSONL or Parquet")
+            chosen = unit if unit != "auto" else ("file" if path.is_dir() else "paragraph")
+            options = {
+                "sample_by": "document" if chosen == "file" else chosen,
+                "encoding_errors": "replace",
+                "keep_linebreaks": True,
+            }
+        found = datasets.load_dataset(
+            kind, data_files=[str(f) for f in files], split="train", streaming=True, **options
+        )
+    else:
+        if name.startswith((".", "/", "~")) or path.suffix.lower() in TEXT_SUFFIXES | set(TABLES):
+            raise TrainingError(f"there is no file or folder {name}")
+        try:
+            found = datasets.load_dataset(name, config, split=split, streaming=True)
+        except Exception as error:  # the hub fails in many ways; all mean the same to the user
+            raise TrainingError(
+                f"{name} is neither a local path nor a readable data set of the hub ({type(error).__name__}: {error})"
+            ) from error
+    return found
+
+
+def take_fields(record: dict[str, Any], fields: tuple[str, ...], name: str) -> tuple[str, ...]:
+    """The texts of one record.
+
+    Raises:
+        TrainingError: a field is missing or is no text.
+    """
+    for field in fields:
+        if not isinstance(record.get(field), str):
+            there = ", ".join(k for k, v in record.items() if isinstance(v, str)) or "none"
+            raise TrainingError(f"records of {name} have no text in field {field!r}; their text fields: {there}")
+    return tuple(record[field] for field in fields)
+
+
+def import_datasets() -> Any:
+    """The library ``datasets``, or a sentence on how to get it."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise TrainingError("training reads data with datasets: pip install 'hf-attn-patch[train]'") from error
+    datasets.disable_progress_bars()
+    return datasets
+
+
+def _files(path: Path, pattern: str | None) -> list[Path]:
+    if path.is_file():
+        return [path]
+    if pattern is not None:
+        files = [f for f in path.glob(pattern) if f.is_file()]
+    else:
+        below = [f for f in path.rglob("*") if f.is_file() and not any(p.startswith(".") for p in f.parts[1:])]
+        tables = [f for f in below if f.suffix.lower() in TABLES]
+        files = tables or [f for f in below if f.suffix.lower() in TEXT_SUFFIXES]
+    files = sorted(f for f in files if f.stat().st_size)
+    if not files:
+        raise TrainingError(f"{path} holds no {'file like ' + pattern if pattern else 'text, JSONL or Parquet file'}")
+    return files
