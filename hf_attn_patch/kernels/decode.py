@@ -333,9 +333,8 @@ def plan(heads: int, tiles: int, slots: int, tuning: Tuning, varlen: bool) -> tu
 
 def merge_shape(parts: int, DV: int) -> tuple[int, int]:
     """Parts and columns that one step of the merge takes."""
-    block_dv = max(16, triton.next_power_of_2(DV))
-    block_p = min(64, max(2, triton.next_power_of_2(parts)))
-    return block_p, max(16, min(block_dv, 2048 // block_p))
+    block_p = 4 if parts <= 4 else 16 if parts <= 16 else 64  # few sizes: a growing cache seldom compiles
+    return block_p, max(16, min(triton.next_power_of_2(DV), 2048 // block_p))
 
 
 @cache
