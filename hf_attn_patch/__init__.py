@@ -13,28 +13,33 @@ from . import registration as _registration
 from .grouping import GroupingError, KVGrouping
 
 if TYPE_CHECKING:
+    from .cache import GrowingCache
     from .dispatch import use_backend
     from .explain import explain
     from .functional import attention, attention_varlen
     from .request import AttentionError
     from .switch import enable, override
+    from .unpadding import unpadded
 
 __version__ = "0.1.0"
 
 #: public name -> module that defines it
 _LAZY = {
     "AttentionError": "request",
+    "GrowingCache": "cache",
     "attention": "functional",
     "attention_varlen": "functional",
     "enable": "switch",
     "explain": "explain",
     "override": "switch",
+    "unpadded": "unpadding",
     "use_backend": "dispatch",
 }
 
 __all__ = [
     "AttentionError",
     "GroupingError",
+    "GrowingCache",
     "KVGrouping",
     "attention",
     "attention_varlen",
@@ -42,6 +47,7 @@ __all__ = [
     "enable_flash_attention",
     "explain",
     "override",
+    "unpadded",
     "use_backend",
 ]
 

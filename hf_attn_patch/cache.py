@@ -46,7 +46,7 @@ class GrowingCache(DynamicCache):
     and under ``torch.compile``, the layers concatenate, because autograd or the graph may still need the old states.
 
     >>> import torch
-    >>> from hf_attn_patch.cache import GrowingCache
+    >>> from hf_attn_patch import GrowingCache
     >>> cache = GrowingCache()
     >>> token = torch.ones(2, 4, 1, 64)  # [B, HKV, S, D]
     >>> with torch.no_grad():

@@ -90,7 +90,13 @@ def attention_forward(
         else:
             layout = _plain(query, key, bool(causal), window, position_ids)
     elif attention_mask.dtype is torch.int32:
-        layout = _carried(query, key, attention_mask, position_ids)
+        pattern = of_carrier(attention_mask)
+        if cu_seq_lens_q is not None and pattern is not None and pattern.keys is None and pattern.chunk is None:
+            # borders that are given need not be looked for in the positions
+            rule = pattern.causal, pattern.window
+            layout = _borders(query, key, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, *rule)
+        else:
+            layout = _carried(query, key, attention_mask, position_ids)
     elif attention_mask.dtype is torch.bool or attention_mask.dtype is torch.uint8:
         layout = _given(query, key, attention_mask, position_ids)
     elif attention_mask.is_floating_point():
@@ -202,7 +208,7 @@ def _borders(
     max_q: int | Tensor | None,
     max_k: int | Tensor | None,
     causal: bool,
-    window: tuple[int | None, None],
+    window: tuple[int | None, int | None],
 ) -> Layout:
     """Documents by cumulative lengths, which callers give once a forward."""
     B, Sq, Sk = query.shape[0], query.shape[2], key.shape[2]

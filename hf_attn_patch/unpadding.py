@@ -253,7 +253,7 @@ def unpadded(model: torch.nn.Module, *, drop_padding_targets: bool = False, chec
             targets on padding, arguments that are not known to be per token, ``output_attentions``, ``logits_to_keep``.
 
     >>> import torch
-    >>> from hf_attn_patch.unpadding import unpadded
+    >>> from hf_attn_patch import unpadded
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
     ...                                      num_attention_heads=2)).eval()

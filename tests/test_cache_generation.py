@@ -129,7 +129,7 @@ def test_same_tokens(family: str, path: str) -> None:
     assert not isinstance(generate(model, rows, **PATHS[path])[1], GrowingCache)
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention", "hf_attn_patch"])
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_same_logits_with_every_attention(family: str, attention: str) -> None:
     model = build(family, attention)

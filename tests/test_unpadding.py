@@ -42,7 +42,8 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from hf_attn_patch.unpadding import IGNORE, unpadded
+from hf_attn_patch import unpadded
+from hf_attn_patch.unpadding import IGNORE
 
 SIZES = {
     "vocab_size": 64,
@@ -126,7 +127,7 @@ def _registered() -> Iterator[None]:
         interface._global_mapping.pop("packed_reference")
 
 
-def build(cls: Any, config: Any, attention: str = "packed_reference") -> Any:
+def build(cls: Any, config: Any, attention: str = "hf_attn_patch") -> Any:
     torch.manual_seed(0)
     model = cls._from_config(copy.deepcopy(config), attn_implementation=attention)
     return model.eval()
@@ -169,14 +170,14 @@ def assert_same(model: Any, inputs: dict[str, Any], **kwargs: Any) -> Any:
     return output
 
 
-@pytest.mark.parametrize("attention", ["packed_reference", "sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["hf_attn_patch", "packed_reference", "sdpa", "eager"])
 @pytest.mark.parametrize("side", MASKS)
 @pytest.mark.parametrize("family", CAUSAL)
 def test_causal(family: str, side: str, attention: str) -> None:
     """transformers' own masks find the borders by position_ids; the others are given them."""
     cls, config = CAUSAL[family]
     model = build(cls, config, attention)
-    if family == "opt" and attention != "packed_reference":  # OPT makes its mask without position_ids
+    if family == "opt" and attention in ("sdpa", "eager"):  # OPT makes its mask without position_ids
         with pytest.raises(ValueError, match="does not compute the same"):
             unpadded(model)
     else:
@@ -185,13 +186,14 @@ def test_causal(family: str, side: str, attention: str) -> None:
 
 @pytest.mark.parametrize("side", MASKS)
 @pytest.mark.parametrize("family", ENCODERS)
-def test_encoders(family: str, side: str) -> None:
+@pytest.mark.parametrize("attention", ["hf_attn_patch", "packed_reference"])
+def test_encoders(attention: str, family: str, side: str) -> None:
     cls, config = ENCODERS[family]
     inputs = batch(side, config.pad_token_id)
     if family == "bert tokens":
         inputs["labels"] = inputs["labels"].where(inputs["labels"] == IGNORE, inputs["labels"] % 3)
         inputs["token_type_ids"] = inputs["input_ids"] % 2
-    assert_same(build(cls, config), inputs)
+    assert_same(build(cls, config, attention), inputs)
 
 
 def test_the_padding_is_really_gone() -> None:
@@ -246,7 +248,7 @@ def test_base_models_and_hidden_states(as_tuple: bool) -> None:
             torch.testing.assert_close(output[1], expected[1], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("attention", ["packed_reference", "sdpa"])
+@pytest.mark.parametrize("attention", ["hf_attn_patch", "sdpa"])
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_any_mask(attention: str, data: st.DataObject) -> None:
@@ -269,8 +271,7 @@ def test_any_mask(attention: str, data: st.DataObject) -> None:
             torch.testing.assert_close(output[row][real], alone, rtol=1e-3, atol=1e-4)
 
 
-def test_inputs_embeds_and_positions_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hf_attn_patch.unpadding.BORDER_AWARE", {"packed_reference"})
+def test_inputs_embeds_and_positions_of_the_user() -> None:
     model, inputs = build(*CAUSAL["llama"]), batch("left")
     inputs["position_ids"] = inputs["attention_mask"].cumsum(1).sub(1).clamp(min=0) * 3  # not by ones
     assert_same(model, inputs)
