@@ -74,6 +74,13 @@ METHODS: dict[str, Method] = {
         Method("first", "the first head of each group", "pool:first"),
         Method("random", "new heads, drawn anew with --seed (the paper's control)", "pool:random"),
         Method("mean-norm", "the mean, scaled back to the heads' mean norm", "pool:mean_norm"),
+        Method(
+            "aligned",
+            "heads turned into a common basis first; changes Q and O too",
+            "aligned:aligned",
+            scope="layer",
+            options=(Option("group", "which heads go together: adjacent or similar"),),
+        ),
     )
 }
 
