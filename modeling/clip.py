@@ -1,0 +1,66 @@
+"""CLIP with configurable KV heads, for its text and its vision tower each."""
+
+from __future__ import annotations
+
+from transformers import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+from transformers.models.clip import modeling_clip as stock
+
+from .grouped import GroupedAttention, GroupedConfig, GroupedModel, share_checkpoint_names
+
+
+class GroupedCLIPTextConfig(GroupedConfig, CLIPTextConfig):
+    """CLIP's text config, plus ``num_key_value_heads``."""
+
+    model_type = "gqa_clip_text_model"
+
+    num_key_value_heads: int | None = None
+
+
+class GroupedCLIPVisionConfig(GroupedConfig, CLIPVisionConfig):
+    """CLIP's vision config, plus ``num_key_value_heads``."""
+
+    model_type = "gqa_clip_vision_model"
+
+    num_key_value_heads: int | None = None
+
+
+class GroupedCLIPConfig(CLIPConfig):
+    """CLIP's config; ``text_config`` and ``vision_config`` each have their ``num_key_value_heads``."""
+
+    model_type = "gqa_clip"
+    sub_configs_defaults = {"vision_config": GroupedCLIPVisionConfig, "text_config": GroupedCLIPTextConfig}
+    sub_configs = {"vision_config": GroupedCLIPVisionConfig, "text_config": GroupedCLIPTextConfig}
+
+
+class GroupedCLIPAttention(GroupedAttention, stock.CLIPAttention):
+    eager = stock.eager_attention_forward
+
+
+class GroupedCLIP(GroupedModel):
+    config_class = GroupedCLIPConfig
+    replaced = {stock.CLIPAttention: GroupedCLIPAttention}
+
+
+class GroupedCLIPTextModel(GroupedCLIP, stock.CLIPTextModel):
+    config_class = GroupedCLIPTextConfig
+
+
+class GroupedCLIPTextModelWithProjection(GroupedCLIP, stock.CLIPTextModelWithProjection):
+    config_class = GroupedCLIPTextConfig
+
+
+class GroupedCLIPVisionModel(GroupedCLIP, stock.CLIPVisionModel):
+    config_class = GroupedCLIPVisionConfig
+
+
+class GroupedCLIPVisionModelWithProjection(GroupedCLIP, stock.CLIPVisionModelWithProjection):
+    config_class = GroupedCLIPVisionConfig
+
+
+class GroupedCLIPModel(GroupedCLIP, stock.CLIPModel): ...
+
+
+class GroupedCLIPForImageClassification(GroupedCLIP, stock.CLIPForImageClassification): ...
+
+
+share_checkpoint_names(GroupedCLIPTextModel, GroupedCLIPVisionModel)

@@ -1,0 +1,54 @@
+"""OPT with configurable KV heads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers import OPTConfig
+from transformers.models.opt import modeling_opt as stock
+
+from .grouped import GroupedAttention, GroupedConfig, GroupedModel, attend, split_heads
+
+
+class GroupedOPTConfig(GroupedConfig, OPTConfig):
+    """OPT's config, plus ``num_key_value_heads``."""
+
+    model_type = "gqa_opt"
+
+    num_key_value_heads: int | None = None
+
+
+class GroupedOPTAttention(GroupedAttention, stock.OPTAttention):
+    """The stock forward writes the number of query heads into the shape of K and V, so this one is its own."""
+
+    eager = stock.eager_attention_forward
+
+    def forward(
+        self, hidden_states: Tensor, past_key_values: Any = None, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        q = split_heads(self.q_proj(hidden_states) * self.scaling, self.head_dim)  # scaled before the scores, as stock
+        k = split_heads(self.k_proj(hidden_states), self.head_dim)
+        v = split_heads(self.v_proj(hidden_states), self.head_dim)
+        if past_key_values is not None:
+            k, v = past_key_values.update(k, v, self.layer_idx)
+        dropout = self.dropout if self.training else 0.0
+        out, weights = attend(self, q, k, v, attention_mask, scaling=1.0, dropout=dropout, **kwargs)
+        return self.out_proj(out), weights
+
+
+class GroupedOPT(GroupedModel):
+    config_class = GroupedOPTConfig
+    replaced = {stock.OPTAttention: GroupedOPTAttention}
+
+
+class GroupedOPTModel(GroupedOPT, stock.OPTModel): ...
+
+
+class GroupedOPTForCausalLM(GroupedOPT, stock.OPTForCausalLM): ...
+
+
+class GroupedOPTForSequenceClassification(GroupedOPT, stock.OPTForSequenceClassification): ...
+
+
+class GroupedOPTForQuestionAnswering(GroupedOPT, stock.OPTForQuestionAnswering): ...
