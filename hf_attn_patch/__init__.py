@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from . import registration as _registration
+from . import zoo as _zoo
 from .grouping import GroupingError, KVGrouping
 
 if TYPE_CHECKING:
@@ -67,3 +68,4 @@ def __dir__() -> list[str]:
 
 
 _registration.when_imported("transformers.modeling_utils", _registration.register)
+_zoo.register()

@@ -8,7 +8,11 @@ is imported when the first of its names is asked for.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
+
+from .registration import when_imported
 
 PREFIX = "gqa_"
 
@@ -37,6 +41,24 @@ FAMILIES: dict[str, tuple[str, ...]] = {
 }
 
 
+#: transformers' file with tables of names -> whether its names are of model classes, which have their own here
+TABLES = {
+    "modeling_auto": True,
+    "tokenization_auto": False,
+    "processing_auto": False,
+    "image_processing_auto": False,
+    "feature_extraction_auto": False,
+    "video_processing_auto": False,
+}
+
+
+def register() -> None:
+    """Enter every family into ``AutoConfig`` and the ``AutoModel...`` classes, once those are imported."""
+    when_imported("transformers.models.auto.configuration_auto", _register_configs)
+    for name in TABLES:
+        when_imported(f"transformers.models.auto.{name}", partial(_extend_tables, name))
+
+
 class _FamilyFile:
     """Stands where transformers expects a family's module; imports ours when a name is asked for."""
 
@@ -45,46 +67,43 @@ class _FamilyFile:
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("Grouped"):
-            module = importlib.import_module(f"hf_attn_patch.modeling.{self._file}")
-            _register_preprocessors()
-            return getattr(module, name)
+            return getattr(importlib.import_module(f"hf_attn_patch.modeling.{self._file}"), name)
         return getattr(importlib.import_module("transformers"), name)  # tokenizers and the like are the stock ones
 
 
-def register() -> None:
-    """Enter every family into ``AutoConfig`` and the ``AutoModel...`` classes. Calling it again changes nothing."""
-    from transformers.models.auto import configuration_auto, modeling_auto
+def _types() -> Iterator[tuple[str, str, _FamilyFile]]:
+    """(stock model type, ours, our file) of every family that this transformers has."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-    configs = configuration_auto.CONFIG_MAPPING_NAMES
     for file, stock_types in FAMILIES.items():
         for stock in stock_types:
-            if stock in configs:
-                configs[PREFIX + stock] = f"Grouped{configs[stock]}"
-                configuration_auto.CONFIG_MAPPING._modules[PREFIX + stock] = _FamilyFile(file)
-    _extend(modeling_auto, _grouped)
+            if stock in CONFIG_MAPPING_NAMES:
+                yield stock, PREFIX + stock, _FamilyFile(file)
 
 
-def _register_preprocessors() -> None:
-    """Tokenizers, processors and the like: the stock family's. Put off until a family is used, as they import much."""
-    for name in ("tokenization", "processing", "image_processing", "feature_extraction", "video_processing"):
-        _extend(importlib.import_module(f"transformers.models.auto.{name}_auto"), lambda names: names)
+def _register_configs() -> None:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
+
+    for stock, ours, file in list(_types()):
+        CONFIG_MAPPING_NAMES[ours] = f"Grouped{CONFIG_MAPPING_NAMES[stock]}"
+        CONFIG_MAPPING._modules[ours] = file
 
 
-def _grouped(names: Any) -> Any:
-    return f"Grouped{names}" if isinstance(names, str) else tuple(f"Grouped{n}" for n in names)
-
-
-def _extend(auto_file: Any, rename: Any) -> None:
-    """Give each table of ``auto_file`` an entry for our types wherever it has one for the stock type."""
+def _extend_tables(name: str) -> None:
+    """Give each table of one of transformers' files an entry for our types wherever it has one for the stock type."""
     from transformers.models.auto.auto_factory import _LazyAutoMapping
 
-    for table in list(vars(auto_file).values()):
+    tables = list(vars(importlib.import_module(f"transformers.models.auto.{name}")).values())
+    for table in tables:
         if not isinstance(table, _LazyAutoMapping):
             continue
-        for file, stock_types in FAMILIES.items():
-            for stock in stock_types:
-                if stock in table._model_mapping and stock in table._config_mapping:
-                    ours = PREFIX + stock
-                    table._model_mapping[ours] = rename(table._model_mapping[stock])
-                    table._reverse_config_mapping[table._config_mapping[ours]] = ours
-                    table._modules[ours] = _FamilyFile(file)
+        for stock, ours, file in _types():
+            if stock in table._model_mapping:
+                names = table._model_mapping[stock]
+                table._model_mapping[ours] = _grouped(names) if TABLES[name] else names
+                table._reverse_config_mapping[table._config_mapping[ours]] = ours
+                table._modules[ours] = file
+
+
+def _grouped(names: str | tuple[str, ...]) -> str | tuple[str, ...]:
+    return f"Grouped{names}" if isinstance(names, str) else tuple(f"Grouped{n}" for n in names)

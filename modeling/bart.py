@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from transformers import BartConfig
 from transformers.models.bart import modeling_bart as stock
 
@@ -24,7 +26,7 @@ class GroupedBartAttention(Seq2SeqGroupedAttention, stock.BartAttention):
 
 class GroupedBart(GroupedModel):
     config_class = GroupedBartConfig
-    replaced = {stock.BartAttention: GroupedBartAttention}
+    replaced: ClassVar = {stock.BartAttention: GroupedBartAttention}
 
 
 class GroupedBartModel(GroupedBart, stock.BartModel): ...

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import BertConfig
 from transformers.models.bert import modeling_bert as stock
@@ -36,7 +36,7 @@ class GroupedBertCrossAttention(GroupedAttention, stock.BertCrossAttention):
 
 class GroupedBert(GroupedModel):
     config_class = GroupedBertConfig
-    replaced = {
+    replaced: ClassVar = {
         stock.BertSelfAttention: GroupedBertSelfAttention,
         stock.BertCrossAttention: GroupedBertCrossAttention,
     }

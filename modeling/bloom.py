@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -17,7 +17,6 @@ from .grouped import (
     attend,
     eager_with_bias,
     split_groups,
-    with_width,
 )
 
 
@@ -44,7 +43,7 @@ class GroupedBloomAttention(GroupedAttention, stock.BloomAttention):
     def narrow(self, groups: KVGrouping) -> None:
         self.groups = groups
         rows = groups.num_kv_heads * (groups.group_size + 2) * self.head_dim
-        self.query_key_value = with_width(self.query_key_value, rows)
+        self.set_width("query_key_value", rows)
 
     def eager(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, position_bias: Tensor, **kwargs: Any
@@ -83,7 +82,7 @@ class GroupedBloomAttention(GroupedAttention, stock.BloomAttention):
 
 class GroupedBloom(GroupedModelOutsideInterface):
     config_class = GroupedBloomConfig
-    replaced = {stock.BloomAttention: GroupedBloomAttention}
+    replaced: ClassVar = {stock.BloomAttention: GroupedBloomAttention}
 
 
 class GroupedBloomModel(GroupedBloom, stock.BloomModel): ...

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from transformers import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from transformers.models.clip import modeling_clip as stock
 
@@ -28,8 +30,8 @@ class GroupedCLIPConfig(CLIPConfig):
     """CLIP's config; ``text_config`` and ``vision_config`` each have their ``num_key_value_heads``."""
 
     model_type = "gqa_clip"
-    sub_configs_defaults = {"vision_config": GroupedCLIPVisionConfig, "text_config": GroupedCLIPTextConfig}
-    sub_configs = {"vision_config": GroupedCLIPVisionConfig, "text_config": GroupedCLIPTextConfig}
+    sub_configs_defaults: ClassVar = {"vision_config": GroupedCLIPVisionConfig, "text_config": GroupedCLIPTextConfig}
+    sub_configs: ClassVar = {"vision_config": GroupedCLIPVisionConfig, "text_config": GroupedCLIPTextConfig}
 
 
 class GroupedCLIPAttention(GroupedAttention, stock.CLIPAttention):
@@ -38,7 +40,7 @@ class GroupedCLIPAttention(GroupedAttention, stock.CLIPAttention):
 
 class GroupedCLIP(GroupedModel):
     config_class = GroupedCLIPConfig
-    replaced = {stock.CLIPAttention: GroupedCLIPAttention}
+    replaced: ClassVar = {stock.CLIPAttention: GroupedCLIPAttention}
 
 
 class GroupedCLIPTextModel(GroupedCLIP, stock.CLIPTextModel):

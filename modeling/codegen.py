@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from transformers import CodeGenConfig
 from transformers.models.codegen import modeling_codegen as stock
 
-from .grouped import GroupedAttention, GroupedConfig, GroupedModelOutsideInterface, KVGrouping, attend, with_width
+from .grouped import GroupedAttention, GroupedConfig, GroupedModelOutsideInterface, KVGrouping, attend
 
 
 class GroupedCodeGenConfig(GroupedConfig, CodeGenConfig):
@@ -34,7 +34,7 @@ class GroupedCodeGenAttention(GroupedAttention, stock.CodeGenAttention):
         self.blocks = math.gcd(4, groups.num_kv_heads)
         kv = groups.num_kv_heads * self.head_dim // self.blocks
         self.sizes = [self.embed_dim // self.blocks, kv, kv]
-        self.qkv_proj = with_width(self.qkv_proj, self.blocks * sum(self.sizes))
+        self.set_width("qkv_proj", self.blocks * sum(self.sizes))
 
     def eager(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **kwargs: Any) -> tuple[Tensor, Tensor]:
         out, weights = self._attn(q, k, v, mask)  # it has its own scaling and dropout
@@ -78,7 +78,7 @@ class GroupedCodeGenAttention(GroupedAttention, stock.CodeGenAttention):
 
 class GroupedCodeGen(GroupedModelOutsideInterface):
     config_class = GroupedCodeGenConfig
-    replaced = {stock.CodeGenAttention: GroupedCodeGenAttention}
+    replaced: ClassVar = {stock.CodeGenAttention: GroupedCodeGenAttention}
 
 
 class GroupedCodeGenModel(GroupedCodeGen, stock.CodeGenModel): ...

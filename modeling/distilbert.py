@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from transformers import DistilBertConfig
 from transformers.models.distilbert import modeling_distilbert as stock
 
@@ -24,7 +26,7 @@ class GroupedDistilBertSelfAttention(GroupedAttention, stock.DistilBertSelfAtten
 
 class GroupedDistilBert(GroupedModel):
     config_class = GroupedDistilBertConfig
-    replaced = {stock.DistilBertSelfAttention: GroupedDistilBertSelfAttention}
+    replaced: ClassVar = {stock.DistilBertSelfAttention: GroupedDistilBertSelfAttention}
 
 
 class GroupedDistilBertModel(GroupedDistilBert, stock.DistilBertModel): ...

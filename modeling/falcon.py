@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import FalconConfig
+from transformers.masking_utils import create_causal_mask
 from transformers.models.falcon import modeling_falcon as stock
 
+from .decoder import embed, positions, run_blocks
 from .grouped import (
     GroupedAttention,
     GroupedConfig,
@@ -20,7 +23,6 @@ from .grouped import (
     attend,
     eager_with_bias,
     split_groups,
-    with_width,
 )
 
 
@@ -34,11 +36,11 @@ class GroupedFalconConfig(GroupedConfig, FalconConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if self.num_key_value_heads is None:
             if self.new_decoder_architecture:
-                self.num_key_value_heads = self.num_kv_heads
+                self.num_key_value_heads = self.num_kv_heads  # None: as many as query heads
             elif self.multi_query:
                 self.num_key_value_heads = 1
         super().__post_init__(**kwargs)
-        self.num_kv_heads = self.num_key_value_heads
+        self.num_kv_heads: int | None = self.num_key_value_heads
 
 
 class GroupedFalconAttention(GroupedAttention, stock.FalconAttention):
@@ -48,14 +50,14 @@ class GroupedFalconAttention(GroupedAttention, stock.FalconAttention):
         self.groups = groups
         self.num_kv_heads = groups.num_kv_heads
         rows = groups.num_kv_heads * (groups.group_size + 2) * self.head_dim
-        self.query_key_value = with_width(self.query_key_value, rows)
+        self.set_width("query_key_value", rows)
 
     def eager(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, scaling: float, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         scores = q @ k.transpose(-1, -2) / self.head_dim**0.5  # divided, as the stock module does
-        if kwargs.get("position_bias") is not None:
-            scores = scores + kwargs["position_bias"]
+        if (bias := kwargs.get("position_bias")) is not None:
+            scores = scores + bias
         return eager_with_bias(q, k, v, mask, scores=scores, dropout=kwargs["dropout"])
 
     def forward(
@@ -77,9 +79,7 @@ class GroupedFalconAttention(GroupedAttention, stock.FalconAttention):
             kwargs["dropout"] = 0.0  # the stock module drops out only with ALiBi
         else:
             kwargs["dropout"] = self.attention_dropout.p if self.training else 0.0
-            if alibi.dim() == 3:  # of four dimensions, it is in the mask already
-                bias = alibi.view(q.shape[0], self.num_heads, 1, -1) * self.inv_norm_factor
-                kwargs["position_bias"] = bias
+            kwargs["position_bias"] = alibi.view(q.shape[0], self.num_heads, 1, -1) * self.inv_norm_factor
         if layer_past is not None:
             k, v = layer_past.update(k, v, self.layer_idx)
         out, weights = attend(
@@ -90,10 +90,57 @@ class GroupedFalconAttention(GroupedAttention, stock.FalconAttention):
 
 class GroupedFalcon(GroupedModelOutsideInterface):
     config_class = GroupedFalconConfig
-    replaced = {stock.FalconAttention: GroupedFalconAttention}
 
 
-class GroupedFalconModel(GroupedFalcon, stock.FalconModel): ...
+class GroupedFalconModel(GroupedFalcon, stock.FalconModel):
+    """The stock forward adds ALiBi to masks of one form only (and eager attention then adds it once more)."""
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        hidden, cache = embed(self, self.word_embeddings, input_ids, inputs_embeds, past_key_values, use_cache)
+        position_ids = positions(position_ids, hidden, cache)
+        mask = create_causal_mask(
+            config=self.config, inputs_embeds=hidden, attention_mask=attention_mask, past_key_values=cache
+        )
+        arguments: dict[str, Any] = {"attention_mask": mask, "position_ids": position_ids, "alibi": None}
+        if self.use_alibi:
+            arguments["alibi"] = self._alibi(hidden, attention_mask, cache)
+        else:
+            arguments["position_embeddings"] = self.rotary_emb(hidden, position_ids=position_ids)
+        return run_blocks(
+            self,
+            self.h,
+            hidden,
+            self.ln_f,
+            lambda i: arguments,
+            cache=cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=return_dict,
+        )
+
+    def _alibi(self, hidden: Tensor, attention_mask: Tensor | None, cache: Any) -> Tensor:
+        """[B * HQ, 1, Sk]; positions count the real tokens of a row."""
+        B, S = hidden.shape[:2]
+        Sk = S if cache is None else cache.get_mask_sizes(S, 0)[0]  # the whole length of a static cache
+        if attention_mask is None or attention_mask.dim() != 2:
+            attention_mask = hidden.new_ones((B, Sk), dtype=torch.long)
+        attention_mask = torch.nn.functional.pad(attention_mask, (0, max(0, Sk - attention_mask.shape[-1])))
+        return stock.build_alibi_tensor(attention_mask, self.num_heads, dtype=hidden.dtype)
+
+
+GroupedFalcon.replaced = {stock.FalconAttention: GroupedFalconAttention, stock.FalconModel: GroupedFalconModel}
 
 
 class GroupedFalconForCausalLM(GroupedFalcon, stock.FalconForCausalLM): ...

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 from transformers import GPT2Config
 from transformers.models.gpt2 import modeling_gpt2 as stock
 
-from .grouped import DecoderGroupedConfig, GroupedAttention, GroupedModel, KVGrouping, with_width
+from .grouped import DecoderGroupedConfig, GroupedAttention, GroupedModel, KVGrouping
 
 
 class GroupedGPT2Config(DecoderGroupedConfig, GPT2Config):
@@ -29,7 +29,7 @@ class GroupedGPT2Attention(GroupedAttention, stock.GPT2Attention):
     def narrow(self, groups: KVGrouping) -> None:
         kv = groups.num_kv_heads * self.head_dim
         self.split_size = [kv, kv] if self.is_cross_attention else [self.embed_dim, kv, kv]
-        self.c_attn = with_width(self.c_attn, sum(self.split_size))
+        self.set_width("c_attn", sum(self.split_size))
 
     def eager(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
@@ -41,7 +41,7 @@ class GroupedGPT2Attention(GroupedAttention, stock.GPT2Attention):
 
 class GroupedGPT2(GroupedModel):
     config_class = GroupedGPT2Config
-    replaced = {stock.GPT2Attention: GroupedGPT2Attention}
+    replaced: ClassVar = {stock.GPT2Attention: GroupedGPT2Attention}
 
 
 class GroupedGPT2Model(GroupedGPT2, stock.GPT2Model): ...

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, GPTNeoConfig
+from transformers import GPTNeoConfig
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
-from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.gpt_neo import modeling_gpt_neo as stock
 
+from .decoder import embed, positions, run_blocks
 from .grouped import (
     GroupedAttention,
     GroupedConfig,
@@ -107,50 +106,35 @@ class GroupedGPTNeoModel(GroupedGPTNeo, stock.GPTNeoModel):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
-        config = self.config
-        output_attentions = _given(output_attentions, config.output_attentions)
-        attentions: tuple[Any, ...] | None = () if output_attentions else None
-        states: tuple[Tensor, ...] | None = () if _given(output_hidden_states, config.output_hidden_states) else None
-        use_cache = _given(use_cache, config.use_cache) and not (self.gradient_checkpointing and self.training)
-        if inputs_embeds is None:
-            inputs_embeds = self.wte(input_ids)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=config)
-        if position_ids is None:
-            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
+        inputs_embeds, cache = embed(self, self.wte, input_ids, inputs_embeds, past_key_values, use_cache)
+        position_ids = positions(position_ids, inputs_embeds, cache)
+        kinds = self.config.layer_types
         masks = attention_mask
-        if not isinstance(masks, dict):  # generate() has made them already
-            about = {
-                "config": config,
-                "inputs_embeds": inputs_embeds,
-                "attention_mask": attention_mask,
-                "past_key_values": past_key_values,
-                "position_ids": position_ids,
+        if not isinstance(masks, dict):  # generate() may have made them already
+            masks = {
+                kind: MASKS[kind](
+                    config=self.config,
+                    inputs_embeds=inputs_embeds,
+                    attention_mask=attention_mask,
+                    past_key_values=cache,
+                    position_ids=position_ids,
+                )
+                for kind in dict.fromkeys(kinds)
             }
-            masks = {kind: MASKS[kind](**about) for kind in set(config.layer_types)}
         hidden = inputs_embeds + self.wpe(position_ids)
         if token_type_ids is not None:
             hidden = hidden + self.wte(token_type_ids)
-        hidden = self.drop(hidden)
-        for block, kind in zip(self.h, config.layer_types, strict=True):
-            states = None if states is None else (*states, hidden)
-            hidden, weights = block(
-                hidden, layer_past=past_key_values, attention_mask=masks[kind], output_attentions=output_attentions
-            )
-            attentions = None if attentions is None else (*attentions, weights)
-        hidden = self.ln_f(hidden)
-        states = None if states is None else (*states, hidden)
-        output = BaseModelOutputWithPast(
-            last_hidden_state=hidden, past_key_values=past_key_values, hidden_states=states, attentions=attentions
+        return run_blocks(
+            self,
+            self.h,
+            self.drop(hidden),
+            self.ln_f,
+            lambda i: {"attention_mask": masks[kinds[i]]},
+            cache=cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=return_dict,
         )
-        return output if _given(return_dict, config.return_dict) else output.to_tuple()
-
-
-def _given(value: bool | None, default: bool) -> bool:
-    return default if value is None else value
 
 
 GroupedGPTNeo.replaced = {stock.GPTNeoSelfAttention: GroupedGPTNeoAttention, stock.GPTNeoModel: GroupedGPTNeoModel}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 from transformers import GPTNeoXConfig
@@ -16,7 +16,6 @@ from .grouped import (
     attend,
     share_checkpoint_names,
     split_groups,
-    with_width,
 )
 
 
@@ -40,7 +39,7 @@ class GroupedGPTNeoXAttention(GroupedAttention, stock.GPTNeoXAttention):
     def narrow(self, groups: KVGrouping) -> None:
         self.groups = groups
         rows = groups.num_kv_heads * (groups.group_size + 2) * self.head_size
-        self.query_key_value = with_width(self.query_key_value, rows)
+        self.set_width("query_key_value", rows)
 
     def forward(
         self,
@@ -62,7 +61,7 @@ class GroupedGPTNeoXAttention(GroupedAttention, stock.GPTNeoXAttention):
 
 class GroupedGPTNeoX(GroupedModel):
     config_class = GroupedGPTNeoXConfig
-    replaced = {stock.GPTNeoXAttention: GroupedGPTNeoXAttention}
+    replaced: ClassVar = {stock.GPTNeoXAttention: GroupedGPTNeoXAttention}
 
 
 class GroupedGPTNeoXModel(GroupedGPTNeoX, stock.GPTNeoXModel): ...

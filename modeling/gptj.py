@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -66,7 +66,7 @@ class GroupedGPTJAttention(GroupedAttention, stock.GPTJAttention):
 
 class GroupedGPTJ(GroupedModelOutsideInterface):
     config_class = GroupedGPTJConfig
-    replaced = {stock.GPTJAttention: GroupedGPTJAttention}
+    replaced: ClassVar = {stock.GPTJAttention: GroupedGPTJAttention}
 
 
 class GroupedGPTJModel(GroupedGPTJ, stock.GPTJModel): ...

@@ -11,13 +11,13 @@ A family file names three things, and nothing of the stock model is copied:
 With as many KV heads as query heads nothing is replaced: the same parameters under the same names, so a stock
 checkpoint loads as it is and gives the same logits bit for bit.
 
-This file stands on torch, transformers and ``KVGrouping`` alone, because it travels inside checkpoints (``--with-code``).
+This file stands on torch, transformers and ``KVGrouping`` alone: it travels inside checkpoints (``--with-code``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +27,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
 from hf_attn_patch.grouping import KVGrouping
-
-L = TypeVar("L", bound=nn.Module)
 
 
 class GroupedConfig:
@@ -61,8 +59,10 @@ class DecoderGroupedConfig(GroupedConfig):
 
 
 class Seq2SeqGroupedConfig(GroupedConfig):
-    """Mixin of an encoder-decoder config: KV heads for the encoder, the decoder's self-attention and its
-    cross-attention, each by itself (the GQA paper, arXiv 2305.13245, converts the decoder's two and not the encoder)."""
+    """Mixin of an encoder-decoder config: KV heads of the encoder, of the decoder and of its cross-attention.
+
+    The GQA paper (arXiv 2305.13245) converts the decoder's two and leaves the encoder as it is.
+    """
 
     kv_fields: ClassVar[dict[str, str]] = {
         "encoder_kv_heads": "encoder_attention_heads",
@@ -101,8 +101,11 @@ class GroupedAttention:
     def narrow(self, groups: KVGrouping) -> None:
         """Give K and V the width of HKV heads."""
         for name in self.kv_projections:
-            layer = getattr(self, name)
-            setattr(self, name, with_width(layer, width(layer) // groups.group_size))
+            self.set_width(name, width(getattr(self, name)) // groups.group_size)
+
+    def set_width(self, name: str, features: int) -> None:
+        """Put a fresh layer with ``features`` outputs in the place of the one called ``name``, if its width differs."""
+        setattr(self, name, with_width(getattr(self, name), features))
 
 
 class Seq2SeqGroupedAttention(GroupedAttention):
@@ -130,7 +133,7 @@ class GroupedModel:
             module.__class__ = grouped
             if isinstance(module, GroupedAttention):
                 module.group(self.config)  # type: ignore[attr-defined]
-                module._is_hf_initialized = False
+                module._is_hf_initialized = False  # type: ignore[attr-defined]
         super().post_init()  # type: ignore[misc]
 
 
@@ -145,16 +148,17 @@ class GroupedModelOutsideInterface(GroupedModel):
         # the stock parts look their attention class up by name and know only their own names
         wanted = self.get_correct_attn_implementation(config._attn_implementation, True)  # type: ignore[attr-defined]
         config._attn_implementation = "eager"
-        super().__init__(config, *args, **kwargs)
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         config._attn_implementation = wanted
 
 
-def width(layer: nn.Module) -> int:
+def width(layer: Any) -> int:
     """Output features of a Linear or Conv1D."""
-    return int(layer.nf if isinstance(layer, Conv1D) else layer.out_features)
+    features: int = layer.nf if isinstance(layer, Conv1D) else layer.out_features
+    return features
 
 
-def with_width(layer: L, features: int) -> L:
+def with_width(layer: Any, features: int) -> Any:
     """A fresh layer like ``layer`` with ``features`` outputs; ``layer`` itself if it has them already."""
     if features == width(layer):
         return layer

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from transformers import MarianConfig
 from transformers.models.marian import modeling_marian as stock
 
@@ -24,7 +26,7 @@ class GroupedMarianAttention(Seq2SeqGroupedAttention, stock.MarianAttention):
 
 class GroupedMarian(GroupedModel):
     config_class = GroupedMarianConfig
-    replaced = {stock.MarianAttention: GroupedMarianAttention}
+    replaced: ClassVar = {stock.MarianAttention: GroupedMarianAttention}
 
 
 class GroupedMarianModel(GroupedMarian, stock.MarianModel): ...

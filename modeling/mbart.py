@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from transformers import MBartConfig
 from transformers.models.mbart import modeling_mbart as stock
 
@@ -24,7 +26,7 @@ class GroupedMBartAttention(Seq2SeqGroupedAttention, stock.MBartAttention):
 
 class GroupedMBart(GroupedModel):
     config_class = GroupedMBartConfig
-    replaced = {stock.MBartAttention: GroupedMBartAttention}
+    replaced: ClassVar = {stock.MBartAttention: GroupedMBartAttention}
 
 
 class GroupedMBartModel(GroupedMBart, stock.MBartModel): ...

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from transformers import DynamicCache, MptConfig
+from transformers import MptConfig
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.models.mpt import modeling_mpt as stock
 
+from .decoder import embed, run_blocks
 from .grouped import (
     GroupedAttention,
     GroupedConfig,
@@ -18,7 +18,6 @@ from .grouped import (
     attend,
     eager_with_bias,
     split_heads,
-    with_width,
 )
 
 
@@ -38,7 +37,7 @@ class GroupedMptAttention(GroupedAttention, stock.MptAttention):
     def narrow(self, groups: KVGrouping) -> None:
         kv = groups.num_kv_heads * self.head_dim
         self.sizes = [self.hidden_size, kv, kv]
-        self.Wqkv = with_width(self.Wqkv, sum(self.sizes))
+        self.set_width("Wqkv", sum(self.sizes))
 
     def eager(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, output_attentions: bool = False, **kwargs: Any
@@ -93,40 +92,23 @@ class GroupedMptModel(GroupedMpt, stock.MptModel):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
-        config = self.config
-        attentions: tuple[Any, ...] | None = () if _given(output_attentions, config.output_attentions) else None
-        states: tuple[Tensor, ...] | None = () if _given(output_hidden_states, config.output_hidden_states) else None
-        use_cache = _given(use_cache, config.use_cache) and not (self.gradient_checkpointing and self.training)
-        if inputs_embeds is None:
-            inputs_embeds = self.wte(input_ids)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=config)
-        alibi = self.build_mpt_alibi_tensor(self.num_heads, config.max_seq_len, device=inputs_embeds.device)
+        hidden, cache = embed(self, self.wte, input_ids, inputs_embeds, past_key_values, use_cache)
         mask = create_causal_mask(
-            config=config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            config=self.config, inputs_embeds=hidden, attention_mask=attention_mask, past_key_values=cache
         )
-        hidden = inputs_embeds
-        for block in self.blocks:
-            states = None if states is None else (*states, hidden)
-            hidden, weights = block(
-                hidden, position_bias=alibi.to(hidden.dtype), attention_mask=mask, layer_past=past_key_values
-            )
-            attentions = None if attentions is None else (*attentions, weights)
-        hidden = self.norm_f(hidden)
-        states = None if states is None else (*states, hidden)
-        output = BaseModelOutputWithPastAndCrossAttentions(
-            last_hidden_state=hidden, past_key_values=past_key_values, hidden_states=states, attentions=attentions
+        alibi = self.build_mpt_alibi_tensor(self.num_heads, self.config.max_seq_len, device=hidden.device)
+        arguments = {"position_bias": alibi.to(hidden.dtype), "attention_mask": mask}
+        return run_blocks(
+            self,
+            self.blocks,
+            hidden,
+            self.norm_f,
+            lambda i: arguments,
+            cache=cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=return_dict,
         )
-        return output if _given(return_dict, config.return_dict) else output.to_tuple()
-
-
-def _given(value: bool | None, default: bool) -> bool:
-    return default if value is None else value
 
 
 GroupedMpt.replaced = {stock.MptAttention: GroupedMptAttention, stock.MptModel: GroupedMptModel}

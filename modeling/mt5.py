@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from transformers import MT5Config
 from transformers.models.mt5 import modeling_mt5 as stock
 
@@ -29,7 +31,7 @@ class GroupedMT5Attention(Seq2SeqGroupedAttention, stock.MT5Attention):
 
 class GroupedMT5(GroupedModel):
     config_class = GroupedMT5Config
-    replaced = {stock.MT5Attention: GroupedMT5Attention}
+    replaced: ClassVar = {stock.MT5Attention: GroupedMT5Attention}
 
 
 class GroupedMT5Model(GroupedMT5, stock.MT5Model): ...

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 from transformers import OPTConfig
@@ -39,7 +39,7 @@ class GroupedOPTAttention(GroupedAttention, stock.OPTAttention):
 
 class GroupedOPT(GroupedModel):
     config_class = GroupedOPTConfig
-    replaced = {stock.OPTAttention: GroupedOPTAttention}
+    replaced: ClassVar = {stock.OPTAttention: GroupedOPTAttention}
 
 
 class GroupedOPTModel(GroupedOPT, stock.OPTModel): ...

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import RobertaConfig
 from transformers.models.roberta import modeling_roberta as stock
@@ -36,7 +36,7 @@ class GroupedRobertaCrossAttention(GroupedAttention, stock.RobertaCrossAttention
 
 class GroupedRoberta(GroupedModel):
     config_class = GroupedRobertaConfig
-    replaced = {
+    replaced: ClassVar = {
         stock.RobertaSelfAttention: GroupedRobertaSelfAttention,
         stock.RobertaCrossAttention: GroupedRobertaCrossAttention,
     }

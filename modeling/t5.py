@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from transformers import T5Config
 from transformers.models.t5 import modeling_t5 as stock
 
@@ -29,7 +31,7 @@ class GroupedT5Attention(Seq2SeqGroupedAttention, stock.T5Attention):
 
 class GroupedT5(GroupedModel):
     config_class = GroupedT5Config
-    replaced = {stock.T5Attention: GroupedT5Attention}
+    replaced: ClassVar = {stock.T5Attention: GroupedT5Attention}
 
 
 class GroupedT5Model(GroupedT5, stock.T5Model): ...

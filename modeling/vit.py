@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from transformers import ViTConfig
 from transformers.models.vit import modeling_vit as stock
 
@@ -23,7 +25,7 @@ class GroupedViTAttention(GroupedAttention, stock.ViTAttention):
 
 class GroupedViT(GroupedModel):
     config_class = GroupedViTConfig
-    replaced = {stock.ViTAttention: GroupedViTAttention}
+    replaced: ClassVar = {stock.ViTAttention: GroupedViTAttention}
 
 
 class GroupedViTModel(GroupedViT, stock.ViTModel): ...

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from transformers import WhisperConfig
 from transformers.models.whisper import modeling_whisper as stock
 
@@ -31,7 +33,7 @@ class GroupedWhisperAttention(Seq2SeqGroupedAttention, stock.WhisperAttention):
 
 class GroupedWhisper(GroupedModel):
     config_class = GroupedWhisperConfig
-    replaced = {stock.WhisperAttention: GroupedWhisperAttention}
+    replaced: ClassVar = {stock.WhisperAttention: GroupedWhisperAttention}
 
 
 class GroupedWhisperModel(GroupedWhisper, stock.WhisperModel): ...

@@ -8,11 +8,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from hf_attn_patch.conversion import ConversionError, convert
 from safetensors.torch import load_file
 from tiny_families import FAMILIES, tiny_model
 from torch import Tensor
-
-from hf_attn_patch.conversion import ConversionError, convert
 
 HEADS, WIDTH = 8, 32
 IDS = torch.tensor([[5, 9, 33, 2, 17, 60, 41]])

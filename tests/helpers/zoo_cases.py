@@ -13,8 +13,6 @@ from transformers import AutoConfig
 
 from hf_attn_patch import zoo
 
-zoo.register()
-
 HEADS, DIM, VOCAB = 4, 8, 61
 E = HEADS * DIM
 QUIET = {"bos_token_id": 0, "eos_token_id": None, "pad_token_id": 1}

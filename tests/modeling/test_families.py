@@ -1,4 +1,4 @@
-"""Every grouped family against the stock one. ``tests/modeling/family_table.py`` makes the README's table from these."""
+"""Every grouped family against the stock one (``family_table.py`` beside this makes the README's table of them)."""
 
 import copy
 
@@ -7,7 +7,7 @@ import torch
 import transformers
 from zoo_cases import CASES, DIM, HEADS, output
 
-ATTENTIONS = ["eager", "sdpa"]
+ATTENTIONS = ["eager", "sdpa", "hf_attn_patch"]
 cases = pytest.mark.parametrize("case", CASES, ids=[c.stock for c in CASES])
 
 
@@ -27,7 +27,10 @@ def expanded(case, grouped, kv_heads, attn):
 
 
 def attn_of_stock(case, attn):
-    return "eager" if case.outside and case.stock != "falcon" else attn
+    """The same implementation where the stock family can run it, else the one that it has."""
+    if not case.outside or attn == "eager":
+        return attn
+    return "sdpa" if case.stock == "falcon" else "eager"
 
 
 @cases
