@@ -187,7 +187,14 @@ def test_gradient_checkpointing_gives_the_same_gradients(case):
         torch.testing.assert_close(grads[1][name], grad, atol=1e-6, rtol=1e-5)
 
 
-@cases
+# one family of each kind; the others, by the same code, when asked for slow tests
+COMPILED = ("gpt2", "gpt_neox", "bert", "bloom", "gpt_neo", "vit")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(c, id=c.stock, marks=() if c.stock in COMPILED else pytest.mark.slow) for c in CASES],
+)
 def test_compiles_as_one_graph(case):
     model = case.make(2)
     feed = case.inputs(padding="right" if case.kind in ("causal", "encoder") else None)
