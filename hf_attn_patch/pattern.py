@@ -70,15 +70,19 @@ class Pattern:
             hi = torch.minimum(hi, q + right + 1)
         if left is not None:
             lo = torch.maximum(lo, q - left)
-        if self.chunk is not None:
-            size, padding = self.chunk
-            shift = padding.to(self.device)[:, None] - self.kv_offset
-            begin = torch.div(q - shift, size, rounding_mode="floor") * size + shift
-            lo, hi = torch.maximum(lo, begin), torch.minimum(hi, begin + size)
         starts = self.starts() if starts is None else starts
+        begin = None
         if starts is not None:
             index = torch.arange(self.q_len, device=self.device)
             begin = torch.where(starts, index, -1).cummax(-1).values
+        if self.chunk is not None:
+            size, padding = self.chunk
+            shift = padding.to(self.device)[:, None] - self.kv_offset
+            if begin is not None:  # a document counts its chunks from its own first token
+                shift = torch.where(begin < 0, shift, begin + self.offset)
+            chunk = torch.div(q - shift, size, rounding_mode="floor") * size + shift
+            lo, hi = torch.maximum(lo, chunk), torch.minimum(hi, chunk + size)
+        if starts is not None and begin is not None:
             lo = torch.maximum(lo, torch.where(begin < 0, 0, begin + self.offset))
             following = torch.where(starts, index, self.q_len)[:, 1:].flip(-1).cummin(-1).values.flip(-1)
             end = torch.nn.functional.pad(following, (0, 1), value=self.q_len)

@@ -1,0 +1,76 @@
+"""Our own Triton kernel for 1 to 16 queries: the group's queries in one tile, so that K and V are read once."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+from typing import Any
+
+from torch import Tensor
+
+from hf_attn_patch.layout import DENSE, PACKED, PADDED
+from hf_attn_patch.request import AttentionRequest, Operands
+
+from ._common import cut, cut_bias
+
+
+@functools.cache
+def _module() -> Any:
+    return importlib.import_module("hf_attn_patch.kernels.decode")
+
+
+@functools.cache
+def missing() -> str | None:
+    """Why Triton cannot run here, or None."""
+    return None if importlib.util.find_spec("triton") else "triton is not installed"
+
+
+def refuses(request: AttentionRequest) -> str | None:
+    """Why not, or None."""
+    if request.device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "needs a CUDA device"
+    if request.q_class > 16:
+        return "takes at most 16 queries"
+    if request.grad:
+        return "has no backward"
+    if request.dropout:
+        return "has no dropout"
+    if request.weights:
+        return "returns no attention weights"
+    if request.visibility == PACKED:
+        return "takes no packed documents"
+    if request.windowed and not request.causal:
+        return "takes a window only where attention is causal"
+    if request.dtype.itemsize not in (2, 4):
+        return f"takes fp16, bf16 and fp32, not {str(request.dtype).removeprefix('torch.')}"
+    if not 8 <= request.head_dim <= 512 or not 8 <= request.value_dim <= 512:
+        return f"takes head_dim 8 to 512, not {request.head_dim}/{request.value_dim}"
+    return missing()
+
+
+def run(q: Tensor, k: Tensor, v: Tensor, request: AttentionRequest, operands: Operands) -> tuple[Tensor, None]:
+    """q [B, HQ, Sq, D], k [B, HKV, Sk, D], v [B, HKV, Sk, Dv] -> (out [B, HQ, Sq, Dv], None)."""
+    layout = operands.layout
+    k, v = cut(layout, k, v)
+    first = end = None
+    if layout.kind == PADDED:
+        assert layout.first is not None and layout.length is not None
+        first, end = layout.first, layout.first + layout.length
+    left = layout.window[0]
+    out: Tensor = _module().grouped_decode(
+        q,
+        k,
+        v,
+        scale=operands.scale,
+        causal=layout.causal and layout.kind != DENSE,
+        first=first,
+        end=end,
+        mask=layout.mask if layout.kind == DENSE else None,
+        bias=None if operands.bias is None else cut_bias(layout, operands.bias),
+        window=None if left is None else left + 1,
+        softcap=operands.softcap,
+        sinks=operands.sinks,
+    )
+    return out, None

@@ -1,0 +1,232 @@
+"""Every backend that runs on this GPU against the fp32 truth: output and gradients, poisoned memory, odd shapes.
+
+Run with ``pytest -m gpu``. A backend that refuses a request is skipped with its own reason.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from conformance import assert_conforms
+
+from hf_attn_patch.dispatch import BACKENDS, attend, backend
+from hf_attn_patch.layout import DENSE, PADDED, Layout, full, packed
+from hf_attn_patch.request import AttentionError
+
+pytestmark = pytest.mark.gpu
+KINDS = ["full", "causal", "window", "both sides", "padded", "padded causal", "packed", "dense"]
+LENGTHS = [(64, 128), (239, 1), (799, 3), (113, 203), (108, 256), (1023, 1024), (1024, 1023)]
+FUSED = [name for name in BACKENDS if name != "reference"]
+
+
+def poison() -> None:
+    """Leave NaN in the memory that the next torch.empty gets."""
+    blocks = [
+        torch.full((n,), float("nan"), device="cuda") for n in (1 << 24, 1 << 22, 1 << 20, 1 << 18) for _ in range(3)
+    ]
+    del blocks
+
+
+def make(B, HQ, HKV, Sq, Sk, D, dtype, Dv=None, seed=0):
+    g = torch.Generator(device="cuda").manual_seed(seed)
+    shapes = (B, Sq, HQ, D), (B, Sk, HKV, D), (B, Sk, HKV, Dv or D)
+    return [torch.randn(s, generator=g, device="cuda").to(dtype).transpose(1, 2) for s in shapes]
+
+
+def layouts(kind, B, Sq, Sk):
+    """A layout by name (Sq == Sk where it says self-attention)."""
+    if kind in ("full", "causal"):
+        return full(Sq, Sk, kind == "causal", (None, None), B)
+    if kind == "window":
+        return full(Sq, Sk, True, (16, None), B)
+    if kind == "both sides":
+        return full(Sq, Sk, False, (9, 5), B)
+    first = torch.tensor([0, 5, Sk // 2, 1][:B], device="cuda", dtype=torch.int32)
+    length = torch.tensor([Sk, Sk - 9, Sk // 3, 0][:B], device="cuda", dtype=torch.int32)
+    if kind == "padded":
+        return Layout(PADDED, B, Sq, Sk, first=first, length=length)
+    if kind == "padded causal":
+        return Layout(PADDED, B, Sq, Sk, True, first=first, length=length, restrict_queries=True)
+    if kind == "packed":
+        borders = [0, 1, Sk // 3, Sk // 3, *(b * Sk for b in range(1, B)), (B - 1) * Sk + 7, B * Sk - 3]
+        cu = torch.tensor(borders, device="cuda")
+        return packed(B, Sq, Sk, cu, cu, Sk, Sk, True)
+    assert kind == "dense"
+    mask = torch.rand(B, 1, Sq, Sk, device="cuda", generator=torch.Generator("cuda").manual_seed(1)) < 0.7
+    mask[:, :, 1] = False
+    mask[0, ..., 3] = False
+    return Layout(DENSE, B, Sq, Sk, mask=mask)
+
+
+def plain(q, k, v, layout, scale, softcap=None, sinks=None, bias=None):
+    """Low-precision PyTorch, written out."""
+    G = q.shape[1] // k.shape[1]
+    k, v = (t[:, :, layout.start : layout.stop].repeat_interleave(G, 1) for t in (k, v))
+    s = (q @ k.mT) * scale
+    if softcap is not None:
+        s = softcap * torch.tanh(s / softcap)
+    if bias is not None:
+        s = s + bias.to(s.dtype)
+    mask = layout.dense(q.device)
+    if mask is not None:
+        s = s.masked_fill(~mask, -torch.inf)
+    if sinks is not None:
+        s = torch.cat([s, sinks.to(s.dtype)[None, :, None, None].expand(*s.shape[:3], 1)], -1)
+    p = torch.softmax(s, -1)
+    p = p.masked_fill((s == -torch.inf).all(-1, keepdim=True), 0)
+    return p[..., : k.shape[2]] @ v
+
+
+def check(name, kind, B, HQ, HKV, Sq, Sk, D, dtype, *, grad=True, softcap=None, sinks=False, bias=None, Dv=None):
+    q, k, v = make(B, HQ, HKV, Sq, Sk, D, dtype, Dv)
+    layout = layouts(kind, B, Sq, Sk)
+    scale = 1 / math.sqrt(D)
+    sink = torch.randn(HQ, device="cuda").to(dtype) if sinks else None
+    add = None if bias is None else torch.randn(bias, HQ, Sq, Sk, device="cuda").to(dtype)
+    valid = layout.valid_queries()
+    where = None if valid is None else valid[:, None, :, None]
+    g = torch.randn(B, HQ, Sq, Dv or D, device="cuda").to(dtype)
+    if where is not None:
+        g = g * where
+    results = []
+    for run, wide in (("test", dtype), ("plain", dtype), ("truth", torch.float32)):
+        leaves = [None if t is None else t.detach().to(wide).requires_grad_(grad) for t in (q, k, v, sink, add)]
+        a, b, c, s, e = leaves
+        with torch.set_grad_enabled(grad):
+            if run == "test":
+                poison()
+                out = attend(a, b, c, layout=layout, softcap=softcap, sinks=s, bias=e, name=name)[0]
+            else:
+                out = plain(a, b, c, layout, scale, softcap, s, e)
+        grads = torch.autograd.grad((out * g.to(wide)).sum(), [t for t in leaves if t is not None]) if grad else ()
+        results.append((out, grads))
+    (out, grads), (low, low_grads), (ref, ref_grads) = results
+    assert_conforms(out, low, ref, where=where)
+    if where is not None:
+        assert torch.isfinite(out).all(), "rows without keys are not finite"
+    for mine, theirs, true in zip(grads, low_grads, ref_grads, strict=True):
+        assert_conforms(mine, theirs, true, factor=3.0)
+
+
+def attempt(*args, **kwargs):
+    try:
+        check(*args, **kwargs)
+    except AttentionError as error:
+        if "cannot run this exactly" not in str(error):
+            raise
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize(
+    "kind", ["full", "causal", "window", "both sides", "padded", "padded causal", "packed", "dense"]
+)
+@pytest.mark.parametrize("heads", [(4, 4), (8, 2), (6, 1)])
+@pytest.mark.parametrize("name", FUSED)
+def test_layouts(name, kind, heads):
+    attempt(name, kind, 4, *heads, 131, 131, 64, torch.bfloat16)
+
+
+@pytest.mark.parametrize("options", [{"softcap": 15.0}, {"sinks": True}, {"bias": 1}, {"bias": 2}], ids=str)
+@pytest.mark.parametrize("kind", ["causal", "padded causal", "dense"])
+@pytest.mark.parametrize("name", FUSED)
+def test_options(name, kind, options):
+    attempt(name, kind, 2, 8, 2, 131, 131, 64, torch.bfloat16, **options)
+
+
+@pytest.mark.parametrize("D", [32, 40, 59, 80, 96, 111, 128, 160, 192, 224, 256, 512])
+@pytest.mark.parametrize("name", [n for n in FUSED if n != "flex"])
+def test_head_dims(name, D):
+    attempt(name, "causal", 2, 4, 2, 130, 130, D, torch.float16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", ["causal", "padded", "padded causal", "packed", "dense"])
+@pytest.mark.parametrize("name", FUSED)
+def test_dtypes(name, kind, dtype):
+    attempt(name, kind, 3, 8, 2, 97, 97, 64, dtype)
+
+
+@pytest.mark.parametrize(
+    ("Sq", "Sk"), [(64, 128), (239, 1), (799, 3), (113, 203), (108, 256), (1023, 1024), (1024, 1023)]
+)
+@pytest.mark.parametrize("kind", ["full", "causal", "padded"])
+@pytest.mark.parametrize("name", [n for n in FUSED if n != "flex"])
+def test_lengths(name, kind, Sq, Sk):
+    attempt(name, kind, 1, 4, 2, Sq, Sk, 64, torch.bfloat16)
+
+
+@pytest.mark.parametrize("kind", ["full", "causal", "padded", "padded causal", "dense", "window"])
+@pytest.mark.parametrize(("Sq", "Sk"), [(1, 1), (1, 339), (3, 799), (16, 20000), (1, 131072)])
+@pytest.mark.parametrize("heads", [(4, 4), (8, 2), (6, 1)])
+@pytest.mark.parametrize("name", [n for n in FUSED if n != "flex"])
+def test_decode(name, kind, Sq, Sk, heads):
+    if kind.startswith("padded") and Sk < 32:
+        pytest.skip("too short to pad")
+    attempt(name, kind, 2, *heads, Sq, Sk, 128, torch.bfloat16, grad=False)
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_forward_is_repeatable(name):
+    q, k, v = make(2, 8, 2, 257, 257, 64, torch.bfloat16)
+    layout = full(257, 257, True, (None, None), 2)
+    try:
+        first = attend(q, k, v, layout=layout, name=name)[0]
+    except AttentionError as error:
+        pytest.skip(str(error))
+    for _ in range(3):
+        assert torch.equal(first, attend(q, k, v, layout=layout, name=name)[0])
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_nan_in_padding_does_not_leak(name):
+    q, k, v = make(3, 8, 2, 131, 131, 64, torch.bfloat16)
+    layout = layouts("padded causal", 3, 131, 131)
+    j = torch.arange(131, device="cuda")
+    pad = (j < layout.first[:, None]) | (j >= (layout.first + layout.length)[:, None])
+    try:
+        clean = attend(q, k, v, layout=layout, name=name)[0]
+    except AttentionError as error:
+        pytest.skip(str(error))
+    k, v = (t.masked_fill(pad[:, None, :, None], float("nan")) for t in (k, v))
+    dirty = attend(q, k, v, layout=layout, name=name)[0]
+    where = layout.valid_queries()[:, None, :, None].expand_as(clean)
+    assert torch.equal(clean[where], dirty[where])
+    assert torch.isfinite(dirty).all()
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_strange_strides(name):
+    base = torch.randn(2, 131, 3 * 8 * 64 + 8, device="cuda", dtype=torch.bfloat16)[..., 8:]
+    q, k, v = base.unflatten(-1, (3, 8, 64)).transpose(1, 3).unbind(2)
+    v = v[:, :2].expand(2, 2, 131, 64) if name != "flex" else v[:, :2]
+    k = k[:, :2]
+    layout = full(131, 131, True, (None, None), 2)
+    try:
+        out = attend(q, k, v, layout=layout, name=name)[0]
+    except AttentionError as error:
+        pytest.skip(str(error))
+    args = q, k, v
+    ref = plain(*(t.float() for t in args), layout, 0.125)
+    assert_conforms(out, plain(*args, layout, 0.125), ref)
+
+
+def test_dropout_on_the_gpu():
+    q = torch.zeros(1, 2, 256, 64, device="cuda", dtype=torch.float16)
+    k = torch.zeros(1, 1, 1024, 64, device="cuda", dtype=torch.float16)
+    v = torch.ones_like(k)
+    for name in FUSED:
+        try:
+            out = attend(q, k, v, layout=full(256, 1024, False, (None, None)), dropout=0.25, name=name)[0].float()
+        except AttentionError:
+            continue
+        assert abs(out.mean() - 1) < 0.01, name
+        assert abs(out[..., 0].var() - 0.25 / (1024 * 0.75)) < 1e-4, name
+
+
+def test_which_backends_were_here():
+    """Not a check: the list for the log of what ran."""
+    for name in BACKENDS:
+        missing = getattr(backend(name), "missing", lambda: None)()
+        print(f"{name}: {missing or 'here'}")
