@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backends import flash2, flash3, flash4, flex, reference, torch_sdpa, torch_varlen
+from .backends import flash2, flash3, flash4, flex, reference, torch_sdpa, torch_varlen, triton_decode
 from .layout import DENSE, FULL, Layout
 from .request import AttentionError, AttentionRequest, Operands
 
@@ -25,6 +25,7 @@ _MODULES: dict[str, Any] = {
     "flash4": flash4,
     "flash3": flash3,
     "flash2": flash2,
+    "triton_decode": triton_decode,
     "torch_sdpa": torch_sdpa,
     "torch_varlen": torch_varlen,
     "flex": flex,
@@ -48,14 +49,13 @@ def backend(name: str) -> Any:
 def order(request: AttentionRequest) -> tuple[str, ...]:
     """All backends, the one that was measured fastest for this kind of request first."""
     if request.device != "cuda":
-        return ("torch_sdpa", "reference", "torch_varlen", "flex", "flash4", "flash3", "flash2")
+        return ("torch_sdpa", "reference", "triton_decode", "torch_varlen", "flex", "flash4", "flash3", "flash2")
     if request.q_class < 17 and not request.grad:  # decoding: bytes, not arithmetic
-        if request.visibility == FULL:
-            return ("torch_sdpa", "flash3", "flash4", "torch_varlen", "flash2", "flex", "reference")
-        return ("flash3", "torch_sdpa", "flash4", "torch_varlen", "flash2", "flex", "reference")
+        rest = ("flash3", "torch_sdpa", "flash4", "torch_varlen", "flash2", "flex", "reference")
+        return ("triton_decode", *rest)
     if request.visibility == FULL and not request.windowed:
-        return ("flash4", "flash3", "torch_sdpa", "flash2", "torch_varlen", "flex", "reference")
-    return ("flash4", "flash3", "flash2", "torch_varlen", "flex", "torch_sdpa", "reference")
+        return ("flash4", "flash3", "torch_sdpa", "flash2", "torch_varlen", "flex", "reference", "triton_decode")
+    return ("flash4", "flash3", "flash2", "torch_varlen", "flex", "torch_sdpa", "reference", "triton_decode")
 
 
 def reasons(request: AttentionRequest) -> list[tuple[str, str | None]]:

@@ -88,7 +88,8 @@ def attention_forward(
         if cu_seq_lens_q is not None:
             layout = _borders(query, key, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, causal, window)
         else:
-            layout = _plain(query, key, bool(causal), window, position_ids)
+            begins = getattr(module, "layer_idx", 0) == 0
+            layout = _plain(query, key, bool(causal), window, position_ids, begins)
     elif attention_mask.dtype is torch.int32:
         pattern = of_carrier(attention_mask)
         if cu_seq_lens_q is not None and pattern is not None and pattern.keys is None and pattern.chunk is None:
@@ -139,15 +140,21 @@ def _one_dtype(module: torch.nn.Module, *tensors: Tensor) -> tuple[Tensor, ...]:
     )
 
 
-def _plain(query: Tensor, key: Tensor, causal: bool, window: tuple[int | None, None], ids: Tensor | None) -> Layout:
-    """No mask: causality as the module says; documents where the positions go back."""
+def _plain(
+    query: Tensor, key: Tensor, causal: bool, window: tuple[int | None, None], ids: Tensor | None, begins: bool
+) -> Layout:
+    """No mask: causality as the module says; documents where the positions go back.
+
+    ``begins``: this is a model's first layer. Inference tensors don't tell whether they were written to since the last
+    forward, so what was remembered with them counts only within one.
+    """
     B, Sq, Sk = query.shape[0], query.shape[2], key.shape[2]
     if causal and Sq > 1 and Sq == Sk and _usable(ids, query):
         assert ids is not None
         if torch.compiler.is_compiling():
             pattern = Pattern(B, Sq, Sk, True, window, device=query.device)
             return Layout(DENSE, B, Sq, Sk, mask=pattern.dense(pattern.starts(ids)))
-        known = _remembered(ids, (B, Sk, window))
+        known = None if begins and ids.is_inference() else _remembered(ids, (B, Sk, window))
         if known is None:
             known = Pattern(B, Sq, Sk, True, window, device=query.device).resolve(ids)
             _remember(ids, (B, Sk, window), known)
@@ -184,10 +191,16 @@ def _given(query: Tensor, key: Tensor, mask: Tensor, ids: Tensor | None) -> Layo
         raise AttentionError(
             f"an attention mask of shape {tuple(mask.shape)} reached a layer; [B, 1, Sq, Sk] is wanted"
         )
-    mask = mask[..., :Sk]
+    given, mask = mask, mask[..., :Sk]
     if mask.dtype is torch.uint8:
         mask = _with_documents(mask.bool(), ids, query, key)
-    return Layout(DENSE, B, Sq, Sk, mask=mask)
+    if torch.compiler.is_compiling() or mask.is_inference():
+        return Layout(DENSE, B, Sq, Sk, mask=mask)
+    known = _remembered(given, (B, Sq, Sk))
+    if known is None:
+        known = Layout(DENSE, B, Sq, Sk, mask=mask)
+        _remember(given, (B, Sq, Sk), known)
+    return known
 
 
 def _with_documents(mask: Tensor, ids: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
@@ -238,6 +251,8 @@ def _usable(ids: Tensor | None, query: Tensor) -> bool:
 
 def _remembered(tensor: Tensor, key: Any) -> Layout | None:
     """What :func:`_remember` kept with the tensor, unless it was written to since."""
+    if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
+        return None  # a CUDA graph must work out everything from the tensor, whatever it will hold at replay
     kept = getattr(tensor, "_hf_attn_layouts", None)
     if kept is None or (not tensor.is_inference() and kept[0] != tensor._version):
         return None

@@ -57,6 +57,7 @@ class Layout:
     _borders: list[tuple[int, int, int, int]] | None = field(default=None, repr=False)
     _segments: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
     _dead: Tensor | None = field(default=None, repr=False)
+    _key_bounds: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
     block_mask: Any = field(default=None, repr=False)  # flex_attention's form, built on demand
 
     @property
@@ -125,6 +126,13 @@ class Layout:
             k = torch.stack([zero, k_before, self.length, zero, k_after], 1).flatten().cumsum(0, dtype=torch.int32)
             self._segments = (torch.nn.functional.pad(q, (1, 0)), torch.nn.functional.pad(k, (1, 0)))
         return self._segments
+
+    def key_bounds(self) -> tuple[Tensor, Tensor] | None:
+        """``padded``: (first, last + 1) valid key of each row, int32 [B] each; None for other kinds."""
+        if self._key_bounds is None and self.kind == PADDED:
+            assert self.first is not None and self.length is not None
+            self._key_bounds = (self.first, self.first + self.length)
+        return self._key_bounds
 
     def query_range(self) -> tuple[Tensor, Tensor]:
         """``padded`` self-attention: (first, length) of the valid queries of each row, int32 [B] each."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hf_attn_patch.layout import DENSE, PACKED, PADDED
+from hf_attn_patch.layout import DENSE, PACKED, Layout
 from hf_attn_patch.request import AttentionRequest, Operands
 
 from ._common import cut, cut_bias
@@ -50,14 +50,18 @@ def refuses(request: AttentionRequest) -> str | None:
     return missing()
 
 
+def _bounds(layout: Layout) -> tuple[Tensor | None, Tensor | None]:
+    """First and last + 1 key that a row can see at all, worked out once a forward."""
+    if layout.kind == DENSE and layout.mask is not None and layout._key_bounds is None and layout.mask.shape[1] == 1:
+        layout._key_bounds = _module().mask_bounds(layout.mask.expand(layout.batch, -1, -1, -1))
+    return layout._key_bounds or layout.key_bounds() or (None, None)
+
+
 def run(q: Tensor, k: Tensor, v: Tensor, request: AttentionRequest, operands: Operands) -> tuple[Tensor, None]:
     """q [B, HQ, Sq, D], k [B, HKV, Sk, D], v [B, HKV, Sk, Dv] -> (out [B, HQ, Sq, Dv], None)."""
     layout = operands.layout
     k, v = cut(layout, k, v)
-    first = end = None
-    if layout.kind == PADDED:
-        assert layout.first is not None and layout.length is not None
-        first, end = layout.first, layout.first + layout.length
+    first, end = _bounds(layout)
     left = layout.window[0]
     out: Tensor = _module().grouped_decode(
         q,

@@ -55,7 +55,7 @@ def layouts(kind, B, Sq, Sk):
         return packed(B, Sq, Sk, cu, cu, Sk, Sk, True)
     assert kind == "dense"
     mask = torch.rand(B, 1, Sq, Sk, device="cuda", generator=torch.Generator("cuda").manual_seed(1)) < 0.7
-    mask[:, :, 1] = False
+    mask[:, :, 1:2] = False
     mask[0, ..., 3] = False
     return Layout(DENSE, B, Sq, Sk, mask=mask)
 
@@ -91,7 +91,11 @@ def check(name, kind, B, HQ, HKV, Sq, Sk, D, dtype, *, grad=True, softcap=None, 
     if where is not None:
         g = g * where
     results = []
-    for run, wide in (("test", dtype), ("plain", dtype), ("truth", torch.float32)):
+    for run, wide in (
+        ("test", dtype),
+        ("plain", dtype),
+        ("truth", torch.float32 if dtype.itemsize == 2 else torch.float64),
+    ):
         leaves = [None if t is None else t.detach().to(wide).requires_grad_(grad) for t in (q, k, v, sink, add)]
         a, b, c, s, e = leaves
         with torch.set_grad_enabled(grad):
