@@ -13,11 +13,20 @@ from .errors import ConversionError
 
 if TYPE_CHECKING:
     from .api import convert, plan
+    from .inspection import inspect_source
+    from .loading import from_pretrained
+    from .verification import verify
 
 # looked up when they are asked for: torch and transformers take seconds to import, and `hf-attn --help` needs neither
-_LAZY = {"convert": "api", "plan": "api"}
+_LAZY = {
+    "convert": "api",
+    "from_pretrained": "loading",
+    "inspect_source": "inspection",
+    "plan": "api",
+    "verify": "verification",
+}
 
-__all__ = ["ConversionError", "convert", "plan"]
+__all__ = ["ConversionError", "convert", "from_pretrained", "inspect_source", "plan", "verify"]
 
 
 def __getattr__(name: str) -> Any:

@@ -151,3 +151,49 @@ def convert(
         click.echo(json.dumps(record, indent=2))
     elif not quiet:
         click.echo(f"{dst}: {human(plan.bytes_after)} in {len(plan.shards)} file(s), method {method}")
+
+
+@click.command()
+@click.argument("src")
+@click.option(
+    "--context", type=click.IntRange(min=1), default=8192, show_default=True, help="Tokens to size the cache for."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+@click.option("--revision", help="Branch, tag or commit of a hub id.")
+@click.option("--allow-pickle", is_flag=True, help="Read pytorch_model.bin (with weights_only=True).")
+@user_errors
+def inspect(src: str, context: int, as_json: bool, revision: str | None, allow_pickle: bool) -> None:
+    """Heads and KV bytes per token of SRC, and what each number of KV heads would save."""
+    from .hub import resolve
+    from .inspection import inspect_source, inspection_text
+
+    facts = inspect_source(resolve(src, revision=revision, allow_pickle=allow_pickle), context)
+    click.echo(json.dumps(facts, indent=2) if as_json else inspection_text(facts))
+
+
+@click.command()
+@click.argument("src")
+@click.argument("dst")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--revision", help="Branch, tag or commit of a hub id.")
+@click.option("--allow-pickle", is_flag=True, help="Read pytorch_model.bin (with weights_only=True).")
+@user_errors
+def verify(src: str, dst: str, as_json: bool, revision: str | None, allow_pickle: bool) -> None:
+    """Compute the conversion of SRC again and compare it with DST: exit code 0 if it is the same, 1 if not."""
+    from .verification import verification_dict
+    from .verification import verify as run
+
+    found = run(src, dst, revision=revision, allow_pickle=allow_pickle)
+    if as_json:
+        click.echo(json.dumps(verification_dict(found), indent=2))
+    else:
+        for line in found.differences:
+            click.echo(line)
+        if found.not_recomputed:
+            click.echo(f"not recomputed (the method is not exact): {len(found.not_recomputed)} merged tensors")
+        if found.rounded:
+            click.echo(f"equal up to rounding: {len(found.rounded)} merged tensors")
+        verdict = "is" if found.ok else "is NOT"
+        click.echo(f"{dst} {verdict} the conversion of {src} ({found.copied} tensors copied, {found.merged} merged)")
+    if not found.ok:
+        sys.exit(1)

@@ -124,7 +124,7 @@ def make_heads_equal(model: Any, model_type: str, groups: int) -> None:
         for name, parameter in model.named_parameters():
             index: list[int] | None = None
             if model_type in FUSED and FUSED[model_type] in name:
-                q, k, v = kv_rows(name, model_type, D, HEADS)
+                _, k, v = kv_rows(name, model_type, D, HEADS)
                 index = list(range(parameter.shape[0]))
                 for rows in (k, v):
                     for h in range(HEADS):
