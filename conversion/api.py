@@ -98,9 +98,9 @@ def convert(
     else:
         if kv_heads is None:
             raise TypeError("convert() needs kv_heads")
-        check_destination(target, overwrite)
         if Path(src).exists():
             check_apart(Path(src), target)
+        check_destination(target, overwrite)
         made = plan(src, kv_heads, **plan_arguments)
     with no_reading_errors(made.source.name):
         return execute(

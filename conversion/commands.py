@@ -111,9 +111,9 @@ def convert(
     from .writer import check_apart, check_destination
 
     if dst is not None:
-        check_destination(Path(dst), overwrite)
         if Path(src).exists():
             check_apart(Path(src), Path(dst))
+        check_destination(Path(dst), overwrite)
     plan = make(
         src,
         wanted,

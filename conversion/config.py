@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .errors import ConversionError
 from .families import TEXT_PREFIXES, Family, Stack, family_of, supported
-from .heads import LayerAttention, stack_layers
+from .heads import ABSURD, LayerAttention, stack_layers
 
 
 @dataclass
@@ -62,9 +62,16 @@ class LanguageModel:
                 stack.kv_field.write(part, self.text_config, own[0].heads, [layer.new_kv_heads for layer in own])
         if self.family.becomes:
             part["model_type"] = self.family.becomes
-            names = part.get("architectures") or []
-            part["architectures"] = [self.family.architectures.get(name, name) for name in names]
+            part["architectures"] = [self.family.architectures.get(name, name) for name in architectures(part)]
         raw.pop("auto_map", None)  # the code that it names does not come along
+
+
+def architectures(raw: Mapping[str, Any]) -> list[str]:
+    """The names of model classes in a config.json."""
+    names = raw.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ConversionError(f"config.json lists no class names under architectures but {names!r}")
+    return names
 
 
 def read_config(raw: dict[str, Any], where: str) -> LanguageModel:
@@ -80,6 +87,7 @@ def read_config(raw: dict[str, Any], where: str) -> LanguageModel:
         raise ConversionError(
             f"{where} describes a quantized checkpoint; convert the unquantized one, then quantize that"
         )
+    _refuse_absurd(raw, where)
     config = _config_object(raw, model_type, where)
     text = getattr(config, "text_config", None)
     path: tuple[str, ...] = ()
@@ -101,6 +109,16 @@ def read_config(raw: dict[str, Any], where: str) -> LanguageModel:
     if raw.get("auto_map"):
         warnings.append("config.json names code of its own (auto_map); the result uses transformers' own classes")
     return LanguageModel(family, text_type, config, text_config, path, prefixes, stacks, warnings=warnings)
+
+
+def _refuse_absurd(raw: Mapping[str, Any], where: str) -> None:
+    """Refuse numbers of layers, experts or heads for which transformers would build lists until memory is gone."""
+    for key, value in raw.items():
+        if isinstance(value, Mapping):
+            _refuse_absurd(value, where)
+        most = 4096 if "layer" in key else ABSURD
+        if isinstance(value, int) and value > most and key.startswith(("num_", "n_")):
+            raise ConversionError(f"{where} is no config of a real model: {key} is {value}")
 
 
 def _config_object(raw: dict[str, Any], model_type: str, where: str) -> Any:

@@ -66,10 +66,14 @@ class LayerAttention:
         return self.heads if norm.of == "q" else kv_heads
 
 
+#: no model is near this; a config that says more would only keep us counting
+ABSURD = 1 << 24
+
+
 def positive(config: Any, name: str, where: str) -> int:
     """A config attribute that must be a whole number of at least 1."""
     value = getattr(config, name, None)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < ABSURD:
         raise ConversionError(f"{where} gives no usable {name}: {value!r}")
     return value
 
@@ -90,7 +94,7 @@ def stack_layers(stack: Stack, config: Any, where: str) -> list[LayerAttention]:
     layers = []
     for i in range(num_layers):
         number = kv if per_layer is None else per_layer[i]
-        if isinstance(number, bool) or not isinstance(number, int):
+        if isinstance(number, bool) or not isinstance(number, int) or number >= ABSURD:
             raise ConversionError(f"{where} gives no usable {stack.kv_field.name}: {number!r}")
         try:
             KVGrouping(heads, number)

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from .config import architectures
 from .errors import ConversionError
 from .planner import Plan
 
@@ -19,8 +20,8 @@ def check_loads(plan: Plan) -> None:
     """
     import transformers
 
-    names = plan.new_config.get("architectures") or []
-    model_class = getattr(transformers, names[0], None) if names and isinstance(names[0], str) else None
+    names = architectures(plan.source.config)
+    model_class = getattr(transformers, names[0], None) if names else None
     if model_class is None or not hasattr(model_class, "from_pretrained"):
         return  # a class that transformers does not have: attention was checked, the rest is the owner's
     before = {name: (t.dtype, t.shape) for name, t in plan.source.tensors.items()}
