@@ -120,10 +120,9 @@ class Layout:
             else:
                 q_first, q_length = torch.zeros_like(self.first), torch.full_like(self.length, self.q_len)
             zero = torch.zeros_like(self.first)
-            q_rest, k_rest = self.q_len - q_first - q_length, self.kv_len - self.start - self.first - self.length
-            k_before, k_after = self.first + self.start, k_rest
-            q = torch.stack([q_first, zero, q_length, q_rest, zero], 1).flatten().cumsum(0, dtype=torch.int32)
-            k = torch.stack([zero, k_before, self.length, zero, k_after], 1).flatten().cumsum(0, dtype=torch.int32)
+            q_after, k_after = self.q_len - q_first - q_length, self.keys - self.first - self.length
+            q = torch.stack([q_first, zero, q_length, q_after, zero], 1).flatten().cumsum(0, dtype=torch.int32)
+            k = torch.stack([zero, self.first, self.length, zero, k_after], 1).flatten().cumsum(0, dtype=torch.int32)
             self._segments = (torch.nn.functional.pad(q, (1, 0)), torch.nn.functional.pad(k, (1, 0)))
         return self._segments
 
@@ -152,10 +151,12 @@ class Layout:
     def dead_keys(self, device: torch.device) -> Tensor | None:
         """Bool [B or 1, keys]: the keys that no query sees (padding; they may hold anything, NaN included)."""
         if self._dead is None:
-            mask = self.dense(device)
-            if mask is None:
-                return None
-            self._dead = ~mask.flatten(1, 2).any(1)
+            if self.kind == PADDED:
+                assert self.first is not None and self.length is not None
+                k = torch.arange(self.keys, device=self.first.device)
+                self._dead = (k < self.first[:, None]) | (k >= (self.first + self.length)[:, None])
+            elif (mask := self.dense(device)) is not None:
+                self._dead = ~mask.flatten(1, 2).any(1)
         return self._dead
 
 

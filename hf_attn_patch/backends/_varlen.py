@@ -9,7 +9,7 @@ from torch import Tensor
 from hf_attn_patch.layout import FULL, PACKED, PADDED
 from hf_attn_patch.request import AttentionRequest, Operands
 
-from ._common import cut
+from ._common import cut, without_dead_keys
 
 #: kernel(q [T, HQ, D], k [Tk, HKV, D], v, cu_q, cu_k, max_q, max_k) -> out [T, HQ, Dv]
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int], Tensor]
@@ -34,19 +34,24 @@ def refuses_common(request: AttentionRequest, largest: int, step: int = 8) -> st
     return None
 
 
-def run_varlen(q: Tensor, k: Tensor, v: Tensor, operands: Operands, kernel: Kernel) -> Tensor:
+def run_varlen(q: Tensor, k: Tensor, v: Tensor, operands: Operands, kernel: Kernel, *, clean: bool = False) -> Tensor:
     """A padded or packed request through ``kernel``, without gathering a token.
 
     Padding: rows become segments (:meth:`Layout.segments`) over the tokens as they lie. Packed: the documents.
+
+    Args:
+        clean: zero K and V at padding, for kernels whose tiles reach beyond a segment (0 * NaN is NaN).
     """
     layout = operands.layout
     B, HQ, Sq, _ = q.shape
+    k, v = cut(layout, k, v)
     if layout.kind == PADDED:
+        if clean:
+            k, v = without_dead_keys(layout, k, v)
         cu_q, cu_k = layout.segments()
-        max_q, max_k = Sq, layout.keys
+        max_q, max_k = max(2, Sq), layout.keys  # at 1, FlashAttention-2 takes every segment to hold one query
     else:
         assert layout.cu_q is not None and layout.cu_k is not None
-        k, v = cut(layout, k, v)
         cu_q, cu_k, max_q, max_k = layout.cu_q, layout.cu_k, layout.max_q, layout.max_k
     q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (q, k, v))
     out = kernel(q, k, v, cu_q, cu_k, max_q, max_k).unflatten(0, (B, Sq)).transpose(1, 2)

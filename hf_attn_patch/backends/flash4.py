@@ -44,6 +44,8 @@ def refuses(request: AttentionRequest) -> str | None:
         return reason
     if request.dropout:
         return "FlashAttention-4 has no dropout"
+    if request.head_dim % 32:
+        return f"FlashAttention-4 gives wrong results with head_dim {request.head_dim} (seen with 4.0.0b36 on Hopper)"
     return None
 
 
@@ -73,7 +75,7 @@ def run(q: Tensor, k: Tensor, v: Tensor, request: AttentionRequest, operands: Op
             )
         )
 
-    return run_varlen(q, k, v, operands, kernel), None
+    return run_varlen(q, k, v, operands, kernel, clean=True), None
 
 
 def _first(out: Any) -> Tensor:

@@ -60,6 +60,8 @@ def run(q: Tensor, k: Tensor, v: Tensor, request: AttentionRequest, operands: Op
         scale=operands.scale,
         enable_gqa=q.shape[1] != k.shape[1],
         return_lse=True,
+        # below 128 queries flex would take its decoding kernel, which has no choice for many shapes
+        kernel_options={"FORCE_USE_FLEX_ATTENTION": True} if q.shape[2] < _BLOCK else None,
     )
     if operands.sinks is not None:
         out = rescale_by_sinks(out, lse, operands.sinks)

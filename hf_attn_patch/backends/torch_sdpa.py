@@ -31,13 +31,9 @@ def kernel(request: AttentionRequest) -> str | None:
     if masked or not request.half:
         return "efficient" if request.dtype != torch.float64 else None
     same = request.head_dim == request.value_dim
-    if (
-        same
-        and request.head_dim <= 128
-        and request.head_dim % 8 == 0
-        and not request.deterministic
-        and request.capability >= 90
-    ):
+    fits = same and request.head_dim <= 128 and request.head_dim % 8 == 0
+    trainable = not request.grad or request.q_class > 1  # cuDNN's backward refuses one query with one key
+    if fits and trainable and not request.deterministic and request.capability >= 90:
         return "cudnn"
     return "flash" if same and request.head_dim <= 256 else "efficient"
 
@@ -95,7 +91,9 @@ def _documents(q: Tensor, k: Tensor, v: Tensor, request: AttentionRequest, opera
             continue
         one = full(q1 - q0, k1 - k0, layout.causal, layout.window)
         square = q1 - q0 == one.keys
-        part = request._replace(visibility=FULL, square=square, windowed=one.window != (None, None))
+        part = request._replace(
+            visibility=FULL, square=square, windowed=one.window != (None, None), q_class=1 if q1 - q0 == 1 else 17
+        )
         inside = replace(operands, layout=one)
         parts.append(run(q[:, :, q0:q1], k[:, :, k0:k1], v[:, :, k0:k1], part, inside)[0])
     out = torch.cat(parts, 2)[0].unflatten(1, (layout.batch, layout.q_len)).transpose(0, 1)

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hf_attn_patch.layout import DENSE, PACKED, Layout
+from hf_attn_patch.layout import DENSE, FULL, PACKED, PADDED, Layout
 from hf_attn_patch.request import AttentionRequest, Operands
 
 from ._common import cut, cut_bias
@@ -62,16 +62,19 @@ def run(q: Tensor, k: Tensor, v: Tensor, request: AttentionRequest, operands: Op
     layout = operands.layout
     k, v = cut(layout, k, v)
     first, end = _bounds(layout)
-    left = layout.window[0]
+    # the kernel aligns queries at each row's last valid key, a padded layout at the last key of all
+    aligned = layout.kind == FULL or (layout.kind == PADDED and not layout.restrict_queries)
+    mask = None if aligned else layout.dense(q.device)
+    left = layout.window[0] if mask is None else None
     out: Tensor = _module().grouped_decode(
         q,
         k,
         v,
         scale=operands.scale,
-        causal=layout.causal and layout.kind != DENSE,
+        causal=layout.causal and mask is None,
         first=first,
         end=end,
-        mask=layout.mask if layout.kind == DENSE else None,
+        mask=mask,
         bias=None if operands.bias is None else cut_bias(layout, operands.bias),
         window=None if left is None else left + 1,
         softcap=operands.softcap,

@@ -56,7 +56,7 @@ def layouts(kind, B, Sq, Sk):
     assert kind == "dense"
     mask = torch.rand(B, 1, Sq, Sk, device="cuda", generator=torch.Generator("cuda").manual_seed(1)) < 0.7
     mask[:, :, 1:2] = False
-    mask[0, ..., 3] = False
+    mask[0, ..., 3:4] = False
     return Layout(DENSE, B, Sq, Sk, mask=mask)
 
 
