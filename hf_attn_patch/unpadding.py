@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import inspect
 import threading
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
+
+from .packing import IGNORE, PackedPrefill, Packing, pack_rows
 
 __all__ = ["Unpadded", "unpadded"]
 
-IGNORE = -100  # the label that transformers' losses leave out
 PER_TOKEN = ("input_ids", "inputs_embeds", "position_ids", "token_type_ids", "labels", "shift_labels")
 #: heads that work token by token, so that they too run on the packed row. Other heads get padded hidden states.
 TOKENWISE_HEADS = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForTokenClassification")
@@ -27,90 +27,6 @@ TOKENWISE_HEADS = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForTokenClassif
 NUMBERINGS = ("columns", "counted", "from padding_idx")
 #: implementations, besides those of the flash family, that read document borders from ``cu_seq_lens_q/k``
 BORDER_AWARE = {"hf_attn_patch"}
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where the T real tokens of a batch ``[B, S]`` are."""
-
-    index: Tensor  # [T] into the B*S tokens, document after document
-    first: Tensor  # [number of documents] into the T tokens: each document's first one
-    cu_seq_lens: Tensor  # int32
-    max_length: int
-    shape: tuple[int, int]
-
-    def pack(self, tokens: Tensor) -> Tensor:
-        """``[B, S, ...]`` -> ``[1, T, ...]``"""
-        return tokens.flatten(0, 1).index_select(0, self.index)[None]
-
-    def unpack(self, name: str, value: Any) -> Any:
-        """``[1, T, ...]`` -> ``[B, S, ...]`` and ``[T, ...]`` -> ``[B*S, ...]``, zero at the padding."""
-        if isinstance(value, (tuple, list)):
-            return type(value)(self.unpack(name, v) for v in value)
-        if not isinstance(value, Tensor) or value.dim() == 0:
-            return value
-        (B, S), T = self.shape, len(self.index)
-        if value.shape[:2] == (1, T):
-            return self._scatter(value[0]).unflatten(0, (B, S))
-        if value.shape[0] == T:
-            return self._scatter(value)
-        raise ValueError(f"unpadded() cannot put the output {name} of shape {tuple(value.shape)} back into the batch")
-
-    def _scatter(self, tokens: Tensor) -> Tensor:
-        B, S = self.shape
-        return tokens.new_zeros(B * S, *tokens.shape[1:]).index_copy(0, self.index, tokens)
-
-
-def _layout(mask: Tensor, positions: Tensor, targets: Tensor | None, shifted: bool, strict: bool) -> Layout | None:
-    """The layout of a 2-D mask ``[B, S]`` (nonzero: real), or None if nothing is padding. Waits for the device once.
-
-    Args:
-        positions: position ids ``[B, S]``. Documents are put in an order in which no document's first position follows
-            the last one of the document before, because transformers' own masks find borders by that.
-        targets: labels ``[B, S]``, if there are any; ``shifted``: whether a label is the target of the token before.
-        strict: whether positions must count up by one inside each row (see :func:`unpadded`).
-
-    Raises:
-        ValueError: as :func:`unpadded` says.
-    """
-    (B, S), device = mask.shape, mask.device
-    real = mask != 0
-    lengths, first = real.sum(1), real.int().argmax(1)
-    last = S - 1 - real.flip(1).int().argmax(1)
-    gaps = ((last - first + 1 != lengths) & (lengths > 0)).sum()
-    both = real[:, 1:] & real[:, :-1]
-    jumps = ((positions.diff(dim=1) != 1) & both).sum()
-    lost = torch.zeros_like(gaps)
-    if targets is not None:
-        # of shifted labels the first column is nobody's target, and the others need the token before
-        wanted, served = (targets[:, 1:], both) if shifted else (targets, real)
-        lost = ((wanted != IGNORE) & ~served).sum()
-    order = positions.gather(1, first[:, None])[:, 0].argsort(descending=True, stable=True)
-    host: list[int] = torch.cat([torch.stack([gaps, jumps, lost]), lengths[order]]).tolist()
-    if host[0]:
-        raise ValueError("attention_mask has padding between real tokens, which unpadded() cannot pack: pad at one end")
-    if strict and host[1]:
-        raise ValueError(
-            "position_ids do not count up by one inside a row, and this attention implementation finds the borders of "
-            "documents by them: switch the model with hf_attn_patch.enable(model), which is given the borders"
-        )
-    if host[2]:
-        raise ValueError(
-            f"{host[2]} labels stand on padding tokens or would be predicted from them; unpadded() leaves those out: "
-            f"set these labels to {IGNORE}, or drop them with unpadded(model, drop_padding_targets=True)"
-        )
-    documents = [n for n in host[3:] if n]
-    T = sum(documents)
-    if T in (0, B * S):
-        return None
-    borders = [0]
-    for n in documents:
-        borders.append(borders[-1] + n)
-    # a stable sort brings the real tokens to the front in their order, and its size need not be asked of the device
-    front = real[order].flatten().to(torch.int8).argsort(descending=True, stable=True)[:T]
-    index = (order[:, None] * S + torch.arange(S, device=device)).flatten()[front]
-    cu_seq_lens = torch.tensor(borders, dtype=torch.int32).to(device, non_blocking=True)
-    return Layout(index, cu_seq_lens[:-1].long(), cu_seq_lens, max(documents), (B, S))
 
 
 class Unpadded:
@@ -124,6 +40,7 @@ class Unpadded:
         self.target: PreTrainedModel = model if self.tokenwise else model.base_model
         self.numbering = NUMBERINGS[0]
         self.active = True
+        self.prefills = False
         self._signature = inspect.signature(self.target.forward)
         kinds = {p.kind: name for name, p in self._signature.parameters.items()}
         self._rest = kinds.get(inspect.Parameter.VAR_KEYWORD, "")  # the name of **kwargs
@@ -164,54 +81,88 @@ class Unpadded:
     def _before(
         self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        self._pending.layout = None
+        self._pending.packing = None
         given: dict[str, Any] = dict(self._signature.bind_partial(*args, **kwargs).arguments)
         given.update(given.pop(self._rest, {}))
         mask = given.get("attention_mask")
-        # what is cached keeps its padded layout, so generate() runs as it is
-        cached = given.get("past_key_values") is not None or given.get("use_cache") is True
-        if mask is None or cached or not self.active:
+        if mask is None or not self.active:
             return None
+        cache = self._empty_cache(given)
+        if cache is None and (given.get("past_key_values") is not None or given.get("use_cache") is True):
+            return None  # what is cached keeps its padded layout
         if not isinstance(mask, Tensor) or mask.dim() != 2:
             raise ValueError("unpadded() needs the 2-D attention_mask [B, S]")
-        for name in ("output_attentions", "logits_to_keep"):
-            if given.get(name) not in (None, False, 0):
-                raise ValueError(f"unpadded() cannot serve {name}: call the model outside of it")
         positions = self._positions(given, mask)
         shifted = self.shifted and given.get("shift_labels") is None
         targets = given.get("labels" if shifted or not self.shifted else "shift_labels") if self.tokenwise else None
-        strict = not _takes_cu_seq_lens(self.model)
-        layout = _layout(mask, positions, None if self.drop_padding_targets else targets, shifted, strict)
-        if layout is None:
+        packing = pack_rows(
+            mask,
+            positions,
+            None if self.drop_padding_targets else targets,
+            shifted=shifted,
+            strict=not _takes_cu_seq_lens(self.model),
+        )
+        if packing is None:
             return None
-        packed = dict(given, attention_mask=None, use_cache=False, return_dict=True)
+        packed = dict(given, attention_mask=None, use_cache=cache is not None, return_dict=True)
         if "position_ids" in self._signature.parameters or "position_ids" in given:
             packed["position_ids"] = positions
+        unserved = [name for name in ("output_attentions",) if given.get(name)]
+        keep = given.get("logits_to_keep")
+        last = isinstance(keep, int) and keep == 1 and packing.right_aligned
+        if last:
+            packed["logits_to_keep"] = packing.cu_seq_lens[1:].long() - 1
+        elif isinstance(keep, Tensor) or keep:
+            unserved.append("logits_to_keep")
         for name, value in packed.items():
             if name in PER_TOKEN and value is not None:
-                packed[name] = layout.pack(value)
-            elif isinstance(value, Tensor) and value.dim() > 0:
-                raise ValueError(
-                    f"unpadded() does not know how to pack the argument {name}: call the model outside of it"
-                )
+                packed[name] = packing.pack(value)
+            elif isinstance(value, Tensor) and value.dim() > 0 and name != "logits_to_keep":
+                unserved.append(name)
+        if unserved:
+            if cache is not None:
+                return None
+            raise ValueError(f"unpadded() cannot serve {', '.join(unserved)}: call the model outside of it")
         if shifted and packed.get("labels") is not None:
             # the token before is another document's
-            packed["labels"] = packed["labels"].index_fill(1, layout.first, IGNORE)
-        packed["cu_seq_lens_q"] = packed["cu_seq_lens_k"] = layout.cu_seq_lens
-        packed["max_length_q"] = packed["max_length_k"] = layout.max_length
+            packed["labels"] = packed["labels"].index_fill(1, packing.first, IGNORE)
+        packed["cu_seq_lens_q"] = packed["cu_seq_lens_k"] = packing.cu_seq_lens
+        packed["max_length_q"] = packed["max_length_k"] = packing.max_length
+        if cache is not None:
+            packed["past_key_values"] = PackedPrefill(cache, packing)
         wanted = given.get("return_dict")
-        self._pending.layout = layout
+        self._pending.packing, self._pending.cache, self._pending.last = packing, cache, last
         self._pending.as_tuple = not (self.model.config.return_dict if wanted is None else wanted)
         return (), packed
 
-    def _after(self, module: Any, args: tuple[Any, ...], output: Any) -> Any:
-        layout = self._pending.layout
-        if layout is None:
+    def _empty_cache(self, given: dict[str, Any]) -> DynamicCache | None:
+        """The cache that a call like generate's first one would fill; None where it has to run as it is.
+
+        transformers' own masks do not look for documents once there is a cache, so it takes given borders.
+        """
+        cache, mask = given.get("past_key_values"), given["attention_mask"]
+        tokens = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
+        if not (self.prefills and _takes_cu_seq_lens(self.model) and isinstance(tokens, Tensor)):
             return None
-        self._pending.layout = None
+        if not isinstance(mask, Tensor) or mask.shape != tokens.shape[:2]:
+            return None
+        if cache is None:
+            return DynamicCache(config=self.model.config) if given.get("use_cache") is True else None
+        empty = isinstance(cache, DynamicCache) and cache.get_seq_length() == 0 and not cache.offloading
+        return cache if empty and given.get("use_cache") is not False else None
+
+    def _after(self, module: Any, args: tuple[Any, ...], output: Any) -> Any:
+        packing: Packing | None = self._pending.packing
+        if packing is None:
+            return None
+        self._pending.packing = None
         for name in list(output.keys()):
-            if name != "pooler_output":
-                output[name] = layout.unpack(name, output[name])
+            if name == "past_key_values":
+                output[name] = self._pending.cache
+            elif name == "logits" and self._pending.last:
+                output[name] = packing.last(output[name])
+            elif name != "pooler_output":
+                output[name] = packing.unpack(name, output[name])
         if output.get("pooler_output") is not None:
             # a pooler reads each row's first token: of the packed row it saw only the first document's
             pooler = getattr(module, "pooler", None)
@@ -235,7 +186,8 @@ def unpadded(model: torch.nn.Module, *, drop_padding_targets: bool = False, chec
     documents apart: ``"hf_attn_patch"`` and flash attention get the borders; transformers' ``"sdpa"``, ``"eager"`` and
     ``"flex_attention"`` find them by ``position_ids``, in causal models only.
 
-    Calls that use a KV cache (``generate``), have no ``attention_mask``, or no padding in it, run as they are.
+    In ``generate`` the prompt runs unpadded too, with ``"hf_attn_patch"`` or flash attention, and the cache gets its
+    padded layout; what follows runs as it is, as do calls without an ``attention_mask`` or without padding.
 
     Args:
         model: a transformers model, possibly wrapped (DDP, PEFT); wrap it in ``torch.compile`` after this.
@@ -250,7 +202,8 @@ def unpadded(model: torch.nn.Module, *, drop_padding_targets: bool = False, chec
     Raises:
         TypeError: if there is no transformers model in ``model``, or it is no decoder-only model or text encoder.
         ValueError: now, if the check fails; at a call, for a mask that is not ``[B, S]`` or has gaps inside a row,
-            targets on padding, arguments that are not known to be per token, ``output_attentions``, ``logits_to_keep``.
+                targets on padding, arguments that are not known to be per token, ``output_attentions``,
+            ``logits_to_keep`` over 1.
 
     >>> import torch
     >>> from hf_attn_patch import unpadded
@@ -291,6 +244,29 @@ def _tolerance(dtype: torch.dtype) -> float:
     return 1e-2 if torch.backends.cuda.matmul.allow_tf32 else 1e-3
 
 
+def _fills_caches(handle: Unpadded, ids: Tensor, mask: Tensor) -> bool:
+    """True if a packed forward leaves the cache that a padded one leaves."""
+    if not (handle.shifted and _takes_cu_seq_lens(handle.model)):
+        return False
+    caches = []
+    for handle.prefills in (False, True):
+        cache: Any = DynamicCache(config=handle.model.config)
+        output = handle.target(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
+        if output.get("past_key_values") is not cache:
+            return False
+        caches.append(
+            [(layer.keys, layer.values) for layer in cache.layers if getattr(layer, "keys", None) is not None]
+        )
+    padded, packed = caches
+    for a, b in zip(padded, packed, strict=True):
+        for x, y in zip(a, b, strict=True):
+            real = mask[:, -x.shape[2] :] == 1  # a sliding layer keeps the end
+            x, y = x.transpose(1, 2)[real].double(), y.transpose(1, 2)[real].double()
+            if float((x - y).abs().max()) > _tolerance(handle.target.dtype) * float(x.abs().max()):
+                return False
+    return len(padded) > 0
+
+
 #: a row padded on the right, one on the left, a full one
 _PROBE = ((1, 1, 1, 1, 0, 0), (0, 0, 1, 1, 1, 1), (1, 1, 1, 1, 1, 1))
 
@@ -324,6 +300,7 @@ def _calibrate(handle: Unpadded) -> None:
             handle.numbering = numbering
             errors[numbering] = float((run() - expected).abs().max())
             if errors[numbering] <= tolerance:
+                handle.prefills = _fills_caches(handle, ids, mask)
                 return
     finally:
         for module in training:
