@@ -1,0 +1,73 @@
+"""The benchmarks run from end to end at toy sizes, and hold what they time to the truth first."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    return importlib.import_module
+
+
+def test_models(load: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    models = load("models")
+    args = ["--tiny", "--kv-heads", "8", "--peers", "sdpa", "--forms", "padded,packed", "--out", str(tmp_path)]
+    assert models.main(args) == 0
+    result = json.loads((tmp_path / "models.json").read_text())
+    rows = {(row["kind"], row["form"], row["implementation"]): row for row in result["rows"]}
+    assert len(rows) == 3 + 3 + 3 + 2
+    for (kind, _, _), row in rows.items():
+        tokens = row["tokens_per_second"] * row["seconds"]
+        assert tokens == pytest.approx(row["B"]) if kind == "decode" else tokens <= row["B"] * row["S"] + 1e-6
+    assert "hf_attn_patch + GrowingCache" in capsys.readouterr().out
+
+
+def test_models_that_are_wrong_are_not_timed(load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    models = load("models")
+    monkeypatch.setattr(models, "check_conformance", lambda *args: None)
+    right = models.decode
+
+    def wrong(model: Any, variant: Any, inputs: Any) -> Any:
+        work, result = right(model, variant, inputs)
+        return work, lambda: [r + (variant.growing * r.abs().max()) for r in result()]
+
+    monkeypatch.setitem(models.KINDS, "decode", wrong)
+    args = ["--tiny", "--kv-heads", "8", "--peers", "", "--sections", "decode", "--forms", "padded"]
+    assert models.main([*args, "--out", str(tmp_path / "x.json")]) == 1
+    dynamic, growing = json.loads((tmp_path / "x.json").read_text())["rows"]
+    assert "differs from sdpa" in growing["failed"]
+    assert "seconds" in dynamic
+    assert "seconds" not in growing
+
+
+def test_claims(load: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert load("claims").main(["--tiny", "--out", str(tmp_path)]) == 0
+    result = json.loads((tmp_path / "claims.json").read_text())
+    assert [row["kv_bytes"] for row in result["sharing"][:3]] == [2 * 2 * n * 24 * 64 * 4 for n in (12, 3, 1)]
+    assert "GQA 4:1 (3 KV heads)" in capsys.readouterr().out
+
+
+def test_the_table_and_medians(load: Any) -> None:
+    measure = load("measure")
+    assert measure.table(("a", "b"), [("x", "1"), ("yy", "22")]).splitlines() == [
+        "| a  |  b |",
+        "|----|---:|",
+        "| x  |  1 |",
+        "| yy | 22 |",
+    ]
+    calls: list[int] = []
+    assert measure.median_seconds(lambda: calls.append(1), warmup=2, repeats=5) < 0.1
+    assert len(calls) == 7
+    assert torch.isfinite(torch.tensor(list(measure.limits(tiny=True).values()))).all()
