@@ -165,6 +165,12 @@ def replace_config(model: LlamaForCausalLM, kv_heads: int) -> Any:
     return config
 
 
+def weights_file(cache: Path, size: Size, *parts: object) -> Path:
+    """Where a base model ("base", seed) or a converted one ("student", seed, KV heads, method) is kept."""
+    name = "-".join(str(p) for p in (f"{size.hidden}x{size.layers}-{size.tokens}", *parts))
+    return cache / (name.replace("+", "_").replace(":", "_") + ".pt")
+
+
 class Bench:
     """One process's work: holds the corpus, trains, converts, uptrains. Weights are passed on as files."""
 
@@ -173,14 +179,14 @@ class Bench:
         self.compiled = compiled
         torch.set_float32_matmul_precision("high")
         torch._dynamo.config.recompile_limit = 64
+        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "4")  # in each of several workers
         torch._dynamo.config.automatic_dynamic_shapes = False  # few shapes, each worth a graph of its own
         if self.device.type == "cpu":
             torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
         self.data: Corpus = corpus(size, cache, log=lambda text: print(text, flush=True)).to(self.device)
 
     def file(self, *parts: object) -> Path:
-        digest = f"{self.size.hidden}x{self.size.layers}-{self.size.tokens}"
-        return self.cache / "-".join(str(p) for p in (digest, *parts)).replace("+", "_").replace(":", "_")
+        return weights_file(self.cache, self.size, *parts)
 
     def load(self, file: Path, kv_heads: int | None = None) -> LlamaForCausalLM:
         config = self.size.config()
@@ -300,56 +306,81 @@ class Inline:
         return future
 
 
-def run(options: argparse.Namespace, size: Size) -> list[dict[str, Any]]:
-    """Everything asked for, in the order base, untrained, uptrained; what is done is written at once."""
-    begun = time.time()
-    begin = (size, options.cache, options.device, options.compile)
-    corpus(size, options.cache)  # once, before the workers read it
-    pool: Any
-    if options.workers:
-        context = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(options.workers, context, initializer=_begin, initargs=begin)
-    else:
-        _begin(*begin)
-        pool = Inline()
-    records: list[dict[str, Any]] = []
-    pending = [pool.submit(_do, "base", seed) for seed in options.seeds]
-    while pending and time.time() - begun < options.minutes * 60:
-        wait(pending, timeout=1.0, return_when=FIRST_COMPLETED)
-        done, pending = [f for f in pending if f.done()], [f for f in pending if not f.done()]
-        for future in done:
-            record = future.result()
-            records.append(record)
-            print(f"{time.time() - begun:5.0f} s", describe(record), flush=True)
-            write(options.out, size, records)
-            pending += [pool.submit(_do, *job) for job in following(record, options, size)]
-    if options.workers:
-        for process in pool._processes.values() if pending else ():
-            process.terminate()
-        pool.shutdown(wait=not pending, cancel_futures=True)
-    return records
+class Work:
+    """Everything asked for: base models, then conversions, then uptraining; what is done is written at once.
 
+    What ``quality.json`` has already is not done again, so that several runs add up in one folder.
+    """
 
-def following(record: dict[str, Any], options: argparse.Namespace, size: Size) -> list[tuple[Any, ...]]:
-    """What can start once ``record`` is there."""
-    seed = record["seed"]
-    uptraining = [
-        (share, loss == "kd", recipe)
-        for share in options.shares
-        for recipe in options.recipes
-        for loss in options.losses
-    ]
-    if record["kind"] == "base":
-        jobs: list[tuple[Any, ...]] = [
-            ("convert", seed, n, method) for method in options.methods for n in options.kv_heads
+    def __init__(self, options: argparse.Namespace, size: Size) -> None:
+        self.options, self.size, self.begun = options, size, time.time()
+        file = options.out / "quality.json"
+        self.records: list[dict[str, Any]] = json.loads(file.read_text())["records"] if file.exists() else []
+        self.pending: list[Future[dict[str, Any]]] = []
+
+    def run(self) -> None:
+        options = self.options
+        begin = (self.size, options.cache, options.device, options.compile)
+        corpus(self.size, options.cache)  # once, before the workers read it
+        if options.workers:
+            context = multiprocessing.get_context("spawn")
+            self.pool: Any = ProcessPoolExecutor(options.workers, context, initializer=_begin, initargs=begin)
+        else:
+            _begin(*begin)
+            self.pool = Inline()
+        for seed in options.seeds:
+            self.submit("base", seed)
+        while self.pending and time.time() - self.begun < options.seconds:
+            wait(self.pending, timeout=1.0, return_when=FIRST_COMPLETED)
+            done = [f for f in self.pending if f.done()]
+            self.pending = [f for f in self.pending if not f.done()]
+            for future in done:
+                record = future.result()
+                print(f"{time.time() - self.begun:5.0f} s", describe(record), flush=True)
+                self.records.append(record)
+                write(options.out, self.size, self.records)
+                self.follow(record)
+        if options.workers:
+            for process in list(self.pool._processes.values()) if self.pending else ():
+                process.terminate()
+            self.pool.shutdown(wait=not self.pending, cancel_futures=True)
+
+    def submit(self, kind: str, *args: Any) -> None:
+        """Hand out a piece of work, unless its result is known and its weights are there."""
+        names = {
+            "base": ("seed",),
+            "convert": ("seed", "kv_heads", "method"),
+            "uptrain": ("seed", "kv_heads", "method", "share", "distil", "recipe"),
+        }[kind]
+        wanted = {"kind": {"base": "base", "convert": "untrained", "uptrain": "uptrained"}[kind]}
+        wanted.update(zip(names, args, strict=True))
+        known = next((r for r in self.records if all(r.get(k) == v for k, v in wanted.items())), None)
+        file = weights_file(self.options.cache, self.size, "base" if kind == "base" else "student", *args)
+        if known is not None and (kind == "uptrain" or file.exists()):
+            self.follow(known)
+            return
+        self.records = [r for r in self.records if r is not known]
+        self.pending.append(self.pool.submit(_do, kind, *args))
+
+    def follow(self, record: dict[str, Any]) -> None:
+        """Submit what can start once ``record`` is there."""
+        options, seed = self.options, record["seed"]
+        ways = [
+            (share, loss == "kd", recipe)
+            for share in options.shares
+            for recipe in options.recipes
+            for loss in options.losses
         ]
-        if options.control:
-            shares = [(s, r) for s in options.shares for r in options.recipes]
-            jobs += [("uptrain", seed, size.heads, "none", share, False, recipe) for share, recipe in shares]
-        return jobs
-    if record["kind"] == "untrained" and (not options.uptrain or record["method"] in options.uptrain):
-        return [("uptrain", seed, record["kv_heads"], record["method"], *how) for how in uptraining]
-    return []
+        if record["kind"] == "base":
+            for method in options.methods:
+                for n in options.kv_heads:
+                    self.submit("convert", seed, n, method)
+            if options.control:
+                for share, recipe in dict.fromkeys((share, recipe) for share, _, recipe in ways):
+                    self.submit("uptrain", seed, self.size.heads, "none", share, False, recipe)
+        elif record["kind"] == "untrained" and (not options.uptrain or record["method"] in options.uptrain):
+            for way in ways:
+                self.submit("uptrain", seed, record["kv_heads"], record["method"], *way)
 
 
 def describe(record: dict[str, Any]) -> str:
@@ -390,7 +421,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--workers", type=int, default=0, help="processes that share the device (0: this one)")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
-    parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so long, with what is there")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="stop after so long, with what is there")
     parser.add_argument("--report", action="store_true", help="only the table and the figure, from quality.json")
     options = parser.parse_args()
     size = SMALL if options.small else FULL
@@ -402,7 +433,7 @@ def main() -> None:
                 parser.error(f"--{name}: {given!r} is none of {', '.join(known)}")
             varied(given, known)
     if not options.report:
-        run(options, size)
+        Work(options, size).run()
     from quality_report import report
 
     report(options.out)
