@@ -18,27 +18,42 @@ def check_loads(plan: Plan) -> None:
     Raises:
         ConversionError: a tensor is missing or has a wrong shape.
     """
-    import transformers
-
-    names = architectures(plan.source.config)
-    model_class = getattr(transformers, names[0], None) if names else None
-    if model_class is None or not hasattr(model_class, "from_pretrained"):
-        return  # a class that transformers does not have: attention was checked, the rest is the owner's
     before = {name: (t.dtype, t.shape) for name, t in plan.source.tensors.items()}
-    _check(model_class, type(plan.config).from_dict(dict(plan.source.config)), before, plan.source.name)
+    _check(plan.source.config, before, plan.source.name)
     if plan.units:
-        from transformers import CONFIG_MAPPING
-
-        new_config = CONFIG_MAPPING[plan.new_config["model_type"]].from_dict(dict(plan.new_config))
-        after = {name: (t.dtype, t.shape) for name, t in plan.tensors.items()}
-        _check(model_class, new_config, after, "the result")
+        _check(plan.new_config, {name: (t.dtype, t.shape) for name, t in plan.tensors.items()}, "the result")
 
 
-def _check(model_class: Any, config: Any, tensors: Mapping[str, tuple[str, tuple[int, ...]]], what: str) -> None:
+def model_class_of(raw: Mapping[str, Any], config: Any) -> Any:
+    """The class that config.json names first: transformers' own, or one registered with its Auto classes."""
+    import transformers
+    from transformers.models.auto import modeling_auto
+
+    names = architectures(raw)
+    if not names:
+        return None
+    found = getattr(transformers, names[0], None)
+    if found is not None:
+        return found if hasattr(found, "from_pretrained") else None
+    for auto_class in vars(modeling_auto).values():
+        mapping = getattr(auto_class, "_model_mapping", None)
+        choices = mapping.get(type(config), ()) if mapping is not None else ()
+        for choice in choices if isinstance(choices, tuple) else (choices,):
+            if choice.__name__ == names[0]:
+                return choice
+    return None
+
+
+def _check(raw: Mapping[str, Any], tensors: Mapping[str, tuple[str, tuple[int, ...]]], what: str) -> None:
     import torch
+    from transformers import CONFIG_MAPPING
 
     from .dtypes import torch_dtype
 
+    config = CONFIG_MAPPING[raw["model_type"]].from_dict(dict(raw))
+    model_class = model_class_of(raw, config)
+    if model_class is None:
+        return  # a class that is not known here: attention was checked, the rest is the owner's
     state = {
         name: torch.empty(shape, dtype=torch_dtype(dtype), device="meta") for name, (dtype, shape) in tensors.items()
     }

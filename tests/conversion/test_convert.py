@@ -1,0 +1,363 @@
+"""The command line as a user meets it, and the invariants of a conversion as a whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from click.testing import CliRunner
+from hf_attn_patch.conversion import ConversionError, convert, from_pretrained, inspect_source, plan, verify
+from hf_attn_patch.conversion.hub import resolve
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tiny_families import COMMON, tiny_model
+
+from hf_attn_patch.cli import main
+
+IDS = torch.tensor([[5, 9, 33, 2, 17, 60, 41]])
+
+
+def run(*arguments: object, code: int = 0) -> Any:
+    result = CliRunner().invoke(main, [str(a) for a in arguments])
+    assert result.exit_code == code, result.output
+    return result
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    out: dict[str, torch.Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        out.update(load_file(file))
+    return out
+
+
+def same(one: Path, other: Path) -> None:
+    a, b = tensors(one), tensors(other)
+    assert a.keys() == b.keys()
+    for name in a:
+        assert a[name].dtype == b[name].dtype
+        assert torch.equal(a[name].view(torch.uint8), b[name].view(torch.uint8)), name
+
+
+@pytest.fixture(scope="module")
+def src(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("convert") / "src"
+    tiny_model("llama", dtype=torch.bfloat16).save_pretrained(folder)
+    (folder / "tokenizer.json").write_text('{"a": 1}')
+    (folder / "chat_template.jinja").write_text("{{ x }}")
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\nlanguage: en\n---\n# A model\n")
+    (folder / "modeling_evil.py").write_text("raise SystemExit")
+    (folder / "training_args.bin").write_bytes(b"x")
+    return folder
+
+
+def test_a_conversion_from_end_to_end(src: Path, tmp_path: Path) -> None:
+    dst = tmp_path / "dst"
+    result = run("convert", src, dst, "--kv-heads", 2)
+    assert "256" not in result.stdout
+    assert result.stderr == ""
+    names = {p.name for p in dst.iterdir()}
+    assert names == {
+        "config.json", "generation_config.json", "model.safetensors", "conversion.json", "README.md", "tokenizer.json",
+        "chat_template.jinja",
+    }  # fmt: skip
+    before, after = json.loads((src / "config.json").read_text()), json.loads((dst / "config.json").read_text())
+    assert after == {**before, "num_key_value_heads": 2}
+    record = json.loads((dst / "conversion.json").read_text())
+    assert record["method"] == "mean"
+    assert record["attention"] == [
+        {"attention": "self", "layers": 2, "heads": 8, "head_dim": 4, "kv_heads_before": 8, "kv_heads_after": 2}
+    ]
+    card = (dst / "README.md").read_text()
+    assert "license: apache-2.0" in card
+    assert "| self | 2 | 8 | 8 | 2 |" in card
+    # 2 tensors x 2 layers x 8 (2) heads x 4 numbers x 2 bytes
+    assert "256 B before, 64 B now" in card
+    assert run("verify", src, dst).stdout.strip().endswith("merged)")
+
+
+def test_the_card_is_one_that_the_hub_reads(src: Path, tmp_path: Path) -> None:
+    from huggingface_hub import ModelCard
+
+    convert(src, tmp_path / "dst", kv_heads=4)
+    data = ModelCard.load(tmp_path / "dst" / "README.md").data
+    assert data.license == "apache-2.0"
+    assert data.library_name == "transformers"
+    assert "gqa" in data.tags
+
+
+def test_dry_run_counts_right_and_writes_nothing(src: Path, tmp_path: Path) -> None:
+    facts = json.loads(run("convert", src, tmp_path / "dst", "--kv-heads", 2, "--dry-run", "--json").stdout)
+    assert list(tmp_path.iterdir()) == []
+    assert facts["kv_bytes_per_token"] == {"before": 256, "after": 64}
+    # K and V of 2 layers lose 6 of 8 heads of 4 rows, each of 32 columns and a bias, in bf16
+    assert facts["bytes"]["before"] - facts["bytes"]["after"] == 2 * 2 * 6 * 4 * (32 + 1) * 2
+    assert facts["tensors"]["changed"] == 8
+    convert(src, tmp_path / "dst", kv_heads=2)
+    weights = (tmp_path / "dst" / "model.safetensors").stat().st_size
+    assert 0 <= weights - facts["bytes"]["after"] < 10_000  # the header
+    text = run("convert", src, "--kv-heads", 2, "--dry-run").stdout
+    assert "256 B -> 64 B per token (25.0%)" in text
+
+
+def test_a_dry_run_reads_no_weights(src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no(*args: object) -> None:
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr("hf_attn_patch.conversion.reader.Source.read", no)
+    monkeypatch.setattr(os, "preadv", no)
+    run("convert", src, tmp_path / "dst", "--kv-heads", 2, "--dry-run")
+
+
+def test_quiet_and_verbose(src: Path, tmp_path: Path) -> None:
+    quiet = run("convert", src, tmp_path / "a", "--kv-heads", 2, "-q")
+    assert quiet.output == ""
+    verbose = run("convert", src, tmp_path / "b", "--kv-heads", 2, "-v")
+    assert "memory needed" in verbose.stderr
+
+
+def test_all_heads_is_the_identity_bit_by_bit(src: Path, tmp_path: Path) -> None:
+    """Invariant 1, for every method."""
+    for method in ("mean", "first", "random", "mean-norm"):
+        result = run("convert", src, tmp_path / method, "--kv-heads", 8, "--method", method)
+        assert "copied as they are" in result.stderr
+        same(src, tmp_path / method)
+
+
+def test_a_uniform_list_is_a_number(src: Path, tmp_path: Path) -> None:
+    run("convert", src, tmp_path / "list", "--kv-heads", "2,2")
+    run("convert", src, tmp_path / "number", "--kv-heads", 2)
+    run("convert", src, tmp_path / "named", "--kv-heads", "self=2")
+    same(tmp_path / "list", tmp_path / "number")
+    same(tmp_path / "named", tmp_path / "number")
+    assert json.loads((tmp_path / "list" / "config.json").read_text())["num_key_value_heads"] == 2
+
+
+@pytest.mark.parametrize("size", ["5KB", "12KB", "1GB"])
+def test_any_sharding_gives_the_same_tensors(src: Path, tmp_path: Path, size: str) -> None:
+    """Invariant 8."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(src, dtype="auto")
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="8KB")
+    convert(src, tmp_path / "one", kv_heads=2)
+    convert(tmp_path / "sharded", tmp_path / "many", kv_heads=2, max_shard_size=size, workers=2)
+    same(tmp_path / "one", tmp_path / "many")
+    for path in (tmp_path / "many").glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            held = [file.get_tensor(name) for name in file.keys()]  # noqa: SIM118
+        nbytes = sum(t.numel() * t.element_size() for t in held)
+        assert nbytes <= {"5KB": 5000, "12KB": 12000, "1GB": 10**9}[size] or len(held) == 1
+    if size != "1GB":
+        index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
+        assert index["metadata"]["total_size"] == sum(
+            t.numel() * t.element_size() for t in tensors(tmp_path / "many").values()
+        )
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "many", dtype="auto")
+    assert loaded.config.num_key_value_heads == 2
+
+
+def test_streaming_equals_in_memory(src: Path, tmp_path: Path) -> None:
+    convert(src, tmp_path / "dst", kv_heads=2)
+    after = tensors(tmp_path / "dst")
+    for name, old in tensors(src).items():
+        if "k_proj" in name or "v_proj" in name:
+            old = old.float().unflatten(0, (2, 4, 4)).mean(1).flatten(0, 1).bfloat16()
+        assert torch.equal(after[name], old), name
+
+
+def test_random_depends_on_the_seed_alone(src: Path, tmp_path: Path) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(src, dtype="auto")
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="8KB")
+    convert(src, tmp_path / "a", kv_heads=2, method="random", seed=1)
+    convert(tmp_path / "sharded", tmp_path / "b", kv_heads=2, method="random", seed=1, workers=3)
+    convert(src, tmp_path / "c", kv_heads=2, method="random", seed=2)
+    same(tmp_path / "a", tmp_path / "b")
+    k = "model.layers.0.self_attn.k_proj.weight"
+    a, c = tensors(tmp_path / "a"), tensors(tmp_path / "c")
+    assert not torch.equal(a[k], c[k])
+    assert float(a[k].float().std()) == pytest.approx(0.02, rel=0.2)
+    assert not a["model.layers.0.self_attn.k_proj.bias"].any()
+
+
+def test_ties_are_kept(tmp_path: Path) -> None:
+    tiny_model("qwen2").save_pretrained(tmp_path / "src")
+    assert "lm_head.weight" not in tensors(tmp_path / "src")
+    convert(tmp_path / "src", tmp_path / "dst", kv_heads=2)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "dst")
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_a_fresh_process_without_this_package_loads_and_generates(src: Path, tmp_path: Path) -> None:
+    convert(src, tmp_path / "dst", kv_heads=2)
+    script = """
+import sys, torch, transformers
+sys.modules["hf_attn_patch"] = None
+model, info = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], output_loading_info=True)
+assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"], info
+out = model.generate(torch.tensor([[5, 9, 33]]), max_new_tokens=5, min_new_tokens=5, do_sample=False,
+                     return_dict_in_generate=True, pad_token_id=0)
+assert out.sequences.shape == (1, 8)
+assert out.past_key_values.layers[0].keys.shape[1] == 2
+print("fine")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "dst")], capture_output=True, text=True, check=False
+    )
+    assert done.stdout.strip() == "fine", done.stderr
+
+
+@pytest.mark.parametrize("model_type", ["llama", "phi3", "stablelm", "falcon"])
+def test_conversion_while_loading_equals_conversion_on_disk(model_type: str, tmp_path: Path) -> None:
+    tiny_model(model_type).save_pretrained(tmp_path / "src", max_shard_size="20KB")
+    convert(tmp_path / "src", tmp_path / "dst", kv_heads=2)
+    written = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "dst")
+    loaded = from_pretrained(transformers.AutoModelForCausalLM, tmp_path / "src", num_key_value_heads=2)
+    assert type(loaded) is type(written)
+    state = written.state_dict()
+    assert loaded.state_dict().keys() == state.keys()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.state_dict().items())
+    assert torch.equal(loaded(IDS).logits, written(IDS).logits)
+    loaded.save_pretrained(tmp_path / "saved")
+    same(tmp_path / "saved", tmp_path / "dst")
+
+
+def test_conversion_while_loading_takes_the_usual_arguments(src: Path) -> None:
+    model, info = from_pretrained(
+        transformers.LlamaForCausalLM, src, num_key_value_heads=4, method="first", dtype=torch.float32,
+        attn_implementation="eager", output_loading_info=True,
+    )  # fmt: skip
+    assert not info["missing_keys"]
+    assert model.dtype == torch.float32
+    assert model.config.num_key_value_heads == 4
+    assert model.config._attn_implementation == "eager"
+    assert model.generation_config.bos_token_id == 1
+    with pytest.raises(ConversionError, match="evenly"):
+        from_pretrained(transformers.LlamaForCausalLM, src, num_key_value_heads=3)
+
+
+def spoil(folder: Path, name: str, file: str = "model.safetensors") -> None:
+    held = load_file(folder / file)
+    held[name].view(-1)[3] += 0.5
+    save_file(held, folder / file, metadata={"format": "pt"})
+
+
+def test_verify_finds_what_is_wrong(src: Path, tmp_path: Path) -> None:
+    dst = tmp_path / "dst"
+    convert(src, dst, kv_heads=2, method="first")
+    assert verify(src, dst).ok
+    spoil(dst, "model.layers.1.self_attn.k_proj.weight")
+    spoil(dst, "model.norm.weight")
+    result = run("verify", src, dst, code=1)
+    assert "model.layers.1.self_attn.k_proj.weight" in result.stdout
+    assert "model.norm.weight" in result.stdout
+    assert json.loads(run("verify", src, dst, "--json", code=1).stdout)["ok"] is False
+    config = json.loads((dst / "config.json").read_text())
+    (dst / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1.0}))
+    assert any("rms_norm_eps" in line for line in verify(src, dst).differences)
+    (dst / "conversion.json").unlink()
+    assert "no conversion.json" in run("verify", src, dst, code=2).stderr
+    assert "is no folder" in run("verify", src, tmp_path / "nowhere", code=2).stderr
+
+
+def test_verify_finds_missing_and_extra_tensors(src: Path, tmp_path: Path) -> None:
+    dst = tmp_path / "dst"
+    convert(src, dst, kv_heads=2)
+    held = load_file(dst / "model.safetensors")
+    held["extra"] = held.pop("model.norm.weight")
+    save_file(held, dst / "model.safetensors")
+    found = verify(src, dst).differences
+    assert found == ["tensor 'model.norm.weight' is missing", "tensor 'extra' is too many"]
+
+
+def test_inspect(src: Path) -> None:
+    facts = inspect_source(resolve(src))
+    assert facts["kv_bytes_per_token"] == 256
+    assert [c["kv_heads"] for c in facts["choices"]] == [8, 4, 2, 1]
+    assert [c["kv_bytes_per_token"] for c in facts["choices"]] == [256, 128, 64, 32]
+    assert [c["weight_bytes_saved"] for c in facts["choices"]] == [n * 2 * 2 * 4 * 33 * 2 for n in (0, 4, 6, 7)]
+    text = run("inspect", src).stdout
+    assert "MQA" in text
+    assert json.loads(run("inspect", src, "--json").stdout) == facts
+    assert "no config.json" in run("inspect", src.parent, code=2).stderr
+
+
+TEXT = {**COMMON, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 0]}}
+VISION = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 16,
+    "patch_size": 8,
+}  # fmt: skip
+VLMS: dict[str, dict[str, Any]] = {
+    "llava": {
+        "text_config": {"model_type": "llama", **COMMON},
+        "vision_config": {"model_type": "clip_vision_model", **VISION},
+    },
+    "qwen2_vl": {
+        "text_config": TEXT,
+        "vision_config": {"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "patch_size": 8},
+    },
+    "gemma3": {
+        "text_config": {**COMMON, "head_dim": 6},
+        "vision_config": {"model_type": "siglip_vision_model", **VISION},
+    },
+    "idefics3": {
+        "text_config": {"model_type": "llama", **COMMON},
+        "vision_config": {"model_type": "idefics3_vision", **VISION},
+    },
+}
+
+
+@pytest.mark.parametrize("model_type", list(VLMS))
+def test_the_language_model_inside_a_vlm(model_type: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(model_type, **VLMS[model_type])
+    model = transformers.AutoModelForImageTextToText.from_config(config)
+    model.save_pretrained(tmp_path / "src")
+    convert(tmp_path / "src", tmp_path / "dst", kv_heads=2)
+    before, after = tensors(tmp_path / "src"), tensors(tmp_path / "dst")
+    changed = {name for name in before if before[name].shape != after[name].shape}
+    assert changed
+    assert all(".self_attn." in name and "vision" not in name and "visual" not in name for name in changed)
+    for name in before.keys() - changed:
+        assert torch.equal(before[name], after[name])
+    loaded, info = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "dst", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert loaded(IDS, use_cache=True).past_key_values.layers[0].keys.shape[1] == 2
+    assert "language model" in run("inspect", tmp_path / "dst").stdout
+
+
+def test_a_flat_config_of_an_older_qwen2_vl(tmp_path: Path) -> None:
+    """Checkpoints on the hub have the language model's numbers at the top of config.json."""
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model("qwen2_vl", **VLMS["qwen2_vl"])
+    transformers.AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path / "src")
+    raw = json.loads((tmp_path / "src" / "config.json").read_text())
+    text = raw.pop("text_config")
+    (tmp_path / "src" / "config.json").write_text(json.dumps({**text, **raw}))
+    convert(tmp_path / "src", tmp_path / "dst", kv_heads=4)
+    loaded = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "dst")
+    assert loaded.config.text_config.num_key_value_heads == 4
+
+
+def test_a_base_model_without_a_head(tmp_path: Path) -> None:
+    tiny_model("mistral").model.save_pretrained(tmp_path / "src")
+    convert(tmp_path / "src", tmp_path / "dst", kv_heads=2)
+    assert transformers.AutoModel.from_pretrained(tmp_path / "dst").config.num_key_value_heads == 2
+
+
+def test_help_is_quick_and_imports_no_torch() -> None:
+    script = "import sys\nfrom hf_attn_patch.conversion import commands\nassert 'torch' not in sys.modules, 'torch'"
+    code = "import sys\nsys.modules['hf_attn_patch.modeling'] = None\n" + script
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_plan_can_be_made_first_and_carried_out_later(src: Path, tmp_path: Path) -> None:
+    made = plan(src, 4)
+    convert(made, tmp_path / "dst")
+    assert verify(src, tmp_path / "dst").ok
