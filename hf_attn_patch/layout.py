@@ -127,7 +127,7 @@ class Layout:
         return self._segments
 
     def key_bounds(self) -> tuple[Tensor, Tensor] | None:
-        """``padded``: (first, last + 1) valid key of each row, int32 [B] each; None for other kinds."""
+        """(First, last + 1) valid key of each row, int32 [B] each, where they are known (``padded``)."""
         if self._key_bounds is None and self.kind == PADDED:
             assert self.first is not None and self.length is not None
             self._key_bounds = (self.first, self.first + self.length)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
 import importlib.util
 import os
-from typing import Any
 
 from torch import Tensor
 
@@ -16,15 +13,12 @@ from hf_attn_patch.request import AttentionRequest, Operands
 from ._common import cut, cut_bias
 
 
-@functools.cache
-def _module() -> Any:
-    return importlib.import_module("hf_attn_patch.kernels.decode")
+_FOUND = importlib.util.find_spec("triton") is not None
 
 
-@functools.cache
 def missing() -> str | None:
     """Why Triton cannot run here, or None."""
-    return None if importlib.util.find_spec("triton") else "triton is not installed"
+    return None if _FOUND else "triton is not installed"
 
 
 def refuses(request: AttentionRequest) -> str | None:
@@ -50,23 +44,28 @@ def refuses(request: AttentionRequest) -> str | None:
     return missing()
 
 
-def _bounds(layout: Layout) -> tuple[Tensor | None, Tensor | None]:
+def _bounds(layout: Layout, request: AttentionRequest) -> tuple[Tensor | None, Tensor | None]:
     """First and last + 1 key that a row can see at all, worked out once a forward."""
-    if layout.kind == DENSE and layout.mask is not None and layout._key_bounds is None and layout.mask.shape[1] == 1:
-        layout._key_bounds = _module().mask_bounds(layout.mask.expand(layout.batch, -1, -1, -1))
-    return layout._key_bounds or layout.key_bounds() or (None, None)
+    if layout.kind == DENSE and layout.mask is not None and not request.tracing and not request.per_head_mask:
+        from hf_attn_patch.kernels import decode
+
+        if layout._key_bounds is None:
+            layout._key_bounds = decode.mask_bounds(layout.mask.expand(layout.batch, -1, -1, -1))
+    return layout.key_bounds() or (None, None)
 
 
 def run(q: Tensor, k: Tensor, v: Tensor, request: AttentionRequest, operands: Operands) -> tuple[Tensor, None]:
     """q [B, HQ, Sq, D], k [B, HKV, Sk, D], v [B, HKV, Sk, Dv] -> (out [B, HQ, Sq, Dv], None)."""
     layout = operands.layout
     k, v = cut(layout, k, v)
-    first, end = _bounds(layout)
+    first, end = _bounds(layout, request)
     # the kernel aligns queries at each row's last valid key, a padded layout at the last key of all
     aligned = layout.kind == FULL or (layout.kind == PADDED and not layout.restrict_queries)
     mask = None if aligned else layout.dense(q.device)
     left = layout.window[0] if mask is None else None
-    out: Tensor = _module().grouped_decode(
+    from hf_attn_patch.kernels import decode  # needs triton
+
+    out: Tensor = decode.grouped_decode(
         q,
         k,
         v,
