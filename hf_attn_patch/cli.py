@@ -9,6 +9,7 @@ import click
 
 #: subcommand -> (module, attribute): looked up only when it is asked for, so that `--help` imports no torch
 COMMANDS: dict[str, tuple[str, str]] = {
+    "env": ("hf_attn_patch.env", "command"),
     "convert": ("hf_attn_patch.conversion.commands", "convert"),
     "inspect": ("hf_attn_patch.conversion.commands", "inspect"),
     "verify": ("hf_attn_patch.conversion.commands", "verify"),

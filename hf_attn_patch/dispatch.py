@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .backends import flash2, flash3, flash4, flex, reference, torch_sdpa, torch_varlen, triton_decode
-from .layout import DENSE, FULL, Layout
+from .layout import DENSE, FULL, Layout, remembered_full
 from .request import AttentionError, AttentionRequest, Operands
 
 logger = logging.getLogger("hf_attn_patch")
@@ -36,6 +36,7 @@ Run = Callable[[Tensor, Tensor, Tensor, AttentionRequest, Operands], tuple[Tenso
 
 _chosen: dict[tuple[AttentionRequest, str | None], tuple[str, Run]] = {}
 _forced: list[str] = []
+_deterministic = torch._C._get_deterministic_algorithms  # without the Python around it
 _capabilities: dict[torch.device, int] = {}
 
 
@@ -101,6 +102,7 @@ def _first(request: AttentionRequest) -> tuple[str, Run]:
 def forget() -> None:
     """Forget remembered choices (after installing a package, say)."""
     _chosen.clear()
+    remembered_full.cache_clear()
 
 
 def _capability(device: torch.device) -> int:
@@ -140,6 +142,7 @@ def attend(
     weights: bool = False,
     deterministic: bool = False,
     name: str | None = None,
+    tracing: bool | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Run one call on the best backend.
 
@@ -147,45 +150,68 @@ def attend(
         q: [B, HQ, Sq, D]. k: [B, HKV, Sk, D]. v: [B, HKV, Sk, Dv]. One dtype, one device.
         layout: who may see whom. bias: float, broadcastable to [B, HQ, Sq, Sk]. sinks: [HQ].
         scale: defaults to D ** -0.5.
-        name: a backend to insist on.
+        name: a backend to insist on. tracing: inside torch.compile; asked for if not given.
 
     Returns:
         out [B, HQ, Sq, Dv], and the weights [B, HQ, Sq, Sk] if asked for.
     """
+    if tracing is None:
+        tracing = torch.compiler.is_compiling()
+    grad = torch.is_grad_enabled() and (
+        q.requires_grad
+        or k.requires_grad
+        or v.requires_grad
+        or (bias is not None and bias.requires_grad)
+        or (sinks is not None and sinks.requires_grad)
+    )
+    bias_grad = grad and bias is not None and bias.requires_grad
+    deterministic = deterministic or _deterministic()
+    options = (softcap is None, sinks is None, bias is None, bias_grad, dropout > 0.0, grad, weights, deterministic)
+    if name is None and _forced:
+        name = _forced[-1]
+    facts = None if tracing else (q.shape, k.shape, v.shape, q.dtype, q.device, options, name)
+    known = None if tracing else layout.chosen.get(facts)
+    if known is None:
+        request = _request(q, k, v, layout, options, tracing)
+        run = choose(request, name)[1]
+        if not tracing:
+            layout.chosen[facts] = request, run
+    else:
+        request, run = known
+    operands = Operands(layout, q.shape[-1] ** -0.5 if scale is None else scale, softcap, sinks, bias, dropout)
+    return run(q, k, v, request, operands)
+
+
+def _request(
+    q: Tensor, k: Tensor, v: Tensor, layout: Layout, options: tuple[bool, ...], tracing: bool
+) -> AttentionRequest:
     B, HQ, Sq, D = q.shape
     _, HKV, Sk, Dv = v.shape
-    tracing = torch.compiler.is_compiling()
-    grad = torch.is_grad_enabled() and (
-        q.requires_grad or k.requires_grad or v.requires_grad or (bias is not None and bias.requires_grad)
-    )
-    if sinks is not None and not grad:
-        grad = torch.is_grad_enabled() and sinks.requires_grad
+    no_softcap, no_sinks, no_bias, bias_grad, dropout, grad, weights, deterministic = options
     mask = layout.mask if layout.kind == DENSE else None
-    request = AttentionRequest(
-        q.device.type,
-        _capability(q.device) if q.device.type == "cuda" else 0,
-        q.dtype,
-        HQ,
-        HKV,
-        D,
-        Dv,
-        1 if Sq == 1 else (16 if Sq <= 16 else 17),
-        -1 if tracing else (B * HKV * Sk * D).bit_length(),
-        B == 1,
-        Sq == layout.keys,
-        layout.kind,
-        layout.causal,
-        layout.window != (None, None),
-        softcap is not None,
-        sinks is not None,
-        bias is not None,
-        grad and bias is not None and bias.requires_grad,
-        dropout > 0.0,
-        grad,
-        weights,
-        mask is not None and mask.shape[1] > 1,
-        deterministic or torch.are_deterministic_algorithms_enabled(),
-        tracing,
+    return AttentionRequest(
+        device=q.device.type,
+        capability=_capability(q.device) if q.device.type == "cuda" else 0,
+        dtype=q.dtype,
+        heads=HQ,
+        kv_heads=HKV,
+        head_dim=D,
+        value_dim=Dv,
+        q_class=1 if Sq == 1 else (16 if Sq <= 16 else 17),
+        kv_bits=-1 if tracing else (B * HKV * Sk * D).bit_length(),
+        batch_is_one=B == 1,
+        square=Sq == layout.keys,
+        visibility=layout.kind,
+        causal=layout.causal,
+        windowed=layout.window != (None, None),
+        softcap=not no_softcap,
+        sinks=not no_sinks,
+        bias=not no_bias,
+        bias_grad=bias_grad,
+        dropout=dropout,
+        grad=grad,
+        weights=weights,
+        per_head_mask=mask is not None and mask.shape[1] > 1,
+        deterministic=deterministic,
+        tracing=tracing,
     )
-    operands = Operands(layout, D**-0.5 if scale is None else scale, softcap, sinks, bias, dropout)
-    return choose(request, name)[1](q, k, v, request, operands)

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from .dispatch import attend
-from .layout import DENSE, Layout, full, packed
+from .layout import DENSE, Layout, full, packed, remembered_full
 from .pattern import Pattern, dense_from_carrier, of_carrier
 from .request import AttentionError
 
 NAME = "hf_attn_patch"
 #: keyword arguments that change which keys are seen or how they are weighed, and that no backend here knows
-UNKNOWN = ("indices", "block_indices", "head_mask", "block_mask", "score_mod", "mask_mod", "alibi")
+UNKNOWN = frozenset({"indices", "block_indices", "head_mask", "block_mask", "score_mod", "mask_mod", "alibi"})
 #: set on modules by :func:`enable` with a backend
 BACKEND_ATTRIBUTE = "_hf_attn_backend"
 
@@ -52,12 +52,8 @@ def attention_forward(
     Raises:
         AttentionError: a request that nothing here can run exactly.
     """
-    for name in UNKNOWN:
-        if kwargs.get(name) is not None:
-            raise AttentionError(
-                f"{type(module).__name__} passes {name!r}, which selects keys in a way that hf_attn_patch does not "
-                'know; load this model with attn_implementation="eager"'
-            )
+    if kwargs and not UNKNOWN.isdisjoint(kwargs):
+        _refuse_unknown(module, kwargs)
     if cache is not None:
         from .paged import paged_forward
 
@@ -82,6 +78,7 @@ def attention_forward(
     ):
         query, key, value = _one_dtype(module, query, key, value)
     bias = position_bias
+    tracing = torch.compiler.is_compiling()
     if attention_mask is None:
         causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
         window = (None, None) if sliding_window is None or not causal else (sliding_window - 1, None)
@@ -89,7 +86,7 @@ def attention_forward(
             layout = _borders(query, key, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, causal, window)
         else:
             begins = getattr(module, "layer_idx", 0) == 0
-            layout = _plain(query, key, bool(causal), window, position_ids, begins)
+            layout = _plain(query, key, bool(causal), window, position_ids, begins, tracing)
     elif attention_mask.dtype is torch.int32:
         pattern = of_carrier(attention_mask)
         if cu_seq_lens_q is not None and pattern is not None and pattern.keys is None and pattern.chunk is None:
@@ -99,7 +96,7 @@ def attention_forward(
         else:
             layout = _carried(query, key, attention_mask, position_ids)
     elif attention_mask.dtype is torch.bool or attention_mask.dtype is torch.uint8:
-        layout = _given(query, key, attention_mask, position_ids)
+        layout = _given(query, key, attention_mask, position_ids, tracing)
     elif attention_mask.is_floating_point():
         layout = full(query.shape[2], key.shape[2], False, (None, None), query.shape[0])
         attention_mask = attention_mask[..., : key.shape[2]]
@@ -124,8 +121,18 @@ def attention_forward(
         weights=bool(output_attentions),
         deterministic=bool(deterministic),
         name=module.__dict__.get(BACKEND_ATTRIBUTE),
+        tracing=tracing,
     )
     return out.transpose(1, 2).contiguous(), weights
+
+
+def _refuse_unknown(module: torch.nn.Module, kwargs: dict[str, Any]) -> None:
+    for name in sorted(UNKNOWN.intersection(kwargs)):
+        if kwargs[name] is not None:
+            raise AttentionError(
+                f"{type(module).__name__} passes {name!r}, which selects keys in a way that hf_attn_patch does not "
+                'know; load this model with attn_implementation="eager"'
+            )
 
 
 def _one_dtype(module: torch.nn.Module, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -141,7 +148,13 @@ def _one_dtype(module: torch.nn.Module, *tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _plain(
-    query: Tensor, key: Tensor, causal: bool, window: tuple[int | None, None], ids: Tensor | None, begins: bool
+    query: Tensor,
+    key: Tensor,
+    causal: bool,
+    window: tuple[int | None, None],
+    ids: Tensor | None,
+    begins: bool,
+    tracing: bool,
 ) -> Layout:
     """No mask: causality as the module says; documents where the positions go back.
 
@@ -151,7 +164,7 @@ def _plain(
     B, Sq, Sk = query.shape[0], query.shape[2], key.shape[2]
     if causal and Sq > 1 and Sq == Sk and _usable(ids, query):
         assert ids is not None
-        if torch.compiler.is_compiling():
+        if tracing:
             pattern = Pattern(B, Sq, Sk, True, window, device=query.device)
             return Layout(DENSE, B, Sq, Sk, mask=pattern.dense(pattern.starts(ids)))
         known = None if begins and ids.is_inference() else _remembered(ids, (B, Sk, window))
@@ -159,6 +172,8 @@ def _plain(
             known = Pattern(B, Sq, Sk, True, window, device=query.device).resolve(ids)
             _remember(ids, (B, Sk, window), known)
         return known
+    if Sq <= 1024 and window == (None, None) and not tracing:
+        return remembered_full(Sq, Sk, causal, window, B)
     return full(Sq, Sk, causal, window, B)
 
 
@@ -182,11 +197,14 @@ def _carried(query: Tensor, key: Tensor, carrier: Tensor, ids: Tensor | None) ->
     return Layout(DENSE, B, Sq, Sk, mask=_with_documents(mask, ids, query, key))
 
 
-def _given(query: Tensor, key: Tensor, mask: Tensor, ids: Tensor | None) -> Layout:
+def _given(query: Tensor, key: Tensor, mask: Tensor, ids: Tensor | None, tracing: bool) -> Layout:
     """A mask that is the whole truth: the user's bool, or (uint8) ours from inside a compiled graph."""
     B, Sq, Sk = query.shape[0], query.shape[2], key.shape[2]
-    if not torch.compiler.is_compiling() and (pattern := of_carrier(mask)) is not None and pattern.kv_len == Sk:
-        return pattern.resolve(ids if _usable(ids, query) else None)
+    if not tracing:
+        if (known := _remembered(mask, (B, Sq, Sk))) is not None:
+            return known
+        if (pattern := of_carrier(mask)) is not None and pattern.kv_len == Sk:
+            return pattern.resolve(ids if _usable(ids, query) else None)
     if mask.dim() != 4:
         raise AttentionError(
             f"an attention mask of shape {tuple(mask.shape)} reached a layer; [B, 1, Sq, Sk] is wanted"
@@ -194,13 +212,10 @@ def _given(query: Tensor, key: Tensor, mask: Tensor, ids: Tensor | None) -> Layo
     given, mask = mask, mask[..., :Sk]
     if mask.dtype is torch.uint8:
         mask = _with_documents(mask.bool(), ids, query, key)
-    if torch.compiler.is_compiling() or mask.is_inference():
-        return Layout(DENSE, B, Sq, Sk, mask=mask)
-    known = _remembered(given, (B, Sq, Sk))
-    if known is None:
-        known = Layout(DENSE, B, Sq, Sk, mask=mask)
-        _remember(given, (B, Sq, Sk), known)
-    return known
+    layout = Layout(DENSE, B, Sq, Sk, mask=mask)
+    if not tracing and not given.is_inference():
+        _remember(given, (B, Sq, Sk), layout)
+    return layout
 
 
 def _with_documents(mask: Tensor, ids: Tensor | None, query: Tensor, key: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ Shapes: B batch, Sq queries, Sk keys. Positions count keys: query row i sits at 
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,6 +59,9 @@ class Layout:
     _segments: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
     _dead: Tensor | None = field(default=None, repr=False)
     _key_bounds: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
+    chosen: dict[Any, Any] = field(
+        default_factory=dict, repr=False
+    )  # dispatch's: facts of a call -> request and backend
     block_mask: Any = field(default=None, repr=False)  # flex_attention's form, built on demand
 
     @property
@@ -184,6 +188,10 @@ def full(q_len: int, kv_len: int, causal: bool, window: tuple[int | None, int | 
     if right is not None and right >= q_len - 1:  # the first query sits at key kv_len - q_len
         right = None
     return Layout(FULL, batch, q_len, kv_len, causal and q_len > 1, (left, right), start, kv_len)
+
+
+#: layouts of short calls, found again by every layer; longer ones may keep a dense mask, which must not outlive them
+remembered_full = functools.lru_cache(maxsize=64)(full)
 
 
 def packed(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor, dtype
@@ -77,8 +76,7 @@ class AttentionRequest(NamedTuple):
         return ", ".join(parts)
 
 
-@dataclass(frozen=True, slots=True)
-class Operands:
+class Operands(NamedTuple):
     """The numbers and tensors that go with a request.
 
     ``bias`` is float, broadcastable to [B, HQ, Sq, Sk], added to the scaled (and capped) scores; ``sinks`` is [HQ].

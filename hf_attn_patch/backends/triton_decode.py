@@ -12,7 +12,6 @@ from hf_attn_patch.request import AttentionRequest, Operands
 
 from ._common import cut, cut_bias
 
-
 _FOUND = importlib.util.find_spec("triton") is not None
 
 
@@ -65,7 +64,7 @@ def run(q: Tensor, k: Tensor, v: Tensor, request: AttentionRequest, operands: Op
     left = layout.window[0] if mask is None else None
     from hf_attn_patch.kernels import decode  # needs triton
 
-    out: Tensor = decode.grouped_decode(
+    out = decode.grouped_decode(
         q,
         k,
         v,
@@ -79,4 +78,5 @@ def run(q: Tensor, k: Tensor, v: Tensor, request: AttentionRequest, operands: Op
         softcap=operands.softcap,
         sinks=operands.sinks,
     )
+    assert isinstance(out, Tensor)
     return out, None
