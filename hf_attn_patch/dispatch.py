@@ -165,7 +165,7 @@ def attend(
         or (sinks is not None and sinks.requires_grad)
     )
     bias_grad = grad and bias is not None and bias.requires_grad
-    deterministic = deterministic or _deterministic()
+    deterministic = deterministic or (torch.are_deterministic_algorithms_enabled() if tracing else _deterministic())
     options = (softcap is None, sinks is None, bias is None, bias_grad, dropout > 0.0, grad, weights, deterministic)
     if name is None and _forced:
         name = _forced[-1]
