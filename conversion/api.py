@@ -27,6 +27,7 @@ def plan(
     allow_pickle: bool = False,
     max_shard_size: int | str | None = None,
     check_load: bool = True,
+    with_code: bool = False,
     **options: Any,
 ) -> Plan:
     """What :func:`convert` would do, from config and tensor headers alone: no weights are read.
@@ -42,6 +43,8 @@ def plan(
         max_shard_size: bytes (or "5GB") of an output file; None keeps the source's sharding.
         check_load: also build the model on the meta device, to see that source and result load without a missing
             or a wrong tensor.
+        with_code: for a result whose model class is one of ``hf_attn_patch.modeling``: let it carry that code, so that
+            ``trust_remote_code=True`` loads it where this package is not installed.
         options: the method's own.
 
     Raises:
@@ -50,7 +53,9 @@ def plan(
     source = resolve(src, revision=revision, allow_pickle=allow_pickle)
     size = parse_size(max_shard_size) if isinstance(max_shard_size, str) else max_shard_size
     with no_reading_errors(str(src)):
-        made = make_plan(source, kv_heads, method=method, seed=seed, options=options, max_shard_size=size)
+        made = make_plan(
+            source, kv_heads, method=method, seed=seed, options=options, max_shard_size=size, with_code=with_code
+        )
         if check_load:
             check_loads(made)
     return made

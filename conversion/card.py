@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from hf_attn_patch.zoo import PREFIX
+
 from .planner import Plan
 from .report import cache_itemsize, human, kv_bytes_per_token, numbers
 
@@ -15,7 +17,7 @@ _TEXT = """\
 # {title}
 
 {base}, converted with [hf-attn-patch](https://pypi.org/project/hf-attn-patch/) to fewer KV heads.
-
+{loading}
 | attention | layers | query heads | KV heads before | KV heads now |
 |---|---|---|---|---|
 {rows}
@@ -56,6 +58,7 @@ def model_card(plan: Plan, record: dict[str, Any]) -> str:
         metadata=data.to_yaml(),
         title=f"{name} with fewer KV heads",
         base=f"[{source.name}](https://huggingface.co/{source.name})" if is_hub else f"`{name}`",
+        loading=_loading(plan),
         rows="\n".join(rows),
         method=plan.method.name,
         summary=plan.method.summary,
@@ -65,6 +68,15 @@ def model_card(plan: Plan, record: dict[str, Any]) -> str:
         after=human(kv_bytes_per_token(plan.layers, itemsize, new=True)),
         command=f"\n```\n{record['command']}\n```\n" if record["command"] else "",
     )
+
+
+def _loading(plan: Plan) -> str:
+    """How to load a model whose class transformers does not have."""
+    model_type = plan.new_config.get("model_type", "")
+    if not model_type.startswith(PREFIX):
+        return ""
+    code = " or, without that package, with `trust_remote_code=True`" if plan.with_code else ""
+    return f"\n`{model_type}` loads with transformers' Auto classes after `import hf_attn_patch`{code}.\n"
 
 
 def _source_metadata(folder: Any) -> dict[str, Any]:

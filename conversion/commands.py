@@ -89,6 +89,7 @@ def command_line() -> str:
 @click.option("--revision", help="Branch, tag or commit of a hub id.")
 @click.option("--allow-pickle", is_flag=True, help="Read pytorch_model.bin (with weights_only=True).")
 @click.option("--allow-nonfinite", is_flag=True, help="Convert weights that have NaN or Inf.")
+@click.option("--with-code", is_flag=True, help="Carry the model class's code, for trust_remote_code=True.")
 @click.option("--push-to-hub", metavar="REPO", help="Upload DST to this repository afterwards.")
 @click.option("--private", is_flag=True, help="With --push-to-hub: a private repository.")
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
@@ -97,7 +98,8 @@ def command_line() -> str:
 def convert(
     src: str, dst: str | None, kv_heads: str, method: str, seed: int, dry_run: bool, as_json: bool, overwrite: bool,
     resume: bool, workers: int, max_shard_size: str | None, revision: str | None, allow_pickle: bool,
-    allow_nonfinite: bool, push_to_hub: str | None, private: bool, quiet: bool, verbose: bool, **options: Any,
+    allow_nonfinite: bool, with_code: bool, push_to_hub: str | None, private: bool, quiet: bool, verbose: bool,
+    **options: Any,
 ) -> None:  # fmt: skip
     """Convert the checkpoint SRC (a folder or hub id) to fewer KV heads, into the new folder DST."""
     wanted = parse_kv_heads(kv_heads)
@@ -122,6 +124,7 @@ def convert(
         revision=revision,
         allow_pickle=allow_pickle,
         max_shard_size=max_shard_size,
+        with_code=with_code,
         **given,
     )
     if dry_run:

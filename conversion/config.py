@@ -31,22 +31,22 @@ class LanguageModel:
 
     def locate(self, names: Collection[str]) -> None:
         """Find the prefix under which this checkpoint keeps its layers, and put it before every layer's names."""
-        first_stack, first_layers = self.stacks[0]
-        modules = [projection.module for projection in first_stack.projections]
         for prefix in self.prefixes:
-            starts = tuple(f"{prefix}{layer.prefix}{module}." for layer in first_layers[:1] for module in modules)
-            if any(name.startswith(starts) for name in names):
+            found = [_has(names, prefix, layers) for _, layers in self.stacks]
+            if any(found):
                 self.prefix = prefix
                 break
         else:
-            wanted = first_layers[0].prefix + modules[0] + ".weight"
+            first = self.stacks[0][1][0]
+            wanted = first.prefix + first.stack.projections[0].module + ".weight"
             raise ConversionError(
                 f"the checkpoint has no tensor {wanted!r} (under {', '.join(map(repr, self.prefixes))}), "
                 f"where {self.model_type} keeps it"
             )
         self.stacks = [
             (stack, [replace(layer, prefix=self.prefix + layer.prefix) for layer in layers])
-            for stack, layers in self.stacks
+            for (stack, layers), here in zip(self.stacks, found, strict=True)
+            if here or not stack.optional
         ]
 
     def write_kv_heads(self, raw: dict[str, Any], layers: list[LayerAttention]) -> None:
@@ -62,8 +62,15 @@ class LanguageModel:
                 stack.kv_field.write(part, self.text_config, own[0].heads, [layer.new_kv_heads for layer in own])
         if self.family.becomes:
             part["model_type"] = self.family.becomes
-            part["architectures"] = [self.family.architectures.get(name, name) for name in architectures(part)]
+            part["architectures"] = [f"Grouped{n.removeprefix('Grouped')}" for n in architectures(part)]
         raw.pop("auto_map", None)  # the code that it names does not come along
+
+
+def _has(names: Collection[str], prefix: str, layers: list[LayerAttention]) -> bool:
+    """Whether a checkpoint has a tensor of a stack's first layer."""
+    modules = (projection.module for projection in layers[0].stack.projections)
+    starts = tuple(f"{prefix}{layers[0].prefix}{module}." for module in modules)
+    return any(name.startswith(starts) for name in names)
 
 
 def architectures(raw: Mapping[str, Any]) -> list[str]:

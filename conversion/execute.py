@@ -84,6 +84,11 @@ def execute(
             folder.copy(plan.source.folder / name, name)
         folder.write_text("conversion.json", json.dumps(record, indent=2) + "\n")
         folder.write_text("README.md", card(plan, record))
+        if plan.with_code:
+            from hf_attn_patch.modeling.remote_code import code_files
+
+            for name, text in code_files(plan.new_config["model_type"]).items():
+                folder.write_text(name, text)
         folder.commit(json.dumps(plan.new_config, indent=2, ensure_ascii=False) + "\n")
     return record
 
@@ -281,6 +286,7 @@ def make_record(plan: Plan, digests: dict[str, str], command: str | None, merge:
         "options": plan.options,
         "seed": plan.seed,
         "kv_heads": plan.requested,
+        "with_code": plan.with_code,
         "attention": stack_rows(plan),
         "details": getattr(merge, "record", None),
     }

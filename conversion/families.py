@@ -7,7 +7,6 @@ To add a family, add a :class:`Family` to :data:`FAMILIES` (or call :func:`regis
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -26,7 +25,8 @@ class Projection:
         holds: what its outputs are, in order: ``"q"``, ``"kv"``, ``"qkv"``, ``"qvk"``, ...
         form: ``"rows"``: all heads of the first, then all heads of the next; ``"groups"``: for each KV head its G
             query heads, then its k, then its v (with G = 1: per head q, k, v; with one KV head: the same as rows).
-        blocks: with ``"rows"``: the whole pattern repeats this often, each time for a share of the heads (CodeGen: 4).
+        blocks: with ``"rows"``: the whole pattern repeats this often, each time for a share of the heads (CodeGen: 4,
+            or as many as divide the number of KV heads too).
         transposed: the weight is [in, out], as in GPT-2's Conv1D.
     """
 
@@ -88,6 +88,7 @@ class Stack:
     causal: bool = True
     caches_query_heads: bool = False  # the cache holds HQ heads whatever the number of KV heads (Falcon)
     written: tuple[Projection, ...] | None = None  # the layout of the grouped model where it is another
+    optional: bool = False  # a model of the family may lack this attention: it has it if layer 0's tensors are there
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,15 +99,14 @@ class Family:
         model_types: the ``model_type`` in config.json.
         stacks: its attentions.
         prefixes: what may stand before ``stack.layer``; the first under which layer 0 is found is used.
-        becomes: the ``model_type`` of the grouped model where the stock config has no field for KV heads.
-        architectures: stock class name -> class name of the grouped model, with ``becomes``.
+        becomes: the ``model_type`` of the grouped model where the stock config has no field for KV heads (of
+            ``hf_attn_patch.modeling``, where the stock class X is GroupedX).
     """
 
     model_types: tuple[str, ...]
     stacks: tuple[Stack, ...] = (Stack(),)
     prefixes: tuple[str, ...] = ("model.", "")
     becomes: str | None = None
-    architectures: Mapping[str, str] = field(default_factory=dict)
 
 
 _PER_HEAD_NORMS = (Norm("q_norm", "q", "heads"), Norm("k_norm", "k", "heads"))
@@ -195,3 +195,8 @@ def family_of(model_type: str) -> Family:
         f"model family {model_type!r} is not supported (nearest supported: {near[0] if near else names[0]!r}); "
         "to add it, describe where it keeps Q, K, V and O in a row of conversion/families.py"
     )
+
+
+from .zoo_families import ZOO  # noqa: E402 - the rows of our own model classes, made of the classes above
+
+FAMILIES += ZOO

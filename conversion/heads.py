@@ -70,9 +70,16 @@ class LayerAttention:
 ABSURD = 1 << 24
 
 
+def attribute(config: Any, name: str) -> Any:
+    """A config attribute, None if it is absent; ``text_config.hidden_size`` is that of a config inside."""
+    for part in name.split("."):
+        config = getattr(config, part, None)
+    return config
+
+
 def positive(config: Any, name: str, where: str) -> int:
     """A config attribute that must be a whole number of at least 1."""
-    value = getattr(config, name, None)
+    value = attribute(config, name)
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < ABSURD:
         raise ConversionError(f"{where} gives no usable {name}: {value!r}")
     return value
@@ -86,7 +93,7 @@ def stack_layers(stack: Stack, config: Any, where: str) -> list[LayerAttention]:
     per_layer = list(kv) if isinstance(kv, (list, tuple)) else None
     if per_layer is not None and len(per_layer) != num_layers:
         raise ConversionError(f"{where} gives {len(per_layer)} numbers of KV heads for {num_layers} layers")
-    explicit = getattr(config, stack.head_dim, None) if stack.head_dim else None
+    explicit = attribute(config, stack.head_dim) if stack.head_dim else None
     if explicit is None and width % heads:
         raise ConversionError(f"{where} gives {heads} heads for a width of {width}, which does not divide evenly")
     head_dim = width // heads if explicit is None else positive(config, stack.head_dim or "", where)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -53,7 +54,7 @@ def split(projection: Projection, out: Tensor, heads: int, kv_heads: int, head_d
             "k": grouped[:, size],
             "v": grouped[:, size + 1],
         }
-    blocks = projection.blocks
+    blocks = math.gcd(projection.blocks, kv_heads)
     counts = [heads if role == "q" else kv_heads for role in projection.holds]
     blocked = out.reshape(blocks, sum(counts) // blocks, head_dim, *rest)
     parts = blocked.split([n // blocks for n in counts], dim=1)
@@ -73,6 +74,6 @@ def join(projection: Projection, parts: dict[str, Tensor]) -> Tensor:
         kv_heads = k.shape[0]
         grouped = torch.cat([q.reshape(kv_heads, -1, head_dim, *rest), k[:, None], v[:, None]], dim=1)
         return grouped.reshape(-1, *rest)
-    blocks = projection.blocks
+    blocks = math.gcd(projection.blocks, parts["k"].shape[0]) if projection.blocks > 1 else 1
     blocked = [parts[role].reshape(blocks, -1, head_dim, *rest) for role in projection.holds]
     return torch.cat(blocked, dim=1).reshape(-1, *rest)

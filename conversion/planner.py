@@ -8,8 +8,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hf_attn_patch.grouping import GroupingError, KVGrouping, divisors
+from hf_attn_patch.zoo import PREFIX
 
-from .config import LanguageModel, read_config
+from .config import LanguageModel, architectures, read_config
 from .dtypes import FLOATS
 from .errors import ConversionError
 from .families import Family, Norm, Projection, Stack
@@ -66,6 +67,7 @@ class Plan:
     tensors: dict[str, NewTensor] = field(default_factory=dict)
     shards: tuple[Shard, ...] = ()
     warnings: tuple[str, ...] = ()
+    with_code: bool = False  # the result carries the code of its model class
 
     @property
     def bytes_before(self) -> int:
@@ -87,6 +89,7 @@ def make_plan(
     seed: int = 0,
     options: Mapping[str, Any] | None = None,
     max_shard_size: int | None = None,
+    with_code: bool = False,
 ) -> Plan:
     """Check everything that can be known without reading weights.
 
@@ -95,6 +98,7 @@ def make_plan(
         kv_heads: one number for all layers; a list with one per layer; or ``{stack: number or list}`` for models
             with several attentions, of which those not named stay as they are.
         max_shard_size: bytes of an output file at most (one tensor may be larger); None: shards as in the source.
+        with_code: let the result carry its model class's code, for ``trust_remote_code`` without this package.
 
     Raises:
         ConversionError: the conversion cannot be done.
@@ -105,12 +109,14 @@ def make_plan(
     layers = _with_targets(model, kv_heads)
     new_config = copy.deepcopy(source.config)
     model.write_kv_heads(new_config, layers)
+    if with_code:
+        _add_code(new_config)
     for layer in layers:
         _check_layer(source, layer)
     _check_layer_count(source, model)
     plan = Plan(
         source, model.family, model.model_type, model.config, model.text_config, new_config, tuple(layers), chosen,
-        chosen.resolve(options or {}), seed, kv_heads, warnings=tuple(model.warnings),
+        chosen.resolve(options or {}), seed, kv_heads, warnings=tuple(model.warnings), with_code=with_code,
     )  # fmt: skip
     if not any(layer.changes for layer in layers):
         plan.warnings += ("every layer already has that many KV heads: the weights will be copied as they are",)
@@ -118,6 +124,20 @@ def make_plan(
     pieces = {name: tensor.nbytes for name, tensor in plan.tensors.items()}
     plan.shards = same_shards(source, pieces) if max_shard_size is None else split_shards(pieces, max_shard_size)
     return plan
+
+
+def _add_code(config: dict[str, Any]) -> None:
+    """Say in a result's config.json where its code is."""
+    model_type = str(config.get("model_type"))
+    if not model_type.startswith(PREFIX):
+        raise ConversionError(
+            f"--with-code is for models that need code of hf_attn_patch; the result is a plain {model_type}, which "
+            "transformers loads by itself: leave the option out"
+        )
+    from hf_attn_patch.modeling.remote_code import auto_map
+
+    names = architectures(config)
+    config["auto_map"] = auto_map(model_type, names[0] if names else None)
 
 
 def _with_targets(model: LanguageModel, kv_heads: KVHeads) -> list[LayerAttention]:

@@ -58,7 +58,14 @@ def verify(src: StrPath, dst: StrPath, *, revision: str | None = None, allow_pic
     if not isinstance(kv_heads, (int, list, dict)):
         raise ConversionError(f"{record_path} records no number of KV heads")
     with no_reading_errors(str(src)):
-        plan = make_plan(source, kv_heads, method=method, seed=int(record.get("seed") or 0), options=options)
+        plan = make_plan(
+            source,
+            kv_heads,
+            method=method,
+            seed=int(record.get("seed") or 0),
+            options=options,
+            with_code=bool(record.get("with_code")),
+        )
         return compare(plan, result)
 
 

@@ -52,6 +52,18 @@ TABLES = {
 }
 
 
+def file_of(model_type: str) -> str:
+    """The file of ``hf_attn_patch.modeling`` that has one of our model types.
+
+    >>> file_of("gqa_clip_text_model")
+    'clip'
+    """
+    for file, stock_types in FAMILIES.items():
+        if model_type.startswith(PREFIX) and model_type.removeprefix(PREFIX) in stock_types:
+            return file
+    raise KeyError(f"{model_type!r} is none of the families of hf_attn_patch.modeling")
+
+
 def register() -> None:
     """Enter every family into ``AutoConfig`` and the ``AutoModel...`` classes, once those are imported."""
     when_imported("transformers.models.auto.configuration_auto", _register_configs)

@@ -34,6 +34,15 @@ class Case:
     outside: bool = False  # of transformers' attention interface
     marks: tuple[Any, ...] = field(default=())
 
+    def map_kv(self, name: str, x: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+        """A stock tensor with ``change`` applied to its K rows and to its V rows (each [HEADS * DIM, ...])."""
+        dim, *parts = stock_rows(self, name)
+        out = x.clone()
+        for rows in parts:
+            index = torch.tensor(rows)
+            out.index_copy_(dim, index, change(x.index_select(dim, index).movedim(dim, 0)).movedim(0, dim))
+        return out
+
     @property
     def ours(self) -> str:
         return zoo.PREFIX + self.stock
@@ -58,8 +67,9 @@ class Case:
             kwargs |= heads
         return AutoConfig.for_model(self.ours, **kwargs)
 
-    def make(self, kv_heads: int | None, attn: str = "sdpa", seed: int = 0, **more: Any) -> Any:
+    def make(self, kv_heads: int | None, attn: str | None = None, seed: int = 0, **more: Any) -> Any:
         """A model with random weights that are large enough for attention to matter, in eval mode."""
+        attn = attn or ("eager" if self.outside and kv_heads is None else "sdpa")
         torch.manual_seed(seed)
         auto = getattr(transformers, self.auto)
         model = auto.from_config(self.make_config(kv_heads, **more), attn_implementation=attn)
@@ -159,6 +169,24 @@ def codegen_blocks(name: str, x: Tensor, g: int) -> Tensor:
         q, v, k = block.split([(n - 2) * DIM, DIM, DIM])
         qs, vs, ks = qs + list(q.split(DIM)), vs + [v] * g, ks + [k] * g
     return torch.cat([t for qvk in zip(qs, vs, ks, strict=True) for t in qvk])
+
+
+def stock_rows(case: Case, name: str) -> tuple[Any, ...]:
+    """(dimension, rows of K, rows of V) in a stock tensor, number by number; (0,) if it has none."""
+    module = name.rpartition(".")[0].rpartition(".")[2]
+    if module in ("k_proj", "v_proj", "key", "value", "k_lin", "v_lin") or (case.stock[-2:] == "t5" and module in "kv"):
+        return (0, list(range(E)))
+    if module == "c_attn":
+        return (-1, list(range(E, 2 * E)), list(range(2 * E, 3 * E)))
+    if module == "Wqkv":
+        return (0, list(range(E, 2 * E)), list(range(2 * E, 3 * E)))
+    if module == "query_key_value":
+        k = [3 * DIM * h + DIM + d for h in range(HEADS) for d in range(DIM)]
+        return (0, k, [row + DIM for row in k])
+    if module == "qkv_proj":  # four blocks of q, v, k
+        v = [3 * DIM * h + DIM + d for h in range(HEADS) for d in range(DIM)]
+        return (0, [row + DIM for row in v], v)
+    return (0,)
 
 
 _TEXT = {

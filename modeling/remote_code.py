@@ -1,0 +1,50 @@
+"""A family's code as files beside its weights, so that ``trust_remote_code=True`` loads it without this package."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from hf_attn_patch import grouping, zoo
+
+_RELATIVE = re.compile(r"^from \.(\w+) import", re.MULTILINE)
+
+
+def code_files(model_type: str) -> dict[str, str]:
+    """The files that ``model_type`` needs, name -> text: the family's own and all that it imports from here.
+
+    >>> sorted(code_files("gqa_gpt2"))
+    ['gpt2.py', 'grouped.py', 'grouping.py']
+    """
+    wanted, files = [zoo.file_of(model_type)], {}
+    while wanted:
+        name = wanted.pop()
+        if f"{name}.py" in files:
+            continue
+        path = Path(grouping.__file__) if name == "grouping" else Path(__file__).parent / f"{name}.py"
+        text = path.read_text(encoding="utf-8").replace("from hf_attn_patch.grouping import", "from .grouping import")
+        files[f"{name}.py"] = text
+        wanted += _RELATIVE.findall(text)
+    return files
+
+
+def auto_map(model_type: str, architecture: str | None = None) -> dict[str, str]:
+    """What config.json says under ``auto_map``: Auto class -> file and class.
+
+    Args:
+        architecture: the checkpoint's own class, taken where an Auto class has several for the family.
+    """
+    from transformers.models.auto import modeling_auto
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    file = zoo.file_of(model_type)
+    out = {"AutoConfig": f"{file}.{CONFIG_MAPPING_NAMES[model_type]}"}
+    for name, auto_class in vars(modeling_auto).items():
+        table: Any = getattr(auto_class, "_model_mapping", None)
+        if not isinstance(auto_class, type) or table is None or model_type not in table._model_mapping:
+            continue
+        choice = table._model_mapping[model_type]
+        names = (choice,) if isinstance(choice, str) else choice
+        out[name] = f"{file}.{architecture if architecture in names else names[0]}"
+    return out

@@ -1,0 +1,75 @@
+"""``hf-attn convert`` on every grouped family, against arithmetic written out in the helpers and here."""
+
+import pytest
+import torch
+import transformers
+from hf_attn_patch.conversion import convert
+from hf_attn_patch.conversion import from_pretrained as convert_while_loading
+from safetensors.torch import load_file
+from zoo_cases import CASES, DIM, HEADS, output
+
+cases = pytest.mark.parametrize("case", CASES, ids=[c.stock for c in CASES])
+
+
+def pool_heads(x, kv_heads):
+    """Rows of written-out heads [HEADS * DIM, ...] -> each group's heads are their mean, written out again."""
+    heads = x.reshape(kv_heads, HEADS // kv_heads, DIM, *x.shape[1:])
+    return heads.mean(1, keepdim=True).expand_as(heads).reshape_as(x)
+
+
+@cases
+@pytest.mark.parametrize("kv_heads", [2, 1])
+def test_mean_is_the_mean_of_each_groups_heads(case, kv_heads, tmp_path):
+    """The converted model is the stock model in which each group's K and V heads have become their mean."""
+    stock = case.make(None)
+    stock.save_pretrained(tmp_path / "stock")
+    convert(tmp_path / "stock", tmp_path / "new", kv_heads)
+    auto = getattr(transformers, case.auto)
+    ours, info = auto.from_pretrained(tmp_path / "new", output_loading_info=True)
+    assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    pooled = case.make(None)
+    state = {
+        name: case.map_kv(name, x, lambda rows: pool_heads(rows, kv_heads)) for name, x in stock.state_dict().items()
+    }
+    pooled.load_state_dict(state)
+    feed = case.inputs()
+    torch.testing.assert_close(output(ours.eval(), feed), output(pooled, feed), atol=2e-5, rtol=2e-5)
+
+
+@cases
+def test_a_grouped_checkpoint_is_merged_further(case, tmp_path):
+    """4 -> 2 -> 1 is 4 -> 1, bit for bit but for the rounding between."""
+    case.make(None).save_pretrained(tmp_path / "stock")
+    convert(tmp_path / "stock", tmp_path / "two", 2)
+    convert(tmp_path / "two", tmp_path / "one", 1)
+    convert(tmp_path / "stock", tmp_path / "straight", 1)
+    a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "straight"))
+    assert a.keys() == b.keys()
+    for name, x in a.items():
+        torch.testing.assert_close(x, b[name], atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("stock", ["gpt2", "bert", "t5", "whisper", "vit"])
+def test_conversion_while_loading_is_conversion_then_loading(stock, tmp_path):
+    case = next(c for c in CASES if c.stock == stock)
+    case.make(None).save_pretrained(tmp_path / "stock")
+    convert(tmp_path / "stock", tmp_path / "new", 2)
+    auto = getattr(transformers, case.auto)
+    loaded = convert_while_loading(auto, tmp_path / "stock", num_key_value_heads=2).eval()
+    feed = case.inputs()
+    assert torch.equal(output(loaded, feed), output(auto.from_pretrained(tmp_path / "new").eval(), feed))
+
+
+@pytest.mark.parametrize("stock", ["t5", "bart", "whisper"])
+def test_the_decoder_alone_is_converted_as_in_the_paper(stock, tmp_path):
+    case = next(c for c in CASES if c.stock == stock)
+    case.make(None).save_pretrained(tmp_path / "stock")
+    convert(tmp_path / "stock", tmp_path / "new", {"decoder": 1, "cross": 2})
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "new")
+    assert (config.encoder_kv_heads, config.decoder_kv_heads, config.cross_kv_heads) == (HEADS, 1, 2)
+    old, new = (load_file(tmp_path / name / "model.safetensors") for name in ("stock", "new"))
+    changed = {name for name in old if old[name].shape != new[name].shape or not torch.equal(old[name], new[name])}
+    assert changed
+    assert all(name.startswith(("decoder.", "model.decoder.")) for name in changed)
+    auto = getattr(transformers, case.auto)
+    assert output(auto.from_pretrained(tmp_path / "new").eval(), case.inputs()).isfinite().all()

@@ -1,0 +1,88 @@
+"""A checkpoint that carries its code loads where this package is not installed."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from click.testing import CliRunner
+from hf_attn_patch.conversion import ConversionError, convert, verify
+from hf_attn_patch.modeling import remote_code
+from zoo_cases import BY_NAME, CASES, output
+
+from hf_attn_patch.cli import main
+
+# a fresh interpreter in which hf_attn_patch cannot be imported, only transformers
+LOAD = """
+import sys
+class Hidden:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "hf_attn_patch":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Hidden())
+import torch, transformers
+for folder in sys.argv[2:]:
+    feed = torch.load(folder + "/feed.pt")
+    name = feed.pop("auto")
+    model, info = getattr(transformers, name).from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
+    assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    model.save_pretrained(folder + "/again")  # the code goes along
+    again = getattr(transformers, name).from_pretrained(folder + "/again", trust_remote_code=True).eval()
+    with torch.no_grad():
+        out, twice = model.eval()(**feed), again(**feed)
+    out, twice = (o.logits if hasattr(o, "logits") else o.logits_per_text for o in (out, twice))
+    assert torch.equal(out, twice)
+    torch.save(out, folder + "/out.pt")
+assert not any(name.split(".")[0] == "hf_attn_patch" for name in sys.modules)
+"""
+
+
+def test_every_family_loads_without_this_package(tmp_path):
+    wanted = {}
+    for case in CASES:
+        if case.stock == "falcon":  # the stock family has KV heads of its own
+            continue
+        model, folder = case.make(None), tmp_path / case.stock
+        model.save_pretrained(tmp_path / "stock" / case.stock)
+        arguments = [str(tmp_path / "stock" / case.stock), str(folder), "--kv-heads", "2", "--with-code", "-q"]
+        result = CliRunner().invoke(main, ["convert", *arguments])
+        assert result.exit_code == 0, result.output
+        feed = case.inputs()
+        torch.save({**feed, "auto": case.auto}, folder / "feed.pt")
+        wanted[case.stock] = (folder, feed, case)
+    folders = [str(folder) for folder, _, _ in wanted.values()]
+    environment = {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"}
+    run = subprocess.run(
+        [sys.executable, "-c", LOAD, "x", *folders], capture_output=True, text=True, env=environment, timeout=500
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    for folder, feed, case in wanted.values():
+        here = getattr(transformers, case.auto).from_pretrained(folder).eval()
+        assert type(here).__module__.startswith("hf_attn_patch.")
+        with torch.no_grad():
+            assert torch.equal(torch.load(folder / "out.pt"), output(here, feed))
+
+
+def test_the_record_says_so_and_verify_agrees(tmp_path):
+    BY_NAME["gpt2"].make(None).save_pretrained(tmp_path / "stock")
+    convert(tmp_path / "stock", tmp_path / "new", 2, with_code=True)
+    assert json.loads((tmp_path / "new" / "conversion.json").read_text())["with_code"] is True
+    assert {"gpt2.py", "grouped.py", "grouping.py"} <= {p.name for p in (tmp_path / "new").iterdir()}
+    assert verify(tmp_path / "stock", tmp_path / "new").ok
+
+
+def test_code_that_is_not_needed_is_refused(tmp_path):
+    BY_NAME["falcon"].make(None).save_pretrained(tmp_path / "stock")
+    with pytest.raises(ConversionError, match="leave the option out"):
+        convert(tmp_path / "stock", tmp_path / "new", 2, with_code=True)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("case", CASES, ids=[c.stock for c in CASES])
+def test_the_files_stand_alone(case):
+    for name, text in remote_code.code_files(case.ours).items():
+        assert "hf_attn_patch." not in "\n".join(
+            line for line in text.splitlines() if line.startswith(("from ", "import "))
+        ), name
