@@ -62,7 +62,9 @@ def test_every_family_loads_without_this_package(tmp_path):
         here = getattr(transformers, case.auto).from_pretrained(folder).eval()
         assert type(here).__module__.startswith("hf_attn_patch.")
         with torch.no_grad():
-            assert torch.equal(torch.load(folder / "out.pt"), output(here, feed))
+            want = output(here, feed)
+        # not bit for bit: the other process may have another number of threads
+        torch.testing.assert_close(torch.load(folder / "out.pt"), want, atol=1e-5, rtol=1e-5)
 
 
 def test_the_record_says_so_and_verify_agrees(tmp_path):
