@@ -63,7 +63,9 @@ def uptrain(run: Run) -> Progress:
         found = {"step": progress.step, "tokens": progress.tokens, **run.evaluate(model, held_out)}
         progress.history.append(found)
         accelerator.log({f"eval/{k}": v for k, v in found.items()}, step=progress.step)
-        bar.write(f"step {progress.step}: " + ", ".join(f"{k} {found[k]:.4f}" for k in ("loss", "kl") if k in found))
+        if accelerator.is_main_process:
+            shown = ", ".join(f"{k} {found[k]:.4f}" for k in ("loss", "kl") if k in found)
+            bar.write(f"step {progress.step}: held-out {shown}")
         if progress.best is None or found["loss"] < progress.best:
             progress.best = found["loss"]
             if progress.step:
