@@ -15,7 +15,8 @@ from .checkpoints import Progress, save_model
 from .data import Framing, TrainingData, causal_framing
 from .errors import TrainingError, out_of_memory_advice
 from .evaluation import TeacherCall, evaluate
-from .meters import peak_tflops
+from .log import RunLog
+from .meters import Throughput, peak_tflops
 from .models import Kind, load_config, load_student, load_teacher, load_tokenizer, make_objective, objective_kind
 from .objectives import Objective, check_batch
 from .options import UptrainOptions
@@ -38,6 +39,8 @@ class Run:
     optimizer: torch.optim.Optimizer
     teacher: TeacherCall | None
     saved_dtype: torch.dtype
+    log: RunLog
+    speed: Throughput | None = None
 
     @property
     def teacher_model(self) -> Any:
@@ -144,7 +147,8 @@ def load_run(options: UptrainOptions) -> Run:
     )  # fmt: skip
     data = TrainingData(options, tokenizer, framing_for(kind, options))
     objective = make_objective(student, kind, options)
-    return Run(options, accelerator, kind, tokenizer, data, student, objective, optimizer, teacher, saved_dtype)
+    log = RunLog(accelerator, Path(options.output, "training_log.jsonl"))
+    return Run(options, accelerator, kind, tokenizer, data, student, objective, optimizer, teacher, saved_dtype, log)
 
 
 def framing_for(kind: Kind, options: UptrainOptions) -> Framing:
