@@ -35,7 +35,7 @@ def curve(name: str, launcher: list[str], work: Path, teacher: Path, tokens: str
         "held-out-every": 20, "eval-tokens": "64k", "checkpoint-every": 0,
     }  # fmt: skip
     script = [str(ROOT / "examples" / "uptrain.py"), *(part for k, v in options.items() for part in (f"--{k}", str(v)))]
-    subprocess.run([sys.executable, "-m", "accelerate.commands.launch", *launcher, *script], check=True, cwd=ROOT)
+    subprocess.run([sys.executable, "-m", *launcher, *script], check=True, cwd=ROOT)
     return [json.loads(line) for line in (output / "training_log.jsonl").open()]
 
 
@@ -55,9 +55,11 @@ def main() -> None:
     )
     configs = ROOT / "examples" / "accelerate"
     if args.cpu:
-        one, two = (["--cpu", "--num_processes", n] for n in ("1", "2"))
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+        one, two = (["torch.distributed.run", "--nproc_per_node", n] for n in ("1", "2"))
     else:
-        one, two = (["--config_file", str(configs / f"{name}.yaml")] for name in ("single_gpu", "fsdp2"))
+        launch = ["accelerate.commands.launch", "--config_file"]
+        one, two = ([*launch, str(configs / f"{name}.yaml")] for name in ("single_gpu", "fsdp2"))
     alone, together = (
         curve(n, c, args.work, args.work / args.shape, args.tokens) for n, c in (("one", one), ("two", two))
     )

@@ -73,7 +73,7 @@ def uptrain(run: Run) -> Progress:
     if held_out and not progress.history:
         evaluate()
     steps = ahead(lambda: data.steps(progress.position, accelerator.process_index, accelerator.num_processes))
-    with StopSignals() as stop:
+    with StopSignals() as stop, bar:
         for step in steps:
             if progress.tokens >= total:
                 break
@@ -140,7 +140,6 @@ def uptrain(run: Run) -> Progress:
                 print(f"stopped by signal {asked} after step {progress.step}; go on with --resume", file=sys.stderr)
                 sys.exit(128 + asked)
             speed.pause()
-    bar.close()
     run.save_model(Path(options.output), model, progress)
     accelerator.end_training()
     return progress
