@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.utils.output_capturing import _active_collector
 
 from .dispatch import attend
 from .layout import DENSE, Layout, full, packed, remembered_full
@@ -118,7 +119,7 @@ def attention_forward(
         sinks=s_aux,
         bias=bias,
         dropout=dropout,
-        weights=bool(output_attentions),
+        weights=bool(output_attentions) or _weights_are_collected(),
         deterministic=bool(deterministic),
         name=module.__dict__.get(BACKEND_ATTRIBUTE),
         tracing=tracing,
@@ -133,6 +134,12 @@ def _refuse_unknown(module: torch.nn.Module, kwargs: dict[str, Any]) -> None:
                 f"{type(module).__name__} passes {name!r}, which selects keys in a way that hf_attn_patch does not "
                 'know; load this model with attn_implementation="eager"'
             )
+
+
+def _weights_are_collected() -> bool:
+    """Whether transformers' hooks collect attention weights: some families keep ``output_attentions`` to themselves."""
+    collected = _active_collector.get()
+    return bool(collected) and any("attentions" in key for key in collected)
 
 
 def _one_dtype(module: torch.nn.Module, *tensors: Tensor) -> tuple[Tensor, ...]:

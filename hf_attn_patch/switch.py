@@ -52,6 +52,9 @@ def enable(model: torch.nn.Module, *, backend: str | None = None, cache: str | N
     register()
     model.set_attn_implementation(NAME)
     for module in model.modules():
+        # up to 5.22 the call above misses stacks that hold a copy of their parent's config (the T5 family)
+        if isinstance(module, PreTrainedModel) and module.config._attn_implementation != NAME:
+            module.set_attn_implementation(NAME)
         if backend is None:
             module.__dict__.pop(BACKEND_ATTRIBUTE, None)
         else:

@@ -21,6 +21,9 @@ def refuses(request: AttentionRequest) -> str | None:
 
 def run(q: Tensor, k: Tensor, v: Tensor, request: AttentionRequest, operands: Operands) -> tuple[Tensor, Tensor | None]:
     """q [B, HQ, Sq, D], k [B, HKV, Sk, D], v [B, HKV, Sk, Dv] -> (out [B, HQ, Sq, Dv], weights or None)."""
+    if torch.is_autocast_enabled(q.device.type):  # which would take the wide operands back to half precision
+        with torch.autocast(q.device.type, enabled=False):
+            return run(q, k, v, request, operands)
     layout = operands.layout
     k, v = cut(layout, k, v)
     mask = layout.dense(q.device)

@@ -1,0 +1,76 @@
+"""torch.compile(fullgraph=True): forward, and generate with a static cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES
+from family_inputs import make_inputs
+from family_runs import IMPLEMENTATION, assert_close, build, gradients, pair, run
+from transformers import CompileConfig
+
+#: Each for another way through the masks: plain, windows with softcap, sinks, no interface for GQA, an encoder,
+#: cross-attention, position biases, no mask at all. Tracing is what is tested, and takes seconds each.
+_FORWARD = ["llama", "gemma2", "gpt_oss", "gpt2", "bert", "bart", "t5", "vit"]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    ("name", "padding"), [("llama", "none"), *((n, "none" if n == "vit" else "left") for n in _FORWARD)]
+)
+def test_forward_in_one_graph(name: str, padding: str) -> None:
+    model, eager = build(name, IMPLEMENTATION), pair(name)[1]
+    inputs = make_inputs(FAMILIES[name], padding)
+    kwargs = {"use_cache": False} if FAMILIES[name].kind in ("decoder", "encoder-decoder") else {}
+    model.forward = torch.compile(model.forward, fullgraph=True, backend="eager")
+    found, wanted = run(model, inputs, **kwargs), run(eager, inputs, **kwargs)
+    assert_close(found, wanted)
+    assert_close(gradients(model, found), gradients(eager, wanted), rtol=2e-5)
+
+
+def _generate(model: Any, prompt: dict[str, torch.Tensor], **kwargs: Any) -> torch.Tensor:
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "cache_implementation": "static"}
+    return model.generate(**prompt, **options, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("name", "padding"),
+    [
+        ("llama", "none"),
+        ("llama", "left"),
+        ("mistral", "left"),
+        ("gpt_oss", "left"),
+        ("gpt2", "left"),
+        ("bart", "right"),
+    ],
+)
+def test_static_cache_generation_in_one_graph(name: str, padding: str) -> None:
+    """generate compiles the decoding forward; on a CPU only if asked to."""
+    model, eager = build(name, IMPLEMENTATION), pair(name)[1]
+    prompt = {k: v for k, v in make_inputs(FAMILIES[name], padding, S=9).kwargs.items() if not k.startswith("decoder_")}
+    compiled = CompileConfig(fullgraph=True, backend="eager", mode=None)
+    compiled._compile_all_devices = True
+    torch._dynamo.utils.counters.clear()
+    found = _generate(model, prompt, compile_config=compiled)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0, "nothing was compiled"
+    assert torch.equal(found, _generate(eager, prompt, disable_compile=True))
+
+
+@pytest.mark.slow
+def test_inductor() -> None:
+    """The default compiler on the whole forward and backward of a GQA model with padding."""
+    model, eager = build("llama", IMPLEMENTATION), pair("llama")[1]
+    inputs = make_inputs(FAMILIES["llama"], "left")
+    model.forward = torch.compile(model.forward, fullgraph=True)
+    found, wanted = run(model, inputs, use_cache=False), run(eager, inputs, use_cache=False)
+    assert_close(found, wanted)
+    assert_close(gradients(model, found), gradients(eager, wanted), rtol=5e-5)
