@@ -22,7 +22,7 @@ _TEXT = """\
 |---|---|---|---|---|
 {rows}
 
-- Method: `{method}` ({summary}){options}; seed {seed}.
+- Method `{method}`: {summary}{options}; seed {seed}.
 - KV cache per token: {before} before, {after} now.
 - Everything that is not attention is the source's, byte for byte. `conversion.json` records versions, source hashes
   and the command; `hf-attn verify SOURCE THIS` recomputes and compares.
@@ -53,7 +53,7 @@ def model_card(plan: Plan, record: dict[str, Any]) -> str:
         rows.append(f"| {r['attention']} | {r['layers']} | {r['heads']} | {kv} |")
     itemsize = cache_itemsize(plan)
     options = ", ".join(f"{k}={v}" for k, v in plan.options.items() if v is not None)
-    name = source.name.rstrip("/").rsplit("/", 1)[-1]
+    name = source.name.rsplit("/", 1)[-1] if is_hub else source.folder.resolve().name
     return _TEXT.format(
         metadata=data.to_yaml(),
         title=f"{name} with fewer KV heads",

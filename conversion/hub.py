@@ -34,8 +34,7 @@ def resolve(src: str | os.PathLike[str], *, revision: str | None = None, allow_p
 
 
 def _download(repo_id: str, revision: str | None, allow_pickle: bool) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub import errors, snapshot_download
 
     patterns = [
         "*.safetensors",
@@ -54,11 +53,21 @@ def _download(repo_id: str, revision: str | None, allow_pickle: bool) -> Path:
                 ignore_patterns=["consolidated*", "original/*", "onnx/*"],
             )
         )
-    except HFValidationError:
+    except errors.HFValidationError:
         raise ConversionError(f"{repo_id} is neither a folder nor a valid hub id") from None
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ConversionError(f"{repo_id} is neither a folder nor can it be fetched from the hub ({reason})") from None
+    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError) as error:
+        reasons: list[tuple[type[Exception], str]] = [
+            (errors.GatedRepoError, "it is gated: ask for access on its page and log in with `hf auth login`"),
+            (errors.RepositoryNotFoundError, "no such model, or it is private"),
+            (errors.RevisionNotFoundError, f"it has no revision {revision!r}"),
+            (errors.LocalEntryNotFoundError, "the hub cannot be reached, and it is not in the cache"),
+        ]
+        reason = next((text for kind, text in reasons if isinstance(error, kind)), _short(error))
+        raise ConversionError(f"{repo_id} is neither a folder nor can it be fetched from the hub: {reason}") from None
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def push(folder: Path, repo_id: str, *, private: bool = False) -> str:
@@ -72,5 +81,4 @@ def push(folder: Path, repo_id: str, *, private: bool = False) -> str:
         api.upload_folder(repo_id=url.repo_id, folder_path=folder, commit_message="Upload converted checkpoint")
         return str(url)
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ConversionError(f"{folder} is converted, but could not be pushed to {repo_id} ({reason})") from None
+        raise ConversionError(f"{folder} is converted, but could not be pushed to {repo_id}: {_short(error)}") from None

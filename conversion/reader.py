@@ -160,7 +160,8 @@ def _add_safetensors(source: Source, names: list[str], weight_map: dict[str, str
     for number, name in enumerate(names):
         path = inside(source.folder, name)
         if not path.is_file():
-            raise ConversionError(f"{source.folder} has no {name}, which its index names")
+            reason = "which its index names" if weight_map else "or it is no file"
+            raise ConversionError(f"{source.folder} has no {name}, {reason}")
         header = read_header(path, str(path))
         source.files.append(path)
         source.metadata.append(header.metadata)

@@ -8,7 +8,6 @@ parts are in hf_attn_patch.training. `--help` lists the options; `--config FILE.
 
 from __future__ import annotations
 
-import math
 import sys
 from pathlib import Path
 
@@ -49,11 +48,11 @@ def uptrain(run: Run) -> Progress:
     progress = Progress(settings=options.lasting)
     if options.resume and (found := load_checkpoint(accelerator, checkpoints, options.lasting)):
         progress = found
+    run.log.start(progress.step)
     first_phase, main_phase = (whole_steps(t, options) for t in (options.layerwise_tokens, options.budget))
     total = first_phase + main_phase
-    every = math.ceil(total / options.tokens_per_step / 10)
     flops = Flops(run.student), Flops(run.teacher_model, forward_only=True) if teacher else None
-    speed = Throughput(total, run.peak_flops)
+    speed = run.speed = Throughput(total, run.peak_flops)
     bar = tqdm(
         total=total, initial=progress.tokens, unit="tok", unit_scale=True, mininterval=0.5,
         disable=not accelerator.is_main_process,
@@ -62,8 +61,10 @@ def uptrain(run: Run) -> Progress:
     def evaluate() -> None:
         found = {"step": progress.step, "tokens": progress.tokens, **run.evaluate(model, held_out)}
         progress.history.append(found)
-        accelerator.log({f"eval/{k}": v for k, v in found.items()}, step=progress.step)
-        bar.write(f"step {progress.step}: " + ", ".join(f"{k} {found[k]:.4f}" for k in ("loss", "kl") if k in found))
+        run.log.write({f"eval/{k}": v for k, v in found.items() if k != "step"}, progress.step)
+        if accelerator.is_main_process:
+            shown = ", ".join(f"{k} {found[k]:.4f}" for k in ("loss", "kl") if k in found)
+            bar.write(f"step {progress.step}: held-out {shown}")
         if progress.best is None or found["loss"] < progress.best:
             progress.best = found["loss"]
             if progress.step:
@@ -72,7 +73,7 @@ def uptrain(run: Run) -> Progress:
     if held_out and not progress.history:
         evaluate()
     steps = ahead(lambda: data.steps(progress.position, accelerator.process_index, accelerator.num_processes))
-    with StopSignals() as stop:
+    with StopSignals() as stop, bar:
         for step in steps:
             if progress.tokens >= total:
                 break
@@ -127,19 +128,18 @@ def uptrain(run: Run) -> Progress:
                     "mfu": speed.mfu or 0.0,
                     "epoch": step.position.epoch,
                 }
-                accelerator.log({f"train/{k}": v for k, v in values.items()}, step=progress.step)
+                run.log.write({f"train/{k}": v for k, v in values.items()}, progress.step)
 
             done = progress.tokens >= total
-            if held_out and (done or progress.step % (options.eval_every or every) == 0):
+            if held_out and options.due(progress.step, done, options.eval_every):
                 evaluate()
-            if done or asked or progress.step % (options.checkpoint_every or every) == 0:
+            if asked or options.due(progress.step, done, options.checkpoint_every):
                 save_checkpoint(accelerator, checkpoints, progress, options.keep)
             if asked and not done:
                 accelerator.end_training()
                 print(f"stopped by signal {asked} after step {progress.step}; go on with --resume", file=sys.stderr)
                 sys.exit(128 + asked)
             speed.pause()
-    bar.close()
     run.save_model(Path(options.output), model, progress)
     accelerator.end_training()
     return progress

@@ -44,7 +44,8 @@ class Unpadded:
         self._signature = inspect.signature(self.target.forward)
         kinds = {p.kind: name for name, p in self._signature.parameters.items()}
         self._rest = kinds.get(inspect.Parameter.VAR_KEYWORD, "")  # the name of **kwargs
-        self._pending = threading.local()
+        # thread -> what the forward that runs in it needs afterwards: packing, cache, last logits only?, as a tuple?
+        self._pending: dict[int, tuple[Packing, DynamicCache | None, bool, bool]] = {}
         self._hooks = [
             self.target.register_forward_pre_hook(self._before, with_kwargs=True),
             self.target.register_forward_hook(self._after),
@@ -78,10 +79,11 @@ class Unpadded:
             return (ids != padding_idx).cumsum(1) * (ids != padding_idx) + padding_idx
         return columns
 
+    @torch.compiler.disable  # sizes depend on the data: a compiled model is compiled around it
     def _before(
         self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        self._pending.packing = None
+        self._pending.pop(threading.get_ident(), None)
         given: dict[str, Any] = dict(self._signature.bind_partial(*args, **kwargs).arguments)
         given.update(given.pop(self._rest, {}))
         mask = given.get("attention_mask")
@@ -131,8 +133,8 @@ class Unpadded:
         if cache is not None:
             packed["past_key_values"] = PackedPrefill(cache, packing)
         wanted = given.get("return_dict")
-        self._pending.packing, self._pending.cache, self._pending.last = packing, cache, last
-        self._pending.as_tuple = not (self.model.config.return_dict if wanted is None else wanted)
+        as_tuple = not (self.model.config.return_dict if wanted is None else wanted)
+        self._pending[threading.get_ident()] = (packing, cache, last, as_tuple)
         return (), packed
 
     def _empty_cache(self, given: dict[str, Any]) -> DynamicCache | None:
@@ -151,15 +153,16 @@ class Unpadded:
         empty = isinstance(cache, DynamicCache) and cache.get_seq_length() == 0 and not cache.offloading
         return cache if empty and given.get("use_cache") is not False else None
 
+    @torch.compiler.disable
     def _after(self, module: Any, args: tuple[Any, ...], output: Any) -> Any:
-        packing: Packing | None = self._pending.packing
-        if packing is None:
+        pending = self._pending.pop(threading.get_ident(), None)
+        if pending is None:
             return None
-        self._pending.packing = None
+        packing, cache, last, as_tuple = pending
         for name in list(output.keys()):
             if name == "past_key_values":
-                output[name] = self._pending.cache
-            elif name == "logits" and self._pending.last:
+                output[name] = cache
+            elif name == "logits" and last:
                 output[name] = packing.last(output[name])
             elif name != "pooler_output":
                 output[name] = packing.unpack(name, output[name])
@@ -169,7 +172,7 @@ class Unpadded:
             if pooler is None:
                 raise ValueError(f"unpadded() cannot redo how {type(module).__name__} pools")
             output["pooler_output"] = pooler(output["last_hidden_state"])
-        return output.to_tuple() if self._pending.as_tuple else output
+        return output.to_tuple() if as_tuple else output
 
 
 def _takes_cu_seq_lens(model: PreTrainedModel) -> bool:

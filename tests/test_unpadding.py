@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import (
     AttentionInterface,
@@ -396,6 +397,34 @@ def test_calls_that_cannot_be_packed(change: dict[str, Any], message: str) -> No
     model = build(*CAUSAL["llama"])
     with unpadded(model), pytest.raises(ValueError, match=message):
         model(**{**batch("right", labels=False), **change})
+
+
+def test_wrapped_and_copied_models() -> None:
+    """PEFT around it, torch.compile around it, a deep copy with its own hooks."""
+    inputs, seen = batch("right"), []
+    adapted = get_peft_model(build(*CAUSAL["llama"]), LoraConfig(target_modules=["q_proj", "v_proj"], r=2))
+    for wrapped in (adapted, torch.compile(build(*CAUSAL["llama"]), backend="eager")):
+        expected = wrapped(**inputs)
+        hooks = [
+            m.register_forward_hook(lambda m, args, out: seen.append(tuple(out.shape[:2])))
+            for m in wrapped.modules()
+            if type(m).__name__ == "LlamaMLP"
+        ]
+        with unpadded(wrapped):
+            seen.clear()
+            torch.testing.assert_close(wrapped(**inputs).loss, expected.loss)
+            assert seen == [(1, 14), (1, 14)]
+        for hook in hooks:
+            hook.remove()
+    model = build(*CAUSAL["llama"])
+    expected = model(**inputs)
+    with unpadded(model):
+        twin = copy.deepcopy(model)
+    seen.clear()
+    twin.model.layers[0].mlp.register_forward_hook(lambda m, args, out: seen.append(tuple(out.shape[:2])))
+    torch.testing.assert_close(twin(**inputs).loss, expected.loss)
+    assert seen == [(1, 14)]  # the copy is still unpadded, the original no more
+    assert not model._forward_hooks
 
 
 def test_no_model() -> None:

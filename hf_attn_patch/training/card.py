@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,20 +10,23 @@ from typing import Any
 from .checkpoints import Progress
 from .options import UptrainOptions
 
-#: what a conversion leaves beside the weights, kept with the uptrained model
-KEPT = "hf_attn_conversion*.json"
+#: what a conversion leaves beside the weights: the uptrained model carries it on
+CONVERSION = "conversion.json"
 
 
 def write_card(folder: Path, *, options: UptrainOptions, progress: Progress, config: Any) -> None:
     """``README.md`` of the model in ``folder``; the source's conversion record is copied beside it."""
-    source = Path(options.model)
-    if source.is_dir():
-        for record in source.glob(KEPT):
-            shutil.copy(record, folder)
-    (folder / "README.md").write_text(render_card(options, progress, config), encoding="utf-8")
+    record = Path(options.model, CONVERSION)
+    conversion = None
+    if record.is_file():
+        conversion = json.loads(record.read_text(encoding="utf-8"))
+        shutil.copy(record, folder)
+    (folder / "README.md").write_text(render_card(options, progress, config, conversion), encoding="utf-8")
 
 
-def render_card(options: UptrainOptions, progress: Progress, config: Any) -> str:
+def render_card(
+    options: UptrainOptions, progress: Progress, config: Any, conversion: dict[str, Any] | None = None
+) -> str:
     """The card as Markdown with the hub's front matter."""
     ce, kl = options.loss_weights
     heads = config.get_text_config(decoder=True)
@@ -43,6 +47,7 @@ def render_card(options: UptrainOptions, progress: Progress, config: Any) -> str
         "|---|---|",
         f"| query heads | {getattr(heads, 'num_attention_heads', 'n/a')} |",
         f"| KV heads | {kv_heads if kv_heads is not None else 'as the base model'} |",
+        *([f"| converted from | {describe_conversion(conversion)} |"] if conversion else []),
         f"| teacher | {f'`{options.teacher}`' if options.teacher else 'none'} |",
         f"| loss | {loss} |",
         f"| trained | {options.mode} |",
@@ -65,3 +70,18 @@ def render_card(options: UptrainOptions, progress: Progress, config: Any) -> str
             numbers = " | ".join(f"{entry[key]:.4f}" for key in columns)
             lines.append(f"| {name} | {entry['tokens']:,} | {numbers} |")
     return "\n".join([*lines, ""])
+
+
+def describe_conversion(record: dict[str, Any]) -> str:
+    """One line on what a conversion record says.
+
+    >>> describe_conversion({"source": {"name": "m"}, "method": "mean",
+    ...                      "attention": [{"attention": "self", "kv_heads_before": 8, "kv_heads_after": 2}]})
+    '`m`, method mean, self-attention 8 -> 2 KV heads'
+    """
+    parts = [f"`{record['source']['name']}`, method {record['method']}"]
+    parts += [
+        f"{a['attention']}-attention {a['kv_heads_before']} -> {a['kv_heads_after']} KV heads"
+        for a in record.get("attention", [])
+    ]
+    return ", ".join(parts)

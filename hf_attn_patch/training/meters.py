@@ -59,6 +59,7 @@ class Throughput:
     def __init__(self, total: int, peak_flops: float | None = None, memory: float = 0.9) -> None:
         self.total, self.peak, self.memory = total, peak_flops, memory
         self._tokens = self._flops = self._seconds = 0.0
+        self.steps: list[tuple[float, int, float]] = []  # seconds, tokens, operations of every step of this process
         self._last = time.perf_counter()
 
     def pause(self) -> None:
@@ -70,6 +71,7 @@ class Throughput:
         now = time.perf_counter()
         for name, value in (("_tokens", tokens), ("_flops", flops), ("_seconds", now - self._last)):
             setattr(self, name, self.memory * getattr(self, name) + value)
+        self.steps.append((now - self._last, tokens, flops))
         self._last = now
 
     @property

@@ -72,8 +72,10 @@ class UptrainOptions:
     eval_dataset: str | None = _option(None, "Held-out text (default: some documents of --dataset).")
     held_out_every: int = _option(100, "Hold out every so many-th document of --dataset; 0 for none.")
     eval_tokens: Count = _option(Count(200_000), "Evaluate on at most so many held-out tokens; 0 for never.")
-    eval_every: int = _option(0, "Evaluate every so many steps (0: ten times in the run), and at both ends.")
-    checkpoint_every: int = _option(0, "Write a checkpoint every so many steps (0: ten times in the run).")
+    eval_every: int | None = _option(
+        None, "Steps between evaluations (default: a tenth of the run); also at both ends."
+    )
+    checkpoint_every: int | None = _option(None, "Steps between checkpoints (default: a tenth of the run); 0: none.")
     keep: int = _option(1, "Checkpoints that stay.")
     resume: bool = _option(False, "Go on from the newest checkpoint in --output, if there is one.")
     log_every: int = _option(1, "Steps between two lines for the trackers.")
@@ -100,6 +102,12 @@ class UptrainOptions:
         free = {"output", "resume", "keep", "log_every", "log_with", "micro_batch_size", "gradient_checkpointing"}
         free |= {"compile", "peak_tflops", "checkpoint_every", "eval_every"}
         return {k: v for k, v in asdict(self).items() if k not in free}
+
+    def due(self, step: int, last: bool, every: int | None) -> bool:
+        """Whether something that happens ``every`` so many steps (None: ten times in the run) happens now."""
+        if every is None:
+            every = max(1, (self.layerwise_tokens + self.budget) // self.tokens_per_step // 10)
+        return bool(every) and (last or step % every == 0)
 
     def validate(self) -> None:
         """Raises TrainingError for what can be seen to be wrong before anything is loaded."""

@@ -15,7 +15,8 @@ from .checkpoints import Progress, save_model
 from .data import Framing, TrainingData, causal_framing
 from .errors import TrainingError, out_of_memory_advice
 from .evaluation import TeacherCall, evaluate
-from .meters import peak_tflops
+from .log import RunLog
+from .meters import Throughput, peak_tflops
 from .models import Kind, load_config, load_student, load_teacher, load_tokenizer, make_objective, objective_kind
 from .objectives import Objective, check_batch
 from .options import UptrainOptions
@@ -38,6 +39,8 @@ class Run:
     optimizer: torch.optim.Optimizer
     teacher: TeacherCall | None
     saved_dtype: torch.dtype
+    log: RunLog
+    speed: Throughput | None = None
 
     @property
     def teacher_model(self) -> Any:
@@ -144,7 +147,8 @@ def load_run(options: UptrainOptions) -> Run:
     )  # fmt: skip
     data = TrainingData(options, tokenizer, framing_for(kind, options))
     objective = make_objective(student, kind, options)
-    return Run(options, accelerator, kind, tokenizer, data, student, objective, optimizer, teacher, saved_dtype)
+    log = RunLog(accelerator, Path(options.output, "training_log.jsonl"))
+    return Run(options, accelerator, kind, tokenizer, data, student, objective, optimizer, teacher, saved_dtype, log)
 
 
 def framing_for(kind: Kind, options: UptrainOptions) -> Framing:
@@ -165,20 +169,23 @@ def make_accelerator(options: UptrainOptions) -> Any:
         configured = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         on_gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true"
         precision = configured if configured != "no" or not on_gpu else "bf16"
-    share = options.micro_batch_size * accelerate.PartialState().num_processes
+    accelerator = accelerate.Accelerator(
+        mixed_precision=precision, log_with=options.log_with, project_dir=options.output
+    )
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if launched != accelerator.num_processes:
+        raise TrainingError(
+            f"{launched} processes were launched, but accelerate sees {accelerator.num_processes}: without GPUs, "
+            "launch with --cpu (use_cpu: true)"
+        )
+    share = options.micro_batch_size * accelerator.num_processes
     if options.batch_size % share:
         raise TrainingError(
             f"--batch-size {options.batch_size} is not a multiple of {share} (--micro-batch-size "
-            f"{options.micro_batch_size} on each of {share // options.micro_batch_size} processes)"
+            f"{options.micro_batch_size} on each of {accelerator.num_processes} processes)"
         )
-    # the plugin, because the plain argument gives way to an environment variable that accelerate launch sets
-    plugin = accelerate.utils.GradientAccumulationPlugin(num_steps=options.batch_size // share)
-    accelerator = accelerate.Accelerator(
-        mixed_precision=precision,
-        gradient_accumulation_plugin=plugin,
-        log_with=options.log_with,
-        project_dir=options.output,
-    )
+    # set here, because Accelerator's argument gives way to an environment variable that accelerate launch sets
+    accelerator.gradient_accumulation_steps = options.batch_size // share
     if accelerator.distributed_type == accelerate.DistributedType.FSDP and not accelerator.is_fsdp2:
         raise TrainingError("FSDP version 1 is not supported; set fsdp_version: 2 (examples/accelerate/fsdp2.yaml)")
     if accelerator.state.deepspeed_plugin is not None:  # it wants to know what it otherwise reads off a DataLoader

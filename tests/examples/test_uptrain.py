@@ -14,7 +14,7 @@ import torch
 from scripts import load_script, start_script
 from tiny import python_sources, save_tiny, tiny_llama, trained_tokenizer
 
-ATTENTION = "sdpa"
+ATTENTION = "hf_attn_patch"
 
 
 @pytest.fixture(scope="module")

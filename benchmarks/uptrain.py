@@ -1,0 +1,241 @@
+"""Tokens/s and MFU of uptraining on one GPU: this package's loop against its peers, one table, JSON to $OUT.
+
+    python benchmarks/uptrain.py [--shape 1b] [--steps 25] [--rows ours,sdpa,...] [--work FOLDER]
+
+Every row is a process of its own on the same model (random weights), the same packed text (Python's own library) and
+the same batch: AdamW, bf16 arithmetic on fp32 weights, no gradient checkpointing.
+
+    ours            examples/uptrain.py with attn_implementation hf_attn_patch
+    ours-compile    ... and --compile
+    sdpa            the same loop with attn_implementation sdpa
+    flash4          the same loop with flash_attention_4, if FlashAttention-4 is installed
+    plain-sdpa      a loop that lets the model make its own logits and loss, attn_implementation sdpa
+    trl             TRL's SFTTrainer, packing="wrapped" (it lets documents see each other), sdpa
+    trl-flash4      TRL's SFTTrainer, packing by documents, flash_attention_4
+    teacher         ours, distilling from a teacher of the same size
+    teacher-forward the teacher's forward alone: what `teacher` may cost more than `ours`
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tests" / "helpers"))
+ROWS = ["ours", "ours-compile", "sdpa", "flash4", "plain-sdpa", "trl", "trl-flash4", "teacher", "teacher-forward"]
+SHAPES: dict[str, dict[str, Any]] = {
+    # Llama 3.2 1B
+    "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
+           "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128256, "max_position_embeddings": 8192,
+           "tie_word_embeddings": True},
+    "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "vocab_size": 1024, "max_position_embeddings": 8192},
+}  # fmt: skip
+
+
+def prepare(work: Path, shape: str) -> None:
+    """The model, its tokenizer and the text, once for all rows."""
+    import tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    text = work / "text.jsonl"
+    if not text.exists():
+        library = Path(os.__file__).parent
+        files = sorted(p for p in library.rglob("*.py") if "site-packages" not in p.parts)
+        lines = [json.dumps({"text": p.read_text(errors="replace")}) + "\n" for p in files]
+        text.write_text("".join(lines))
+    model = work / shape
+    if not (model / "config.json").exists():
+        bpe = tokenizers.ByteLevelBPETokenizer()
+        texts = (json.loads(line)["text"] for line in text.open())
+        bpe.train_from_iterator(itertools.islice(texts, 300), vocab_size=1000, special_tokens=["<eos>"])
+        PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<eos>", pad_token="<eos>").save_pretrained(
+            model
+        )
+        torch.manual_seed(0)
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+            made = LlamaForCausalLM(LlamaConfig(**SHAPES[shape], bos_token_id=None, eos_token_id=0))
+        made.to(torch.bfloat16).save_pretrained(model)
+
+
+def uptrain_options(row: str, args: argparse.Namespace) -> list[str]:
+    attention = {"sdpa": "sdpa", "plain-sdpa": "sdpa", "flash4": "flash_attention_4"}.get(row, "hf_attn_patch")
+    options = {
+        "model": args.work / args.shape, "dataset": args.work / "text.jsonl", "output": args.work / "out",
+        "sequence-length": args.length, "batch-size": args.sequences, "micro-batch-size": args.sequences,
+        "tokens": args.steps * args.sequences * args.length, "eval-tokens": 0, "checkpoint-every": 0,
+        "attn-implementation": attention,
+    }  # fmt: skip
+    if row == "teacher":
+        options["teacher"] = options["model"]
+    flags = ["--compile"] if row == "ours-compile" else []
+    return [part for k, v in options.items() for part in (f"--{k}", str(v))] + flags
+
+
+def run_ours(row: str, args: argparse.Namespace) -> dict[str, Any]:
+    from scripts import load_script
+
+    from hf_attn_patch.training import load_run, parse_options
+
+    run = load_run(parse_options(uptrain_options(row, args)))
+    if row == "teacher-forward":
+        return time_forward(run, args)
+    if row == "plain-sdpa":
+        plain_loss(run.objective)
+    run.save_model = lambda *_: None  # type: ignore[method-assign]  # not what is measured
+    load_script("examples/uptrain.py").uptrain(run)
+    assert run.speed is not None
+    late = run.speed.steps[len(run.speed.steps) // 2 :]
+    seconds = statistics.median(seconds for seconds, _, _ in late)
+    flops = statistics.mean(flops for _, _, flops in late)
+    mfu = flops / seconds / run.peak_flops if run.peak_flops else None
+    return {"tokens_per_second": late[-1][1] / seconds, "mfu": mfu}
+
+
+def plain_loss(objective: Any) -> None:
+    """Let the model make whole logits and its own loss, as an ordinary training loop does."""
+    from hf_attn_patch.training.losses import LossSums
+
+    def forward(batch: Any, told: Any = None, mode: str = "loss") -> Any:
+        if mode == "check":
+            return None
+        out = objective.model(**objective.arguments(batch)).logits.float()
+        valid = batch.labels != -100
+        loss = torch.nn.functional.cross_entropy(out[valid], batch.labels[valid], reduction="sum")
+        return LossSums(loss, loss.detach(), torch.zeros_like(loss), valid.sum())
+
+    objective.forward = forward
+
+
+@torch.no_grad()
+def time_forward(run: Any, args: argparse.Namespace) -> dict[str, Any]:
+    from hf_attn_patch.training.stream import Position
+
+    device = run.accelerator.device
+    model = run.student.to(device, torch.bfloat16).eval()
+    steps = list(itertools.islice(run.data.steps(Position(), 0, 1), 5))
+    batches = [run.data.framing.collate(step.micro[0]).to(device) for step in steps]
+    for _ in range(2):  # the first time warms up
+        wait()
+        start = time.perf_counter()
+        for batch in batches:
+            body = model.model(**run.objective.arguments(batch))[0]
+            del body
+        wait()
+    seconds = time.perf_counter() - start
+    return {"tokens_per_second": len(batches) * args.sequences * args.length / seconds, "mfu": None}
+
+
+def run_trl(row: str, args: argparse.Namespace) -> dict[str, Any]:
+    import datasets
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    class Clock(TrainerCallback):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.times: list[float] = []
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            wait()
+            self.times.append(time.perf_counter())
+
+    flash = row == "trl-flash4"
+    model = AutoModelForCausalLM.from_pretrained(
+        args.work / args.shape, dtype=torch.float32, attn_implementation="flash_attention_4" if flash else "sdpa"
+    )
+    clock = Clock()
+    trainer = SFTTrainer(
+        model=model,
+        processing_class=AutoTokenizer.from_pretrained(args.work / args.shape),
+        train_dataset=datasets.load_dataset("json", data_files=str(args.work / "text.jsonl"), split="train"),
+        args=SFTConfig(
+            output_dir=str(args.work / "trl"), max_steps=args.steps, per_device_train_batch_size=args.sequences,
+            max_length=args.length, packing=True, packing_strategy="bfd" if flash else "wrapped",
+            gradient_checkpointing=False, bf16=torch.cuda.is_available(), save_strategy="no", report_to=[],
+            logging_steps=10**6, optim="adamw_torch_fused" if torch.cuda.is_available() else "adamw_torch",
+            dataset_text_field="text", max_grad_norm=1.0,
+        ),
+        callbacks=[clock],
+    )  # fmt: skip
+    trainer.train()
+    late = clock.times[len(clock.times) // 2 :]
+    seconds = statistics.median(b - a for a, b in itertools.pairwise(late))
+    return {"tokens_per_second": args.sequences * args.length / seconds, "mfu": None}
+
+
+def wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def missing(row: str) -> str | None:
+    needed = {"trl": ["trl", "datasets"], "trl-flash4": ["trl", "datasets", "flash_attn"], "flash4": ["flash_attn"]}
+    absent = [name for name in needed.get(row, []) if importlib.util.find_spec(name) is None]
+    return f"{absent[0]} is not installed" if absent else None
+
+
+def one_row(row: str, args: argparse.Namespace) -> None:
+    start = time.perf_counter()
+    found = run_trl(row, args) if row.startswith("trl") else run_ours(row, args)
+    peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
+    print("RESULT " + json.dumps({**found, "peak_gib": peak, "seconds": time.perf_counter() - start}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="1b")
+    parser.add_argument("--rows", default=",".join(ROWS))
+    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--length", type=int, default=4096)
+    parser.add_argument("--sequences", type=int, default=4, help="of --length in a step")
+    parser.add_argument("--work", type=Path, default=Path("/tmp/hf-attn-uptrain-benchmark"))
+    parser.add_argument("--row", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.row:
+        one_row(args.row, args)
+        return
+    args.work.mkdir(parents=True, exist_ok=True)
+    prepare(args.work, args.shape)
+    results: dict[str, Any] = {}
+    for row in args.rows.split(","):
+        why = missing(row)
+        if why is None:
+            call = [sys.executable, __file__, *sys.argv[1:], "--row", row]
+            done = subprocess.run(call, capture_output=True, text=True, check=False)
+            lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+            lasts = [line for line in done.stderr.strip().splitlines() if line.strip()]
+            why = None if lines else f"failed: {lasts[-1][-200:] if lasts else done.returncode}"
+        results[row] = {"why": why} if why else json.loads(lines[-1].removeprefix("RESULT "))
+        print(row, results[row], flush=True)
+    report(results, args)
+
+
+def report(results: dict[str, Any], args: argparse.Namespace) -> None:
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    print(f"\n{device}, {args.shape}, {args.sequences} x {args.length} packed tokens a step\n")
+    print("| | tokens/s | MFU | peak GiB |\n|---|---|---|---|")
+    for row, found in results.items():
+        if found.get("why"):
+            print(f"| {row} | {found['why']} | | |")
+            continue
+        mfu = f"{found['mfu']:.1%}" if found["mfu"] else ""
+        peak = f"{found['peak_gib']:.1f}" if found["peak_gib"] else ""
+        print(f"| {row} | {found['tokens_per_second']:,.0f} | {mfu} | {peak} |")
+    if os.environ.get("OUT"):
+        Path(os.environ["OUT"], "uptrain.json").write_text(json.dumps({"device": device, **results}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
