@@ -228,8 +228,8 @@ class GroupedQueryAttention(nn.Module):
         }
         bias = self.position.bias(indices, indices)
         if bias is None:
-            flat = (t[0].transpose(0, 1) for t in (q, k, v))
-            return self._output(attention_varlen(*flat, cu_seqlens, **options).transpose(0, 1)[None])
+            q, k, v = (t[0].transpose(0, 1) for t in (q, k, v))
+            return self._output(attention_varlen(q, k, v, cu_seqlens, **options).transpose(0, 1)[None])
         # biases depend on distances alone, which are the same within a document and in the row
         same = (document[:, None] == document[None, :])[None, None]
         return self._output(attention(q, k, v, mask=same, bias=bias.to(q.dtype), **options))
@@ -242,7 +242,7 @@ class GroupedQueryAttention(nn.Module):
         """The same attention with each group's K and V heads mean-pooled (exactly the same with all heads kept).
 
         Args:
-            mha: weights are copied, pooled in fp32. ``batch_first`` does not matter: this module's inputs are [B, S, E].
+            mha: its weights are copied (pooled in fp32). ``batch_first`` does not matter: inputs here are [B, S, E].
             num_kv_heads: HKV; by default as many as ``mha`` has heads.
             kwargs: what the constructor takes beside shapes, bias and dropout (``causal``, ``position``, ...).
 
@@ -283,7 +283,8 @@ class GroupedQueryAttention(nn.Module):
 
 def _pooled(rows: Tensor, heads: int, head_dim: int) -> Tensor:
     """[H * D, ...] -> [heads * D, ...]: the mean of each group's heads."""
-    return rows.float().unflatten(0, (heads, -1, head_dim)).mean(1).flatten(0, 1)
+    exact = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    return exact.unflatten(0, (heads, -1, head_dim)).mean(1).flatten(0, 1)
 
 
 def _half_of(past: Any, cross: bool, layer_idx: int) -> tuple[Any, bool]:

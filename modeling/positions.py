@@ -1,4 +1,4 @@
-"""How positions enter :class:`~hf_attn_patch.modeling.GroupedQueryAttention`: RoPE turns q and k, the others add a bias.
+"""How positions enter :class:`~hf_attn_patch.modeling.GroupedQueryAttention`: RoPE turns q and k, others add a bias.
 
 Each has ``rotate(x, positions)`` for x [B, H, S, D] at integer positions [B or 1, S], and ``bias(q_positions,
 k_positions)`` for positions [Sq] and [Sk], which gives [1, HQ, Sq or 1, Sk] or None.
@@ -91,8 +91,8 @@ class Alibi(NoPosition):
 class RelativeBias(NoPosition):
     """T5's learned bias of a head and a bucket of distances (Raffel et al. 2020, arXiv 1910.10683, section 2.1).
 
-    Half of the buckets (of each direction, if bidirectional) are single distances, the others grow logarithmically up to
-    ``max_distance``. T5 shares one such module between its layers.
+    Half of the buckets (of each direction, if bidirectional) are single distances, the others grow logarithmically up
+    to ``max_distance``. T5 shares one such module between its layers.
     """
 
     def __init__(

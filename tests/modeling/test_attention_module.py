@@ -1,6 +1,7 @@
 """GroupedQueryAttention against attention written out in fp64, and against modules of torch and transformers."""
 
 import doctest
+import itertools
 import math
 
 import pytest
@@ -29,7 +30,7 @@ def module(hkv, seed=0, **kwargs):
     return m.double().eval()
 
 
-def by_hand(m, x, source=None, allowed=None, turn=lambda heads, which: heads, bias=None):
+def by_hand(m, x, source=None, allowed=None, bias=None):
     """One query head at a time, one row at a time."""
     source = x if source is None else source
     out = torch.zeros(x.shape[0], x.shape[1], HQ * D, dtype=x.dtype)
@@ -38,7 +39,7 @@ def by_hand(m, x, source=None, allowed=None, turn=lambda heads, which: heads, bi
         q, k, v = (
             p(t).view(t.shape[0], -1, D) for p, t in ((m.q_proj, x[b]), (m.k_proj, source[b]), (m.v_proj, source[b]))
         )
-        q, k = turn(m.q_norm(q), b), turn(m.k_norm(k), b)
+        q, k = m.q_norm(q), m.k_norm(k)
         for h in range(HQ):
             g = h * hkv // HQ
             for i in range(x.shape[1]):
@@ -186,7 +187,7 @@ def test_packed_documents_are_those_documents_alone(position):
     m = module(2, causal=True, position=POSITIONS[position]())
     x, borders = data(B=1, S=9), [0, 2, 3, 9]
     got = m(x, cu_seqlens=torch.tensor(borders, dtype=torch.int32))
-    for a, b in zip(borders, borders[1:], strict=False):
+    for a, b in itertools.pairwise(borders):
         close(got[:, a:b], m(x[:, a:b]), 1e-6)
 
 
