@@ -32,6 +32,13 @@ def test_models(load: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         tokens = row["tokens_per_second"] * row["seconds"]
         assert tokens == pytest.approx(row["B"]) if kind == "decode" else tokens <= row["B"] * row["S"] + 1e-6
     assert "hf_attn_patch + GrowingCache" in capsys.readouterr().out
+    drawn(load, tmp_path / "models.json", "Tokens a second")
+
+
+def drawn(load: Any, path: Path, text: str) -> None:
+    pytest.importorskip("matplotlib").rcParams["svg.fonttype"] = "none"  # text stays text
+    assert load("draw").main([str(path)]) == 0
+    assert text in path.with_suffix(".svg").read_text()
 
 
 def test_models_that_are_wrong_are_not_timed(load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,6 +64,7 @@ def test_claims(load: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     result = json.loads((tmp_path / "claims.json").read_text())
     assert [row["kv_bytes"] for row in result["sharing"][:3]] == [2 * 2 * n * 24 * 64 * 4 for n in (12, 3, 1)]
     assert "GQA 4:1 (3 KV heads)" in capsys.readouterr().out
+    drawn(load, tmp_path / "claims.json", "KV cache, MiB, 168 points")
 
 
 def test_the_table_and_medians(load: Any) -> None:

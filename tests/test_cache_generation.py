@@ -160,6 +160,19 @@ def test_assisted_decoding(family: str) -> None:
     torch.testing.assert_close(tokens, expected, rtol=0, atol=0)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("implementation", [None, "offloaded"])
+@pytest.mark.parametrize("attention", ["sdpa", "hf_attn_patch"])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "bart"])
+def test_on_a_gpu(family: str, attention: str, implementation: str | None) -> None:
+    model = build(family, attention).cuda()
+    call = {"input_ids": INPUT_IDS.cuda(), "attention_mask": (INPUT_IDS != 0).long().cuda(), "max_new_tokens": 300}
+    call |= {"do_sample": False, "cache_implementation": implementation}
+    expected = model.generate(**call)
+    use_growing_cache(model)
+    torch.testing.assert_close(model.generate(**call), expected, rtol=0, atol=0)
+
+
 def test_a_prefix_is_reused() -> None:
     model = build("llama")
     prefix = GrowingCache(config=model.config)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from conformance import assert_conforms
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
@@ -397,6 +398,35 @@ def test_calls_that_cannot_be_packed(change: dict[str, Any], message: str) -> No
     model = build(*CAUSAL["llama"])
     with unpadded(model), pytest.raises(ValueError, match=message):
         model(**{**batch("right", labels=False), **change})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("side", MASKS)
+@pytest.mark.parametrize(
+    ("cls", "config"),
+    [
+        (LlamaForCausalLM, LlamaConfig(**{**GQA, "hidden_size": 256})),
+        (BertForMaskedLM, BertConfig(**{**BERT, "hidden_size": 256})),
+    ],
+    ids=["llama", "bert"],
+)
+def test_in_bf16_on_a_gpu(cls: Any, config: Any, side: str) -> None:
+    """No further from fp32 than plain attention on the padded batch; gradients finite where padding was."""
+    inputs = {name: t.repeat_interleave(40, 1).cuda() for name, t in batch(side).items()}
+    inputs["labels"][:, 1:][inputs["attention_mask"][:, :-1] == 0] = IGNORE
+    config = copy.deepcopy(config)
+    config.max_position_embeddings = 512
+    real = inputs["attention_mask"] == 1
+    model = build(cls, config, "eager").cuda()
+    reference, high = run(model, inputs)
+    model = model.to(torch.bfloat16)
+    plain, low = run(model, inputs)
+    model.set_attn_implementation("hf_attn_patch")
+    with unpadded(model):
+        found, grads = run(model, inputs)
+    assert_conforms(found.logits[real], plain.logits[real], reference.logits[real])
+    for name in grads:
+        assert_conforms(grads[name], low[name], high[name], factor=3)
 
 
 def test_wrapped_and_copied_models() -> None:
