@@ -34,7 +34,7 @@ uptrained (Ainslie et al. 2023, [arXiv 2305.13245](https://arxiv.org/abs/2305.13
 
 def model_card(plan: Plan, record: dict[str, Any]) -> str:
     """The card's text: metadata from the source's own card where it has one, what was done, and how to check it."""
-    from huggingface_hub import ModelCardData
+    from huggingface_hub import ModelCard, ModelCardData
 
     source = plan.source
     inherited = _source_metadata(source.folder)
@@ -54,7 +54,7 @@ def model_card(plan: Plan, record: dict[str, Any]) -> str:
     itemsize = cache_itemsize(plan)
     options = ", ".join(f"{k}={v}" for k, v in plan.options.items() if v is not None)
     name = source.name.rsplit("/", 1)[-1] if is_hub else source.folder.resolve().name
-    return _TEXT.format(
+    text = _TEXT.format(
         metadata=data.to_yaml(),
         title=f"{name} with fewer KV heads",
         base=f"[{source.name}](https://huggingface.co/{source.name})" if is_hub else f"`{name}`",
@@ -68,6 +68,7 @@ def model_card(plan: Plan, record: dict[str, Any]) -> str:
         after=human(kv_bytes_per_token(plan.layers, itemsize, new=True)),
         command=f"\n```\n{record['command']}\n```\n" if record["command"] else "",
     )
+    return str(ModelCard(text))
 
 
 def _loading(plan: Plan) -> str:
@@ -80,13 +81,19 @@ def _loading(plan: Plan) -> str:
 
 
 def _source_metadata(folder: Any) -> dict[str, Any]:
-    """The metadata block of the source's README.md; empty where there is none that can be read."""
+    """What is taken over from the metadata block of the source's README.md; nothing where it cannot be read."""
+    import yaml
     from huggingface_hub import ModelCard
 
     path = folder / "README.md"
     if not path.is_file():
         return {}
     try:
-        return dict(ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict())
-    except (ValueError, TypeError, OSError):  # not ours to repair, and a conversion needs none of it
-        return {}
+        found = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict()
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, OSError):
+        return {}  # not ours to repair, and a conversion needs none of it
+    return {key: value for key, value in found.items() if isinstance(value, str) or _is_texts(value)}
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)

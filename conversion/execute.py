@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -250,6 +250,16 @@ def fingerprint(plan: Plan) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def config_sha256(source: Source) -> str:
+    """sha256 of the source's config, whatever its white space and order."""
+    return hashlib.sha256(json.dumps(source.config, sort_keys=True).encode()).hexdigest()
+
+
+def heads_sha256(digests: Mapping[str, str]) -> str:
+    """One sha256 of every tensor that was merged, from the tensors' names and own sha256."""
+    return hashlib.sha256(json.dumps(sorted(digests.items())).encode()).hexdigest()
+
+
 def make_record(plan: Plan, digests: dict[str, str], command: str | None, merge: Merge | None = None) -> dict[str, Any]:
     """The content of conversion.json."""
     import platform
@@ -263,7 +273,6 @@ def make_record(plan: Plan, digests: dict[str, str], command: str | None, merge:
     from .report import stack_rows
 
     source = plan.source
-    config = json.dumps(source.config, sort_keys=True).encode()
     return {
         "hf_attn_patch": __version__,
         "versions": {
@@ -278,9 +287,8 @@ def make_record(plan: Plan, digests: dict[str, str], command: str | None, merge:
             "revision": source.revision,
             "model_type": source.config.get("model_type"),
             "files": {path.name: path.stat().st_size for path in source.files},
-            "config_sha256": hashlib.sha256(config).hexdigest(),
-            # of every tensor that was merged: their names and sha256, sorted
-            "heads_sha256": hashlib.sha256(json.dumps(sorted(digests.items())).encode()).hexdigest(),
+            "config_sha256": config_sha256(source),
+            "heads_sha256": heads_sha256(digests),
         },
         "method": plan.method.name,
         "options": plan.options,

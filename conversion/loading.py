@@ -8,6 +8,7 @@ from typing import Any
 from .api import StrPath
 from .api import plan as make_plan
 from .engine import compute_unit
+from .errors import ConversionError
 from .methods import DEFAULT_METHOD
 from .planner import KVHeads, Plan
 from .reader import no_reading_errors
@@ -54,6 +55,10 @@ def from_pretrained(
     config.name_or_path = made.source.name
     if hasattr(model_class, "_model_mapping"):  # an Auto class: without a path it needs to be told the class
         model_class = _concrete(model_class, config)
+    elif model_class.config_class.model_type != config.model_type:
+        raise ConversionError(
+            f"{model_class.__name__} cannot share KV heads: pass an Auto class, which knows {config.model_type}"
+        )
     kwargs.setdefault("dtype", "auto")
     loaded = model_class.from_pretrained(None, config=config, state_dict=state, **kwargs)
     model = loaded[0] if isinstance(loaded, tuple) else loaded

@@ -69,6 +69,12 @@ class Plan:
     warnings: tuple[str, ...] = ()
     with_code: bool = False  # the result carries the code of its model class
 
+    def __str__(self) -> str:
+        """What ``--dry-run`` prints."""
+        from .report import plan_text
+
+        return plan_text(self)
+
     @property
     def bytes_before(self) -> int:
         return sum(t.nbytes for t in self.source.tensors.values())

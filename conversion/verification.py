@@ -13,7 +13,7 @@ import torch
 from .api import StrPath
 from .engine import compute_unit, raw_bytes
 from .errors import ConversionError
-from .execute import CHUNK, Opened
+from .execute import CHUNK, Opened, config_sha256, heads_sha256
 from .hub import resolve
 from .methods import METHODS
 from .planner import Plan, make_plan
@@ -28,6 +28,7 @@ class Verification:
     differences: list[str] = field(default_factory=list)
     rounded: list[str] = field(default_factory=list)
     not_recomputed: list[str] = field(default_factory=list)
+    heads_sha256: str | None = None  # of the source's merged tensors, as conversion.json records it
     copied: int = 0
     merged: int = 0
 
@@ -66,7 +67,13 @@ def verify(src: StrPath, dst: StrPath, *, revision: str | None = None, allow_pic
             options=options,
             with_code=bool(record.get("with_code")),
         )
-        return compare(plan, result)
+        found = compare(plan, result)
+    recorded = record.get("source")
+    recorded = recorded if isinstance(recorded, dict) else {}
+    for key, value in {"config_sha256": config_sha256(source), "heads_sha256": found.heads_sha256}.items():
+        if value is not None and recorded.get(key) != value:
+            found.differences.append(f"the source is not the one that was converted ({key} differs)")
+    return found
 
 
 def compare(plan: Plan, result: Source) -> Verification:
@@ -103,9 +110,10 @@ def _compare_units(plan: Plan, result: Source, sound: set[str], found: Verificat
         found.not_recomputed = [name for unit in plan.units for name in unit.writes]
         return
     merge = plan.method.build(plan, plan.options) if plan.units else None
+    digests: dict[str, str] = {}
     for unit in plan.units:
         assert merge is not None
-        for name, want in compute_unit(plan, unit, merge, allow_nonfinite=True).items():
+        for name, want in compute_unit(plan, unit, merge, allow_nonfinite=True, digests=digests).items():
             if name not in sound:
                 continue
             found.merged += 1
@@ -118,6 +126,7 @@ def _compare_units(plan: Plan, result: Source, sound: set[str], found: Verificat
                 found.rounded.append(name)
             else:
                 found.differences.append(f"tensor {name!r} differs from the recomputed one by {float(error.max()):.3g}")
+    found.heads_sha256 = heads_sha256(digests)
 
 
 def _same_bytes(source: Source, result: Source, name: str) -> bool:

@@ -92,6 +92,25 @@ def test_the_card_is_one_that_the_hub_reads(src: Path, tmp_path: Path) -> None:
     assert "gqa" in data.tags
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "---\n{a: [}\n---\n",
+        "---\n- 1\n---\nx",
+        "---\nlicense: {a: 1}\nlanguage: 3\n---\n",
+        "",
+        "---\n",
+        "\x00",
+        "no metadata",
+    ],
+)
+def test_any_card_of_the_source_will_do(text: str, tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path / "src")
+    (tmp_path / "src" / "README.md").write_text(text)
+    convert(tmp_path / "src", tmp_path / "dst", kv_heads=2, check_load=False)
+    assert "license" not in (tmp_path / "dst" / "README.md").read_text()
+
+
 def test_dry_run_counts_right_and_writes_nothing(src: Path, tmp_path: Path) -> None:
     facts = json.loads(run("convert", src, tmp_path / "dst", "--kv-heads", 2, "--dry-run", "--json").stdout)
     assert list(tmp_path.iterdir()) == []
@@ -240,6 +259,19 @@ def test_conversion_while_loading_takes_the_usual_arguments(src: Path) -> None:
         from_pretrained(transformers.LlamaForCausalLM, src, num_key_value_heads=3)
 
 
+def test_a_stock_class_cannot_load_a_grouped_gpt2(tmp_path: Path) -> None:
+    config = transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "src")
+    model = from_pretrained(transformers.AutoModelForCausalLM, tmp_path / "src", num_key_value_heads=2)
+    assert model(IDS, use_cache=True).past_key_values.layers[0].keys.shape[1] == 2
+    with pytest.raises(ConversionError, match="pass an Auto class"):
+        from_pretrained(transformers.GPT2LMHeadModel, tmp_path / "src", num_key_value_heads=2)
+
+
+def test_a_plan_prints_what_it_will_do(src: Path) -> None:
+    assert "8 changed, 21 copied" in str(plan(src, 2))
+
+
 def spoil(folder: Path, name: str, file: str = "model.safetensors") -> None:
     held = load_file(folder / file)
     held[name].view(-1)[3] += 0.5
@@ -259,6 +291,9 @@ def test_verify_finds_what_is_wrong(src: Path, tmp_path: Path) -> None:
     config = json.loads((dst / "config.json").read_text())
     (dst / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1.0}))
     assert any("rms_norm_eps" in line for line in verify(src, dst).differences)
+    (src.parent / "other").mkdir(exist_ok=True)
+    tiny_model("llama", dtype=torch.bfloat16, seed=1).save_pretrained(src.parent / "other")
+    assert any("heads_sha256" in line for line in verify(src.parent / "other", dst).differences)
     (dst / "conversion.json").unlink()
     assert "no conversion.json" in run("verify", src, dst, code=2).stderr
     assert "is no folder" in run("verify", src, tmp_path / "nowhere", code=2).stderr
