@@ -3,7 +3,7 @@ VENV := .venv
 OLDEST := .venv-oldest
 JOBS ?= 2
 
-.PHONY: help demo test test-oldest lint unit clean
+.PHONY: help demo test test-oldest lint unit gpu clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -35,6 +35,9 @@ test: lint unit test-oldest  ## everything: lint, types, tests, tests with the o
 
 test-oldest: $(OLDEST)/.ready  ## the tests with the oldest supported transformers
 	$(OLDEST)/bin/python -m pytest -n $(JOBS) -m 'not gpu and not slow'
+
+gpu:  ## the tests that need a CUDA device, with the Python at hand
+	$(PYTHON) -m pytest -m gpu
 
 clean:  ## remove environments and caches
 	rm -rf $(VENV) $(OLDEST) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
