@@ -109,7 +109,7 @@ class Unpadded:
         packed = dict(given, attention_mask=None, use_cache=cache is not None, return_dict=True)
         if "position_ids" in self._signature.parameters or "position_ids" in given:
             packed["position_ids"] = positions
-        unserved = [name for name in ("output_attentions",) if given.get(name)]
+        unserved = ["output_attentions"] if given.get("output_attentions") else []
         keep = given.get("logits_to_keep")
         last = isinstance(keep, int) and keep == 1 and packing.right_aligned
         if last:
@@ -205,7 +205,7 @@ def unpadded(model: torch.nn.Module, *, drop_padding_targets: bool = False, chec
     Raises:
         TypeError: if there is no transformers model in ``model``, or it is no decoder-only model or text encoder.
         ValueError: now, if the check fails; at a call, for a mask that is not ``[B, S]`` or has gaps inside a row,
-                targets on padding, arguments that are not known to be per token, ``output_attentions``,
+            targets on padding, arguments that are not known to be per token, ``output_attentions``,
             ``logits_to_keep`` over 1.
 
     >>> import torch

@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from hf_attn_patch import cache_layers
 from hf_attn_patch.cache import GrowingCache, use_growing_cache
 from hf_attn_patch.cache_layers import GrowingMixin
 
@@ -147,7 +148,7 @@ def test_same_logits_with_every_attention(family: str, attention: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_assisted_decoding(family: str) -> None:
+def test_assisted_decoding(monkeypatch: pytest.MonkeyPatch, family: str) -> None:
     model, assistant = build(family), build(family, seed=0)
     with torch.no_grad():  # an assistant that is right now and then, so that tokens are accepted and taken back
         for p in assistant.parameters():
@@ -155,8 +156,11 @@ def test_assisted_decoding(family: str) -> None:
     expected, _ = generate(model, 1)
     for generator in (model, assistant):
         use_growing_cache(generator)
+    init, rooms = cache_layers._Room.__init__, []
+    monkeypatch.setattr(cache_layers._Room, "__init__", lambda *args: (rooms.append(1), init(*args))[1])
     tokens, cache = generate(model, 1, assistant_model=assistant)
     assert_growing(cache)
+    assert len(rooms) == 4  # one a layer and model: what is taken back leaves its room to what follows
     torch.testing.assert_close(tokens, expected, rtol=0, atol=0)
 
 
@@ -171,6 +175,14 @@ def test_on_a_gpu(family: str, attention: str, implementation: str | None) -> No
     expected = model.generate(**call)
     use_growing_cache(model)
     torch.testing.assert_close(model.generate(**call), expected, rtol=0, atol=0)
+
+
+def test_encoder_decoder_cache_of_the_user() -> None:
+    model, expected = build("bart"), generate(build("bart"), num_beams=3)[0]
+    mine = EncoderDecoderCache(GrowingCache(config=model.config), GrowingCache(config=model.config))
+    tokens, cache = generate(model, past_key_values=mine, num_beams=3)
+    assert cache is mine
+    torch.testing.assert_close(tokens, expected, rtol=0, atol=0)
 
 
 def test_a_prefix_is_reused() -> None:
