@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
+from transformers import AutoModelForCausalLM, Cache, DynamicCache, LlamaConfig, StaticCache
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))
@@ -35,6 +35,7 @@ import hf_attn_patch
 
 PEERS = ("sdpa", "flash_attention_4", "flex_attention", "eager")
 OURS = "hf_attn_patch"
+AHEAD = 512  # tokens that decoding may go beyond the row's length
 FULL = {
     "hidden_size": 4096,
     "intermediate_size": 11008,
@@ -88,19 +89,24 @@ class Variant:
     attention: str
     growing: bool = False
     unpadded: bool = False
+    static: bool = False
 
     @property
     def name(self) -> str:
-        return self.attention + " + GrowingCache" * self.growing + " + unpadded" * self.unpadded
+        extras = (" + GrowingCache" * self.growing, " + StaticCache" * self.static, " + unpadded" * self.unpadded)
+        return self.attention + "".join(extras)
 
 
-def variants(row: Row, peers: tuple[str, ...]) -> list[Variant]:
-    ours = [Variant(OURS)]
+def variants(row: Row, peers: tuple[str, ...], static: bool) -> list[Variant]:
+    theirs, ours = [Variant(name) for name in peers], [Variant(OURS)]
     if row.kind == "decode":
         ours.append(Variant(OURS, growing=True))
+        if static:
+            ours.append(Variant(OURS, static=True))
+            theirs += [Variant(name, static=True) for name in peers]
     elif row.form == "padded":
         ours.append(Variant(OURS, unpadded=True))
-    return [Variant(name) for name in peers] + ours
+    return theirs + ours
 
 
 def build(kv_heads: int, sizes: dict[str, int], dtype: torch.dtype, **changes: int) -> Any:
@@ -121,7 +127,9 @@ def switch(model: Any, variant: Variant) -> Any:
     return hf_attn_patch.unpadded(model) if variant.unpadded else nullcontext()
 
 
-def new_cache(model: Any, variant: Variant) -> DynamicCache:
+def new_cache(model: Any, variant: Variant, room: int) -> Cache:
+    if variant.static:
+        return StaticCache(config=model.config, max_cache_len=room)
     kind = hf_attn_patch.GrowingCache if variant.growing else DynamicCache
     return kind(config=model.config)
 
@@ -166,7 +174,7 @@ class Inputs:
 def prefill(model: Any, variant: Variant, inputs: Inputs) -> tuple[Callable[[], Any], Callable[[], list[torch.Tensor]]]:
     @torch.no_grad()
     def work() -> Any:
-        cache = new_cache(model, variant)
+        cache = new_cache(model, variant, inputs.ids.shape[1])
         return model(
             input_ids=inputs.ids,
             attention_mask=inputs.mask,
@@ -181,7 +189,7 @@ def prefill(model: Any, variant: Variant, inputs: Inputs) -> tuple[Callable[[], 
 
 def decode(model: Any, variant: Variant, inputs: Inputs) -> tuple[Callable[[], Any], Callable[[], list[torch.Tensor]]]:
     config, (B, S) = model.config, inputs.ids.shape
-    cache = new_cache(model, variant)
+    cache = new_cache(model, variant, S + AHEAD)
     generator = torch.Generator(DEVICE).manual_seed(11)
     with torch.no_grad():
         for layer in range(config.num_hidden_layers):
@@ -189,12 +197,12 @@ def decode(model: Any, variant: Variant, inputs: Inputs) -> tuple[Callable[[], A
             options: Any = {"generator": generator, "device": DEVICE, "dtype": model.dtype}
             cache.update(torch.randn(shape, **options), torch.randn(shape, **options), layer)
     assert inputs.mask is not None
-    mask = torch.nn.functional.pad(inputs.mask, (0, 512), value=1)
+    mask = torch.nn.functional.pad(inputs.mask, (0, AHEAD), value=1)
     position = inputs.mask.sum(1, keepdim=True) - 1
 
     @torch.no_grad()
     def work() -> Any:
-        length = cache.get_seq_length()
+        length = int(cache.get_seq_length())
         return model(
             input_ids=inputs.ids[:, -1:],
             attention_mask=mask[:, : length + 1],
@@ -292,7 +300,7 @@ def plan(args: argparse.Namespace) -> Iterator[tuple[int, Row, Variant]]:
         for kv_heads in args.kv_heads:
             for row in args.rows:
                 if kv_heads in row.kv_heads:
-                    for variant in variants(row, peers):
+                    for variant in variants(row, peers, args.static):
                         if ours or variant.attention != OURS:
                             yield kv_heads, row, variant
 
@@ -383,6 +391,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--peers", default=",".join(PEERS), help="implementations to compare with; '' for none")
     parser.add_argument("--kv-heads", default="8,32,1", help="of 32 query heads")
     parser.add_argument("--forms", default="full,padded,packed")
+    parser.add_argument("--static", action="store_true", help="StaticCache too (not compiled), in decoding")
     parser.add_argument("--seconds", type=float, default=220, help="start nothing after so many seconds")
     parser.add_argument("--tiny", action="store_true", help="small shapes, to see it run on a CPU")
     parser.add_argument("--out", type=Path, help="a .json file or a folder; default $OUT, else the working directory")
