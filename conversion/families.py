@@ -125,11 +125,17 @@ TEXT_PREFIXES = (
 
 FAMILIES: list[Family] = [
     Family((
-        "llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "gemma", "gemma2", "granite",
-        "granitemoe", "olmo", "starcoder2",        "arcee", "seed_oss", "ministral", "qwen2_vl_text", "qwen2_5_vl_text",
+        "llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "gemma", "gemma2", "granite", "granite_swa", "granitemoe",
+        "granitemoe_swa", "granitemoeshared", "olmo", "starcoder2", "arcee", "aria_text", "cwm", "hyperclovax", "jais2",
+        "ministral", "ministral3", "phimoe", "seed_oss", "solar_open", "vaultgemma", "qwen2_vl_text", "qwen2_5_vl_text",
     )),
-    Family(("qwen3", "qwen3_moe", "gemma3_text", "exaone4", "qwen3_vl_text"), (Stack(shared_qk_norm=True),)),
-    Family(("olmo2", "olmo3", "olmoe"), (Stack(norms=_FLAT_NORMS),)),
+    Family(
+        ("qwen3", "qwen3_moe", "gemma3_text", "exaone4", "exaone_moe", "apertus", "hunyuan_v1_dense", "qwen3_vl_text"),
+        (Stack(shared_qk_norm=True),),
+    ),
+    Family(("gpt_oss",), (Stack(sinks="sinks"),)),
+    Family(("ernie4_5", "ernie4_5_moe", "helium"), (Stack(rope="interleaved"),)),
+    Family(("olmo2", "olmo3", "olmoe", "flex_olmo", "minimax_m2"), (Stack(norms=_FLAT_NORMS),)),
     Family(("smollm3",), (Stack(no_rope_layers="no_rope_layers"),)),
     Family(("cohere",), (Stack(norms=_PER_HEAD_NORMS, rope="interleaved"),)),
     Family(("cohere2",), (Stack(rope="interleaved", no_rope_layers="layer_types"),)),

@@ -54,11 +54,12 @@ def _check(raw: Mapping[str, Any], tensors: Mapping[str, tuple[str, tuple[int, .
     model_class = model_class_of(raw, config)
     if model_class is None:
         return  # a class that is not known here: attention was checked, the rest is the owner's
-    state = {
-        name: torch.empty(shape, dtype=torch_dtype(dtype), device="meta") for name, (dtype, shape) in tensors.items()
-    }
     with quiet():
         try:
+            state = {
+                name: torch.empty(shape, dtype=torch_dtype(dtype), device="meta")
+                for name, (dtype, shape) in tensors.items()
+            }
             _, info = model_class.from_pretrained(
                 None,
                 config=config,
@@ -67,6 +68,8 @@ def _check(raw: Mapping[str, Any], tensors: Mapping[str, tuple[str, tuple[int, .
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
             )
+        except ConversionError:
+            raise
         except Exception as error:  # whatever a model's constructor refuses a config with
             text = " ".join(str(error).split())[:300]
             raise ConversionError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,7 +22,8 @@ PICKLE_SINGLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json
 #: what comes along: tokenizer, generation config, chat template, processor, licence
 COMPANION_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".vocab", ".bpe", ".spm")
 COMPANION_NAMES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY", "COPYING")
-COMPANION_FOLDERS = ("additional_chat_templates",)
+#: and folders: more chat templates, and sentence-transformers' modules (1_Pooling, 2_Dense, ...)
+COMPANION_FOLDERS = re.compile(r"additional_chat_templates|\d+_[A-Z]\w*")
 #: what a conversion writes anew or what would be wrong beside the new weights
 NOT_COMPANIONS = ("config.json", INDEX, PICKLE_INDEX, "conversion.json", "README.md", "trainer_state.json")
 
@@ -94,8 +96,11 @@ def load_pickle(path: Path) -> dict[str, Tensor]:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError, OSError):
         raise ConversionError(f"{path} is no pickle of plain tensors (truncated, or it holds other objects)") from None
-    if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
         raise ConversionError(f"{path} does not hold a dictionary of tensors")
+    for name, tensor in state.items():
+        if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.is_quantized:
+            raise ConversionError(f"{path} holds no plain tensor under {name!r}")
     return state
 
 
@@ -209,9 +214,9 @@ def _companions(folder: Path) -> list[str]:
         keep = path.name.endswith(COMPANION_SUFFIXES) or path.name.startswith(COMPANION_NAMES)
         if path.is_file() and keep and path.name not in NOT_COMPANIONS and not path.name.endswith(".index.json"):
             found.append(str(inside(folder, path.name).relative_to(folder)))
-        elif path.is_dir() and path.name in COMPANION_FOLDERS:
+        elif path.is_dir() and COMPANION_FOLDERS.fullmatch(path.name):
             for file in sorted(path.iterdir()):
-                if file.is_file() and file.name.endswith(COMPANION_SUFFIXES):
+                if file.is_file() and file.name.endswith((*COMPANION_SUFFIXES, ".safetensors")):
                     found.append(str(inside(folder, f"{path.name}/{file.name}").relative_to(folder)))
     return found
 

@@ -19,6 +19,9 @@ from .errors import ConversionError
 #: safetensors' own limit
 MAX_HEADER_BYTES = 100_000_000
 
+#: no config, index or header is nested nearly as deep
+MAX_DEPTH = 50
+
 #: bits of one element, by the format's names
 DTYPE_BITS = {
     "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32,
@@ -76,7 +79,12 @@ def parse_json_object(raw: bytes, what: str) -> dict[str, Any]:
         raise ConversionError(f"{what} is not valid JSON ({error})") from None
     if not isinstance(value, dict):
         raise ConversionError(f"{what} is not a JSON object but a {type(value).__name__}")
-    return value
+    level: list[Any] = [value]
+    for _ in range(MAX_DEPTH):
+        level = [v for c in level for v in (c.values() if isinstance(c, dict) else c) if isinstance(v, (dict, list))]
+        if not level:
+            return value
+    raise ConversionError(f"{what} is nested more than {MAX_DEPTH} deep")
 
 
 def parse_header(raw: bytes, file_size: int, what: str) -> Header:

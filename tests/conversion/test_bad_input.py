@@ -315,6 +315,10 @@ def test_pickles(src: Path) -> None:
     torch.save({"a": Evil()}, src / "pytorch_model.bin")
     convert(src, "--allow-pickle", words="no pickle of plain tensors")
     assert not Path("/tmp/hf-attn-evil-was-run").exists()
+    torch.save({K0: torch.eye(4).to_sparse()}, src / "pytorch_model.bin")
+    convert(src, "--allow-pickle", words="no plain tensor")
+    torch.save([1, 2], src / "pytorch_model.bin")
+    convert(src, "--allow-pickle", words="dictionary")
     (src / "pytorch_model.bin").write_bytes(b"PK\x03\x04 cut")
     convert(src, "--allow-pickle", words="no pickle of plain tensors")
 

@@ -53,6 +53,9 @@ def src(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "chat_template.jinja").write_text("{{ x }}")
     (folder / "README.md").write_text("---\nlicense: apache-2.0\nlanguage: en\n---\n# A model\n")
     (folder / "modeling_evil.py").write_text("raise SystemExit")
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text("{}")
+    (folder / ".git").mkdir()
     (folder / "training_args.bin").write_bytes(b"x")
     return folder
 
@@ -62,10 +65,11 @@ def test_a_conversion_from_end_to_end(src: Path, tmp_path: Path) -> None:
     result = run("convert", src, dst, "--kv-heads", 2)
     assert "256" not in result.stdout
     assert result.stderr == ""
+    assert (dst / "1_Pooling" / "config.json").read_text() == "{}"
     names = {p.name for p in dst.iterdir()}
     assert names == {
         "config.json", "generation_config.json", "model.safetensors", "conversion.json", "README.md", "tokenizer.json",
-        "chat_template.jinja",
+        "chat_template.jinja", "1_Pooling",
     }  # fmt: skip
     before, after = json.loads((src / "config.json").read_text()), json.loads((dst / "config.json").read_text())
     assert after == {**before, "num_key_value_heads": 2}

@@ -110,6 +110,7 @@ def test_mutated_files_never_crash(data: st.DataObject) -> None:
         (file_of({"a": {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]}}, bytes(3)), "truncated"),
         (file_of({"__metadata__": {"a": 1}}, b""), "metadata"),
         (struct.pack("<Q", 4) + b"\xff\xfe{}", "not valid JSON"),
+        (file_of({"a": json.loads("[" * 60 + "]" * 60)}, b""), "nested"),
         (struct.pack("<Q", 60000) + b"[" * 60000, "not valid JSON"),
     ],
 )
