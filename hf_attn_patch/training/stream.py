@@ -17,7 +17,9 @@ from typing import Any
 from .errors import TrainingError
 from .sources import take_fields
 
+#: documents that are shuffled among themselves, and that are tokenised together
 BLOCK = 512
+TOGETHER = 32
 
 
 @dataclass(frozen=True)
@@ -129,15 +131,15 @@ class TokenStream:
         kept = [(number, texts) for number, texts in kept if all(t.strip() for t in texts)]
         if self.seed is not None and not self.held_out:
             random.Random(f"{self.seed} {place.epoch} {place.block}").shuffle(kept)
-        if len(kept) <= skip:
-            return
-        columns = [self._tokenize([texts[i] for _, texts in kept[skip:]]) for i in range(len(self.fields))]
-        for index, (number, _) in enumerate(kept[skip:]):
-            ids, target = columns[0][index], columns[1][index] if len(columns) > 1 else None
-            at = replace(place, document=skip + index)
-            if index == 0 and offset:
-                ids, at = ids[offset:], replace(at, offset=offset)
-            yield Document(ids, target, at, number)
+        for first in range(skip, len(kept), TOGETHER):
+            some = kept[first : first + TOGETHER]
+            columns = [self._tokenize([texts[i] for _, texts in some]) for i in range(len(self.fields))]
+            for index, (number, _) in enumerate(some):
+                ids, target = columns[0][index], columns[1][index] if len(columns) > 1 else None
+                at = replace(place, document=first + index)
+                if at.document == skip and offset:
+                    ids, at = ids[offset:], replace(at, offset=offset)
+                yield Document(ids, target, at, number)
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
         # verbose=False: a document longer than the model's context is no mistake here, it is cut by the packing
