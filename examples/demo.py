@@ -114,9 +114,7 @@ def hf_attn(*arguments: object) -> None:
     run([sys.executable, "-c", "from hf_attn_patch.cli import main; main()", *words], ["hf-attn", *words])
 
 
-def uptrain(
-    model: Path, output: Path, text: Path, size: Size, tokens: int, lr: float, warmup: str, *more: str
-) -> None:
+def uptrain(model: Path, output: Path, text: Path, size: Size, tokens: int, lr: float, warmup: str, *more: str) -> None:
     options = {
         "model": model, "dataset": text, "output": output, "tokens": tokens, "lr": lr, "warmup": warmup,
         "sequence-length": size.sequence, "batch-size": size.batch, "micro-batch-size": size.micro,

@@ -58,10 +58,10 @@ def render_card(
     if progress.history:
         first, last = progress.history[0], progress.history[-1]
         best = min(progress.history, key=lambda entry: float(entry["loss"]))
-        columns = [key for key in ("loss", "perplexity", "kl") if key in first]
+        columns = [key for key in first if key not in ("step", "tokens", "scored")]
         lines += [
             "",
-            f"Held-out text ({int(first['scored']):,} tokens; `loss` in nats a token, `kl` to the teacher):",
+            f"Held-out text ({int(first['scored']):,} tokens; means per token, logarithms natural):",
             "",
             f"| | tokens | {' | '.join(columns)} |",
             "|---" * (2 + len(columns)) + "|",

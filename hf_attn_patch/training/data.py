@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from .chunks import Corruption, PaddedBatch, Pair, chunks, collate_pairs, corrupted, given_pairs
 from .errors import TrainingError
 from .options import UptrainOptions
 from .packing import collate, pack
@@ -23,9 +24,22 @@ class Framing:
     collate: Callable[[list[Any]], Any]
 
 
-def causal_framing(S: int) -> Framing:
-    """Packed sequences of S tokens."""
-    return Framing(lambda stream, position: pack(stream, S, position), collate)
+def framing_for(kind: str, options: UptrainOptions, tokenizer: Any) -> Framing:
+    """How a causal, seq2seq or encoder model is fed."""
+    S = options.sequence_length
+    if kind == "causal":
+        return Framing(lambda stream, position: pack(stream, S, position), collate)
+    pad = tokenizer.pad_token_id or 0
+
+    def together(pairs: list[Pair]) -> PaddedBatch:
+        return collate_pairs(pairs, pad)
+
+    if kind == "encoder":
+        return Framing(lambda stream, position: chunks(stream, S, position), together)
+    if options.source_field:
+        return Framing(lambda stream, position: given_pairs(stream, S, position), together)
+    corruption = Corruption.of(tokenizer)
+    return Framing(lambda stream, position: corrupted(stream, S, corruption, options.seed, position), together)
 
 
 class TrainingData:

@@ -43,6 +43,8 @@ class Flops:
         trained = sum(p.numel() for p in weights if p.requires_grad)
         self.per_token = 2.0 * self.weights if forward_only else 4.0 * self.weights + 2.0 * trained
         config: Any = model.config
+        if config.is_encoder_decoder:  # a token passes through one of two halves
+            self.per_token /= 2
         config = config.get_text_config(decoder=True)
         heads = config.num_attention_heads
         width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)

@@ -9,6 +9,7 @@ import torch
 from .errors import TrainingError
 from .objectives import CausalObjective, LossWeights, Objective
 from .options import UptrainOptions
+from .other_objectives import EncoderObjective, Seq2SeqObjective
 from .teacher import freeze, require_same_vocabulary
 
 Kind = Literal["causal", "seq2seq", "encoder"]
@@ -81,7 +82,11 @@ def make_objective(model: Any, kind: Kind, options: UptrainOptions) -> Objective
     weights = LossWeights(ce, kl, options.temperature)
     if kind == "causal":
         return CausalObjective(model, weights, packed=options.packed)
-    raise TrainingError(f"no objective {kind}")
+    if kind == "seq2seq":
+        return Seq2SeqObjective(model, weights)
+    if options.teacher is None:
+        raise TrainingError("encoders are uptrained by distilling embeddings: give the --teacher")
+    return EncoderObjective(model, weights)
 
 
 def load_student(options: UptrainOptions, config: Any, kind: Kind) -> Any:

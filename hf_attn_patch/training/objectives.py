@@ -88,6 +88,10 @@ class Objective(nn.Module):
         hidden = self.hidden(batch)
         return hidden if mode == "hidden" else self.loss(hidden, batch, told)
 
+    def check_batch(self, device: torch.device) -> Any:
+        """A small batch for ``check``."""
+        raise NotImplementedError
+
     def check(self, batch: Any) -> None:
         """Try on a small batch what the loss relies on."""
         raise NotImplementedError
@@ -125,6 +129,12 @@ class CausalObjective(Objective):
             return body(**self.arguments(batch))[0].flatten(0, 1)
         ids, mask = as_rows(batch)
         return body(input_ids=ids, attention_mask=mask.long(), use_cache=False)[0][mask]
+
+    def check_batch(self, device: torch.device) -> PackedBatch:
+        """Two short documents in one row."""
+        ids = (torch.arange(16)[None] * 37 + 11) % self.model.config.get_text_config().vocab_size
+        positions = torch.cat([torch.arange(7), torch.arange(9)])[None]
+        return PackedBatch(ids, ids.roll(-1, 1), positions, torch.tensor([0, 7, 16], dtype=torch.int32), 9).to(device)
 
     def check(self, batch: PackedBatch) -> None:
         """That documents don't see each other, and that the head makes the model's own logits.
@@ -165,17 +175,3 @@ def as_rows(batch: PackedBatch) -> tuple[Tensor, Tensor]:
     ids = batch.ids.new_zeros(mask.shape)
     ids[mask] = batch.ids[0]
     return ids, mask
-
-
-def check_batch(vocabulary: int, device: torch.device) -> PackedBatch:
-    """Two short documents in one row, for ``Objective.check``."""
-    lengths = torch.tensor([7, 9])
-    ids = (torch.arange(16)[None] * 37 + 11) % vocabulary
-    batch = PackedBatch(
-        ids=ids,
-        labels=ids.roll(-1, 1),
-        positions=torch.cat([torch.arange(n) for n in lengths])[None],
-        cu_seqlens=torch.tensor([0, 7, 16], dtype=torch.int32),
-        longest=9,
-    )
-    return batch.to(device)

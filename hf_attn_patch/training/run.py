@@ -12,13 +12,13 @@ from torch import Tensor
 
 from .card import write_card
 from .checkpoints import Progress, save_model
-from .data import Framing, TrainingData, causal_framing
+from .data import TrainingData, framing_for
 from .errors import TrainingError, out_of_memory_advice
 from .evaluation import TeacherCall, evaluate
 from .log import RunLog
 from .meters import Throughput, peak_tflops
 from .models import Kind, load_config, load_student, load_teacher, load_tokenizer, make_objective, objective_kind
-from .objectives import Objective, check_batch
+from .objectives import Objective
 from .options import UptrainOptions
 from .steps import Step
 from .teacher import place_teacher
@@ -57,14 +57,18 @@ class Run:
 
     def check(self, model: Any) -> None:
         """Try the prepared ``model`` and the teacher on a few tokens (see ``Objective.check``)."""
+        batch = self.objective.check_batch(self.accelerator.device)
         for objective in [model] + ([self.teacher.objective] if self.teacher else []):
-            vocabulary = self.student.config.get_text_config(decoder=True).vocab_size
-            objective(check_batch(vocabulary, self.accelerator.device), mode="check")
+            objective(batch, mode="check")
 
     def evaluate(self, model: Any, examples: list[Any]) -> dict[str, float]:
         """Loss, perplexity and KL on held-out examples."""
         size = self.options.micro_batch_size
-        return evaluate(self.accelerator, model, examples, self.data.framing.collate, self.teacher, size)
+        found = evaluate(self.accelerator, model, examples, self.data.framing.collate, self.teacher, size)
+        if self.kind == "encoder":  # see EncoderObjective
+            tokens, texts = found["loss"], found["kl"]
+            return {"loss": tokens + texts, "token_error": tokens, "text_distance": texts, "scored": found["scored"]}
+        return found
 
     def require_finite(self, lines: Tensor, step: Step[Any], progress: Progress) -> tuple[float, float, float]:
         """(loss, ce, kl) per label over the whole step.
@@ -145,17 +149,10 @@ def load_run(options: UptrainOptions) -> Run:
         parameter_groups(student, options.weight_decay), lr=options.lr, betas=(options.beta1, options.beta2),
         fused=accelerator.device.type == "cuda",
     )  # fmt: skip
-    data = TrainingData(options, tokenizer, framing_for(kind, options))
+    data = TrainingData(options, tokenizer, framing_for(kind, options, tokenizer))
     objective = make_objective(student, kind, options)
     log = RunLog(accelerator, Path(options.output, "training_log.jsonl"))
     return Run(options, accelerator, kind, tokenizer, data, student, objective, optimizer, teacher, saved_dtype, log)
-
-
-def framing_for(kind: Kind, options: UptrainOptions) -> Framing:
-    """How this kind of model is fed."""
-    if kind == "causal":
-        return causal_framing(options.sequence_length)
-    raise TrainingError(f"no framing for {kind}")
 
 
 def make_accelerator(options: UptrainOptions) -> Any:
