@@ -13,7 +13,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -26,6 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))
 from conformance import assert_conforms
+from gpu_timing import called, copy_bandwidth, replayed
 
 from hf_attn_patch.kernels import decode
 from hf_attn_patch.kernels.decode import Tuning
@@ -98,47 +98,6 @@ class Case:
             assert torch.equal(out, self.ours(tuning)), "not repeatable"
 
 
-def replayed(call: Callable[[int], Any], sets: int, least_us: float = 1500.0) -> float:
-    """Microseconds a call, the median of graph replays."""
-    for i in range(min(2, sets)):
-        call(i)
-    torch.cuda.synchronize()
-
-    def capture(rounds: int) -> torch.cuda.CUDAGraph:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for _ in range(rounds):
-                for i in range(sets):
-                    call(i)
-        return graph
-
-    def times(graph: torch.cuda.CUDAGraph, n: int) -> list[float]:
-        out = []
-        for _ in range(n):
-            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            graph.replay()
-            stop.record()
-            stop.synchronize()
-            out.append(start.elapsed_time(stop) * 1000)
-        return out
-
-    graph = capture(1)
-    once = min(times(graph, 3))
-    rounds = max(1, round(least_us / once))
-    if rounds > 1:
-        graph = capture(rounds)
-    times(graph, 1)
-    return statistics.median(times(graph, 7)) / (rounds * sets)
-
-
-def copy_bandwidth() -> float:
-    """Bytes a microsecond, read plus written."""
-    a = torch.empty(1 << 30, dtype=torch.uint8, device="cuda").random_()
-    b = torch.empty_like(a)
-    return 2 * a.numel() / replayed(lambda i: b.copy_(a), 1)
-
-
 def peers(case: Case) -> dict[str, float | str]:
     """Times of torch's kernels, and of FA4 where it is installed."""
     mask = None if case.valid is None else case.valid[:, None, None, :]
@@ -177,25 +136,26 @@ def shapes(D: int) -> list[dict[str, Any]]:
     n = 64 if D == 128 else 128
     return [
         {"block_n": n, "stages": 3, "per_sm": 2},
+        {"block_n": n, "stages": 3, "per_sm": 2, "pdl": True},
+        {"block_n": 2 * n, "stages": 3, "per_sm": 1, "warps": 8},
         {"block_n": n, "stages": 4, "per_sm": 2},
         {"block_n": n, "stages": 5, "per_sm": 1},
         {"block_n": n, "stages": 3, "per_sm": 3, "registers": 168},
-        {"block_n": n, "stages": 3, "per_sm": 2, "warps": 8},
         {"block_n": n // 2, "stages": 4, "per_sm": 3, "registers": 168},
         {"block_n": n // 2, "stages": 5, "per_sm": 2},
-        {"block_n": 2 * n, "stages": 3, "per_sm": 1, "warps": 8},
-        {"block_n": n, "stages": 3, "per_sm": 2, "block_m": 64, "lazy_sum": False},
+        {"block_n": 2 * n, "stages": 3, "per_sm": 1, "warps": 8, "direct": True},
+        {"block_n": n, "stages": 4, "per_sm": 2, "direct": True},
+        {"block_n": n, "stages": 6, "per_sm": 1, "direct": True},
     ]
 
 
 def around(best: Tuning) -> list[list[Tuning]]:
     """What to try around the best so far, one group after the other."""
     return [
-        [replace(best, waves=2), replace(best, waves=4), replace(best, direct=True), replace(best, direct=False)],
-        [replace(best, least=1), replace(best, least=2), replace(best, least=8), replace(best, least=16)],
-        [replace(best, pdl=True)],
+        [replace(best, waves=2), replace(best, direct=not best.direct), replace(best, stages=best.stages + 1)],
+        [replace(best, least=2), replace(best, least=8)],
+        [replace(best, pdl=not best.pdl)],
         [replace(best, evict="evict_first")],
-        [replace(best, lazy_sum=not best.lazy_sum)],
     ]
 
 
@@ -216,8 +176,8 @@ def precompile(rows: list[tuple[int, ...]], seconds: float) -> None:
     for row in rows:
         for pad in ("plain", "right"):
             for shape in shapes(row[4]):
-                for pdl in (False, True):
-                    tuning = Tuning(**shape, pdl=pdl, direct=False)
+                if not shape.get("direct") or pad == "plain":
+                    tuning = Tuning(**{"direct": False, **shape})
                     kind = (row[2] // row[3] <= 16, row[0] > 16, row[4], pad, str(tuning))
                     kinds.setdefault(kind, (row, pad, tuning))
     jobs = list(kinds.values())
@@ -254,7 +214,8 @@ def tune(case: Case, deadline: float) -> tuple[Tuning, float, list[dict[str, Any
             log.append({"tuning": asdict(tuning), "error": f"{type(error).__name__}: {str(error)[:300]}"})
             print("  variant failed:", tuning, type(error).__name__, str(error)[:200], flush=True)
 
-    default = decode.choose(torch.bfloat16, case.D, case.D, case.HQ // case.HKV)
+    sms = torch.cuda.get_device_properties(0).multi_processor_count
+    default = decode.choose(torch.bfloat16, case.D, case.D, case.B * case.HKV, case.S, sms, varlen=case.pad != "plain")
     measure(default)
     for shape in shapes(case.D):
         if time.time() < deadline:
@@ -268,28 +229,22 @@ def tune(case: Case, deadline: float) -> tuple[Tuning, float, list[dict[str, Any
 
 def eager_latency() -> None:
     """Wall microseconds a call without graphs: what Python, torch and the launches cost."""
-    for B, S, HQ, HKV, D in ((1, 128, 32, 8, 128), (1, 512, 32, 8, 128), (1, 2048, 32, 8, 128)):
+    for B, S, HQ, HKV, D in ((1, 128, 32, 8, 128), (1, 512, 32, 8, 128), (1, 2048, 32, 8, 128), (8, 512, 12, 12, 64)):
         q = torch.randn(B, HQ, 1, D, dtype=torch.bfloat16, device="cuda")
         k, v = (torch.randn(B, HKV, S, D, dtype=torch.bfloat16, device="cuda") for _ in "kv")
         first, end = torch.zeros(B, dtype=torch.int32, device="cuda"), torch.full((B,), S, device="cuda").int()
+        lengths = [(k[:, :, :n], v[:, :, :n]) for n in range(S // 2, S)]
         calls = {
-            "ours": lambda: decode.grouped_decode(q, k, v, scale=0.1),  # noqa: B023
-            "ours, first/end": lambda: decode.grouped_decode(q, k, v, scale=0.1, first=first, end=end),  # noqa: B023
-            "torch sdpa": lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True),  # noqa: B023
+            "ours": lambda i: decode.grouped_decode(q, k, v, scale=0.1),  # noqa: B023
+            "ours, first/end": lambda i: decode.grouped_decode(q, k, v, scale=0.1, first=first, end=end),  # noqa: B023
+            "ours, a new length each": lambda i: decode.grouped_decode(q, *lengths[i], scale=0.1),  # noqa: B023
+            "torch sdpa": lambda i: torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True),  # noqa: B023
         }
         texts = []
         for name, call in calls.items():
-            for _ in range(50):
-                call()
-            torch.cuda.synchronize()
-            walls = []
-            for _ in range(9):
-                begin = time.perf_counter()
-                for _ in range(200):
-                    call()
-                torch.cuda.synchronize()
-                walls.append((time.perf_counter() - begin) / 200 * 1e6)
-            texts.append(f"{name} {statistics.median(walls):.1f}")
+            decode._calls.clear()
+            sets = len(lengths) if "length" in name else 1
+            texts.append(f"{name} {called(call, sets):.1f} (graph {replayed(call, sets):.1f})")
         print(f"eager us a call, B {B} S {S} {HQ}/{HKV}:", ", ".join(texts), flush=True)
 
 

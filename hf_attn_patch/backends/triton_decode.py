@@ -48,7 +48,7 @@ def _bounds(layout: Layout, request: AttentionRequest) -> tuple[Tensor | None, T
     if layout.kind == DENSE and layout.mask is not None and not request.tracing and not request.per_head_mask:
         from hf_attn_patch.kernels import decode
 
-        if layout._key_bounds is None:
+        if layout._key_bounds is None and layout.keys > decode.SHORT:
             layout._key_bounds = decode.mask_bounds(layout.mask.expand(layout.batch, -1, -1, -1))
     return layout.key_bounds() or (None, None)
 

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
-import triton
 
 from hf_attn_patch.grouping import KVGrouping
 
 from .decode_kernel import LOG2E, combine_kernel, decode_kernel, mask_bounds_kernel
+from .launcher import Launch, raw_stream
 
 MAX_QUERIES = 16
 MAX_HEAD_DIM = 512
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+SHORT = 1024  # keys: for no more, finding where a mask begins and ends costs more than it saves
 _LOG2E = float(LOG2E.value)
 
 
@@ -78,7 +80,9 @@ def grouped_decode(
         k, v: [B, HKV, Sk, D] and [B, HKV, Sk, Dv], HQ a multiple of HKV, D and Dv up to 512; any strides
             (views of [B, S, H, D] caches, slices of static buffers), best with the last dimension contiguous.
         scale: factor of ``q @ k.T``.
-        causal: query i sees keys up to ``end - Sq + i``, itself included.
+        causal: query i sees keys up to ``end - Sq + i``, itself included: the last query of a row is aligned with
+            the row's last valid key, wherever the padding is. Right-padded queries that sit beside their own keys
+            (token i at key i) are not that: give ``causal=False`` and a ``mask``.
         first, end: [B] integers on the device: keys ``first <= j < end`` are valid. None: 0 and Sk.
         mask: bool, broadcastable to [B, HQ, Sq, Sk]: True where a query may look.
         bias: float, broadcastable to [B, HQ, Sq, Sk], added to the scaled (and capped) scores; -inf hides a key.
@@ -152,18 +156,39 @@ def mask_bounds(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         Two [B] int32 tensors; equal (and so an empty range) where a row sees nothing.
     """
     B, H, Sq, Sk = mask.shape
-    m_b, m_h, m_s, m_k = mask.stride()
+    strides = mask.stride()
     first = torch.empty(B, dtype=torch.int32, device=mask.device)
     end = torch.empty_like(first)
-    heads, queries = 1 if m_h == 0 else H, 1 if m_s == 0 else Sq
-    block = min(8192, max(128, triton.next_power_of_2(Sk)))
-    mask_bounds_kernel[(B,)](mask, first, end, m_b, m_h, m_s, m_k, heads, queries, Sk, BLOCK=block, num_warps=8)
+    sizes = (1 if strides[1] == 0 else H, 1 if strides[2] == 0 else Sq, Sk)
+    block = min(8192, max(128, _power(Sk)))
+    launch = Launch(mask_bounds_kernel, (B, 1), (*strides, *sizes), {"BLOCK": block}, {"num_warps": 8})
+    with torch.cuda.device_of(mask):
+        pointers = (mask.data_ptr(), first.data_ptr(), end.data_ptr())
+        launch.first(strides, (mask, first, end), pointers, raw_stream(mask.device))
     return first, end
 
 
 def _no_gradients(*tensors: torch.Tensor | None) -> None:
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         raise RuntimeError("grouped_decode has no backward: call it under torch.no_grad(), or use another backend")
+
+
+@dataclass(slots=True)
+class _Call:
+    """All that is worked out once for calls of the same shapes, strides, dtypes, devices and options."""
+
+    shape: tuple[int, ...]  # of the output, [B, HQ, Sq, Dv]
+    strides: tuple[int, ...]
+    part: int  # floats of partial results
+    lse: bool
+    dtype: torch.dtype
+    device: torch.device
+    decode: Launch
+    combine: Launch | None
+
+
+_calls: dict[Any, _Call] = {}
+_MOST_CALLS = 4096  # a growing cache makes a new kind at each token
 
 
 def launch(
@@ -182,8 +207,101 @@ def launch(
     softcap: float | None,
     return_lse: bool,
     tuning: Tuning | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Check the arguments, plan the split and start the kernels."""
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Check the arguments, plan the split and start the kernels; for a kind of call that is known, only the last."""
+    if mask is not None and mask.shape[-1] > SHORT and end is None and first is None and not causal:
+        B, HQ, Sq, _ = q.shape
+        first, end = mask_bounds(mask.expand(B, HQ, Sq, -1))  # so that the split counts only keys that are seen
+    tensors = (q, k, v, block_table, first, end, mask, bias, sinks)
+    kinds = tuple([None if t is None else (t.shape, t.stride(), t.dtype, t.get_device()) for t in tensors])
+    pointers = [None if t is None else t.data_ptr() for t in tensors]
+    low = 0
+    for p in pointers:
+        low |= p or 0
+    aligned = low % 16 == 0 or tuple([p is None or p % 16 == 0 for p in pointers])
+    key = (kinds, aligned, scale, causal, window, softcap, return_lse, tuning)
+    call = _calls.get(key)
+    if call is not None:
+        return _start(call, tensors, pointers)
+
+    ready = tuple(_contiguous_rows(t) if i not in (6, 7) else t for i, t in enumerate(tensors))
+    if any(new is not old for new, old in zip(ready, tensors, strict=True)):
+        return launch(*ready, scale, causal, window, softcap, return_lse, tuning)  # type: ignore[call-arg, arg-type]
+    call, strides = _plan(*tensors, scale, causal, window, softcap, return_lse, tuning)
+    if 0 in call.shape:
+        return _outputs(call)
+    result = _start(call, tensors, pointers, strides)
+    if len(_calls) >= _MOST_CALLS:
+        _calls.clear()
+    _calls[key] = call  # only now: of a launch that failed nothing is remembered
+    return result
+
+
+def _start(
+    call: _Call,
+    tensors: tuple[torch.Tensor | None, ...],
+    pointers: list[int | None],
+    strides: tuple[int, ...] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Start the kernels of ``call``; for the first time where the strides are given."""
+    device = call.device
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):  # kernels start on the current device; a model on several GPUs does not switch
+            return _start(call, tensors, pointers, strides)
+    out, lse = _outputs(call)
+    part = torch.empty(call.part, dtype=torch.float32, device=device) if call.part else None
+    q, k, v, table, first, end, mask, bias, sinks = tensors
+    p_q, p_k, p_v, p_table, p_first, p_end, p_mask, p_bias, p_sinks = pointers
+    p_out, p_lse, p_part = (
+        out.data_ptr(),
+        None if lse is None else lse.data_ptr(),
+        None if part is None else part.data_ptr(),
+    )
+    ts = (q, k, v, out, lse, part, first, end, mask, bias, sinks, table)
+    ps = (p_q, p_k, p_v, p_out, p_lse, p_part, p_first, p_end, p_mask, p_bias, p_sinks, p_table)
+    merged_ts, merged_ps = (out, lse, part, first, end, sinks), (p_out, p_lse, p_part, p_first, p_end, p_sinks)
+    stream = raw_stream(device)
+    if strides is None:
+        call.decode(stream, ts, ps)
+    else:
+        call.decode.first(strides, ts, ps, stream)
+    if call.combine is not None:
+        if strides is None:
+            call.combine(stream, merged_ts, merged_ps)
+        else:
+            call.combine.first((), merged_ts, merged_ps, stream)
+    return out, lse
+
+
+def _outputs(call: _Call) -> tuple[torch.Tensor, torch.Tensor | None]:
+    out = torch.empty_strided(call.shape, call.strides, dtype=call.dtype, device=call.device)
+    return out, torch.empty(call.shape[:3], dtype=torch.float32, device=call.device) if call.lse else None
+
+
+def _contiguous_rows(t: torch.Tensor | None) -> torch.Tensor | None:
+    if t is None or t.dim() == 0 or t.stride(-1) == 1 or t.shape[-1] == 1:
+        return t
+    return t.contiguous()
+
+
+def _plan(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    block_table: torch.Tensor | None,
+    first: torch.Tensor | None,
+    end: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    scale: float,
+    causal: bool,
+    window: int | None,
+    softcap: float | None,
+    return_lse: bool,
+    tuning: Tuning | None,
+) -> tuple[_Call, tuple[int, ...]]:
+    """What to start for such arguments, and the strides, which the decode kernel is specialised on."""
     B, HQ, Sq, D = q.shape
     if block_table is None:
         _, HKV, Sk, DV = v.shape
@@ -198,8 +316,6 @@ def launch(
                 f"q {list(q.shape)}, k_pages {list(k.shape)}, v_pages {list(v.shape)} and block_table "
                 f"{list(block_table.shape)} do not go together"
             )
-        if block_table.stride(1) != 1:
-            block_table = block_table.contiguous()
     if HQ % HKV:
         KVGrouping(HQ, HKV)  # raises, and says which numbers would do
     if not (1 <= Sq <= MAX_QUERIES and D <= MAX_HEAD_DIM and DV <= MAX_HEAD_DIM):
@@ -211,50 +327,48 @@ def launch(
         raise ValueError(f"q, k and v must share one dtype of fp16, bf16 and fp32, not {q.dtype}, {k.dtype}, {v.dtype}")
     if window is not None and (not causal or window < 1):
         raise ValueError(f"window={window} needs causal=True and at least one key")
-    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
+    others = {"first": first, "end": end, "sinks": sinks}
+    for name, t in others.items():
+        if t is not None and t.shape != ((HQ if name == "sinks" else B),):
+            raise ValueError(f"{name} has the shape {list(t.shape)}, not [{HQ if name == 'sinks' else B}]")
+    others |= {"k": k, "v": v, "block_table": block_table, "mask": mask, "bias": bias}
+    if elsewhere := [name for name, t in others.items() if t is not None and t.device != q.device]:
+        raise ValueError(f"q is on {q.device}, but {', '.join(elsewhere)} is not: they must share one device")
 
-    m_b = m_h = m_s = m_k = a_b = a_h = a_s = a_k = mask_kind = bias_kind = 0
+    mask_strides: tuple[int, ...] = (0, 0, 0, 0)
+    bias_strides = mask_strides
+    mask_kind = bias_kind = 0
     if mask is not None:
         if mask.dtype != torch.bool:
             raise ValueError(f"mask must be bool, not {mask.dtype}; additive masks are given as bias")
-        mask = mask.expand(B, HQ, Sq, Sk)
-        if end is None and first is None and not causal:
-            first, end = mask_bounds(mask)  # so that the split counts only keys that are seen
-        m_b, m_h, m_s, m_k = mask.stride()
-        mask_kind = 1 if m_h == 0 and (Sq == 1 or m_s == 0) else 2
+        mask_strides = mask.expand(B, HQ, Sq, Sk).stride()
+        mask_kind = 1 if mask_strides[1] == 0 and (Sq == 1 or mask_strides[2] == 0) else 2
     if bias is not None:
-        bias = bias.expand(B, HQ, Sq, Sk)
-        a_b, a_h, a_s, a_k = bias.stride()
-        bias_kind = 1 if a_h == 0 and (Sq == 1 or a_s == 0) else 2
+        bias_strides = bias.expand(B, HQ, Sq, Sk).stride()
+        bias_kind = 1 if bias_strides[1] == 0 and (Sq == 1 or bias_strides[2] == 0) else 2
 
     G = HQ // HKV
-    out = torch.empty((B, Sq, HQ, DV), dtype=q.dtype, device=q.device)
-    lse = torch.empty((B, HQ, Sq) if return_lse else (0,), dtype=torch.float32, device=q.device)
-    tuning = tuning or choose(q.dtype, D, DV, G * Sq)
     varlen = first is not None or end is not None
     span = Sk if window is None else min(Sk, window + Sq - 1)
-    tiles = -(-span // tuning.block_n)
-    block_m = tuning.block_m or min(64, max(16, triton.next_power_of_2(G * Sq)))
+    sms = _sm_count(q.device)
+    tuning = tuning or choose(q.dtype, D, DV, B * HKV, span, sms, varlen)
+    block_m = tuning.block_m or min(64, max(16, _power(G * Sq)))
     m_tiles = -(-G * Sq // block_m)
-    slots = max(1, _sm_count(q.device) * tuning.per_sm * tuning.waves // m_tiles)
-    split, workers, chunk = plan(B * HKV, tiles, slots, tuning, varlen)
-    part = torch.empty(workers * 2 * G * Sq * (DV + 1) if split else 0, dtype=torch.float32, device=q.device)
+    slots = max(1, sms * tuning.per_sm * tuning.waves // m_tiles)
+    split, workers, chunk = plan(B * HKV, -(-span // tuning.block_n), slots, tuning, varlen)
 
-    qk_scale, cap = (scale * _LOG2E, 0.0) if softcap is None else (scale / softcap, softcap * _LOG2E)
-    q_b, q_h, q_s, _ = q.stride()
     if block_table is None:
-        k_b, k_h, k_s, _ = k.stride()
-        v_b, v_h, v_s, _ = v.stride()
-        table_stride = 0
+        kv_strides = (*k.stride()[:3], *v.stride()[:3])
     else:
-        k_b, k_s, k_h, _ = k.stride()
-        v_b, v_s, v_h, _ = v.stride()
-        table_stride = block_table.stride(0)
-    block_b = max(16, triton.next_power_of_2(B))
+        (k_b, k_s, k_h, _), (v_b, v_s, v_h, _) = k.stride(), v.stride()
+        kv_strides = (k_b, k_h, k_s, v_b, v_h, v_s)
+    strides = (*q.stride()[:3], *kv_strides, *mask_strides, *bias_strides)
+    strides += (0 if block_table is None else block_table.stride(0),)
+    qk_scale, cap = (scale * _LOG2E, 0.0) if softcap is None else (scale / softcap, softcap * _LOG2E)
     common = {
         "DV": DV,
         "BLOCK_N": tuning.block_n,
-        "BLOCK_B": block_b,
+        "BLOCK_B": max(16, _power(B)),
         "WINDOW": window is not None,
         "HAS_FIRST": first is not None,
         "HAS_END": end is not None,
@@ -262,48 +376,63 @@ def launch(
         "HAS_LSE": return_lse,
         "PDL": tuning.pdl and split,
     }
-    with _on(q.device):
-        decode_kernel[(workers * m_tiles,)](
-            q, k, v, out, lse, part, first, end, mask, bias, sinks, block_table,
-            q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, m_b, m_h, m_s, m_k, a_b, a_h, a_s, a_k, table_stride,
-            B, HKV, G, Sq, Sk, page, window or 0, chunk, workers, qk_scale, cap,
-            D=D,
-            BLOCK_M=block_m,
-            BLOCK_D=max(16, triton.next_power_of_2(D)),
-            BLOCK_DV=max(16, triton.next_power_of_2(DV)),
-            M_TILES=m_tiles,
-            SPLIT=split,
-            CAUSAL=causal and Sq > 1,
-            SOFTCAP=softcap is not None,
-            MASK=mask_kind,
-            BIAS=bias_kind,
-            PAGED=block_table is not None,
-            LAZY_SUM=tuning.lazy_sum,
-            EVICT=tuning.evict,
-            PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+    decode = Launch(
+        decode_kernel,
+        (workers * m_tiles, 1),
+        (*strides, B, HKV, G, Sq, Sk, page, window or 0, chunk, workers, qk_scale, cap),
+        {
+            "D": D,
+            "BLOCK_M": block_m,
+            "BLOCK_D": max(16, _power(D)),
+            "BLOCK_DV": max(16, _power(DV)),
+            "M_TILES": m_tiles,
+            "SPLIT": split,
+            "CAUSAL": causal and Sq > 1,
+            "SOFTCAP": softcap is not None,
+            "MASK": mask_kind,
+            "BIAS": bias_kind,
+            "PAGED": block_table is not None,
+            "LAZY_SUM": tuning.lazy_sum,
+            "EVICT": tuning.evict,
+            "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
             **common,
-            num_warps=tuning.warps,
-            num_stages=tuning.stages,
-            maxnreg=tuning.registers,
-        )  # fmt: skip
-        if split:
-            block_p, block_dv = merge_shape(-(-workers // (B * HKV)) + 1, DV)
-            combine_kernel[(B * HQ * Sq, -(-DV // block_dv))](
-                out, lse, part, first, end, sinks, B, HKV, G, Sq, Sk, window or 0, chunk, workers,
-                BLOCK_P=block_p,
-                BLOCK_DV=block_dv,
-                **common,
-                num_warps=4,
-                launch_pdl=tuning.pdl,
-            )  # fmt: skip
-    return out.transpose(1, 2), lse
+        },
+        {"num_warps": tuning.warps, "num_stages": tuning.stages, "maxnreg": tuning.registers},
+    )
+    combine = None
+    if split:
+        block_p, block_dv = merge_shape(-(-workers // max(1, B * HKV)) + 1, DV)
+        combine = Launch(
+            combine_kernel,
+            (B * HQ * Sq, -(-DV // block_dv)),
+            (B, HKV, G, Sq, Sk, window or 0, chunk, workers),
+            {"BLOCK_P": block_p, "BLOCK_DV": block_dv, **common},
+            {"num_warps": 4, "launch_pdl": tuning.pdl},
+        )
+    part = workers * 2 * G * Sq * (DV + 1) if split else 0
+    out_strides = (Sq * HQ * DV, DV, HQ * DV, 1)  # [B, Sq, HQ, Dv] in memory
+    return _Call((B, HQ, Sq, DV), out_strides, part, return_lse, q.dtype, q.device, decode, combine), strides
 
 
-def choose(dtype: torch.dtype, D: int, DV: int, rows: int) -> Tuning:
-    """The tuning for a kind of input."""
-    key_bytes = (triton.next_power_of_2(D) + triton.next_power_of_2(DV)) * dtype.itemsize
-    block_n = max(16, min(128, triton.next_power_of_2(32768 // key_bytes)))
-    return Tuning(block_n=block_n)
+def choose(dtype: torch.dtype, D: int, DV: int, heads: int, span: int, sms: int, varlen: bool) -> Tuning:
+    """The tuning for a kind of input, by what an H200 showed (``benchmarks/tune_decode.py``).
+
+    Where a worker stays in one head, one wide worker an SM is best: it has the most bytes in flight. That is so where
+    heads fill the SMs evenly (then a head is not split at all), or are so few that one is shared by eight SMs or
+    more; and it takes long heads. Else two workers an SM: while one changes heads, the other reads.
+
+    Args:
+        heads: KV heads of all batch rows.
+        span: the most keys that a head can have.
+        varlen: heads differ in length.
+    """
+    key_bytes = (_power(D) + _power(DV)) * dtype.itemsize
+    block_n = max(16, min(128, _power(32768 // key_bytes)))
+    even = not varlen and heads >= 0.95 * sms * -(-heads // sms)
+    wide = 2 * block_n
+    if (even or 8 * heads <= sms) and heads * span >= 6 * wide * sms and wide * key_bytes <= 65536:
+        return Tuning(block_n=wide, warps=8, per_sm=1, direct=even or None)
+    return Tuning(block_n=block_n, direct=even or None)
 
 
 def plan(heads: int, tiles: int, slots: int, tuning: Tuning, varlen: bool) -> tuple[bool, int, int]:
@@ -334,7 +463,12 @@ def plan(heads: int, tiles: int, slots: int, tuning: Tuning, varlen: bool) -> tu
 def merge_shape(parts: int, DV: int) -> tuple[int, int]:
     """Parts and columns that one step of the merge takes."""
     block_p = 4 if parts <= 4 else 16 if parts <= 16 else 64  # few sizes: a growing cache seldom compiles
-    return block_p, max(16, min(triton.next_power_of_2(DV), 2048 // block_p))
+    return block_p, max(16, min(_power(DV), 2048 // block_p))
+
+
+def _power(n: int) -> int:
+    """The least power of two that is not below ``n`` (Triton's own is slow)."""
+    return 1 << max(0, n - 1).bit_length()
 
 
 @cache
@@ -342,24 +476,6 @@ def _sm_count(device: torch.device) -> int:
     if device.type != "cuda":
         return 4  # the interpreter: few enough that small tests split, and share workers between heads
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
-class _Here:
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-
-_HERE = _Here()
-
-
-def _on(device: torch.device) -> torch.cuda.device | _Here:
-    """Triton starts kernels on the current device; a model spread over several GPUs does not switch it."""
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return _HERE
-    return torch.cuda.device(device)
 
 
 @torch.library.custom_op(
@@ -385,7 +501,9 @@ def _grouped_decode(
     softcap: float | None,
     return_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return launch(q, k, v, block_table, first, end, mask, bias, sinks, scale, causal, window, softcap, return_lse)
+    args = (q, k, v, block_table, first, end, mask, bias, sinks, scale, causal, window, softcap, return_lse)
+    out, lse = launch(*args)
+    return out, q.new_empty(0, dtype=torch.float32) if lse is None else lse
 
 
 @_grouped_decode.register_fake

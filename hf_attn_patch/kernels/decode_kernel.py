@@ -95,8 +95,6 @@ def decode_kernel(
     pid = tl.program_id(0)
     worker = pid // M_TILES
     m_tile = pid % M_TILES
-    if PDL:
-        gdc_launch_dependents()
 
     if SPLIT:
         n, upto, total, chunk = _line(
@@ -235,6 +233,9 @@ def decode_kernel(
                 v = tl.load(v_rows[:, None] + offs_dv[None, :], mask=v_mask, other=0.0, eviction_policy=EVICT)
             acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
 
+        if PDL:  # noqa: SIM102 (a constant). The merge may be set up while the last results are written
+            if tile + count >= stop:
+                gdc_launch_dependents()
         if LAZY_SUM:
             norm = tl.sum(norm, 1)
         some = norm > 0

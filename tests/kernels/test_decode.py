@@ -112,7 +112,9 @@ def test_window_reads_nothing_else() -> None:
 
 @pytest.mark.parametrize("Sq", [1, 3])
 @pytest.mark.parametrize("kind", ["keys", "rows", "heads", "all false", "broadcast"])
-def test_bool_mask(Sq: int, kind: str) -> None:
+def test_bool_mask(Sq: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if kind != "rows":
+        monkeypatch.setattr(decode, "SHORT", 16)  # look for the mask's bounds first
     B, HQ, Sk = 2, 4, 70
     q, k, v = inputs(B, HQ, 2, Sq, Sk, 32)
     shape = {"keys": (B, 1, 1, Sk), "heads": (B, HQ, Sq, Sk), "broadcast": (1, 1, Sq, 1)}.get(kind, (B, 1, Sq, Sk))
@@ -249,6 +251,25 @@ def test_plan_covers_every_tile(heads: int, tiles: int, slots: int, least: int) 
         assert workers == heads
 
 
+@pytest.mark.parametrize(
+    ("heads", "span", "varlen", "wide", "direct"),
+    [
+        (128, 8192, False, True, True),  # a head for each of 132 SMs
+        (128, 8192, True, False, None),
+        (512, 8192, False, True, True),  # four each
+        (128, 300, False, False, True),  # too short to need many bytes in flight
+        (8, 131072, True, True, None),  # sixteen SMs a head
+        (8, 4096, False, False, None),
+        (64, 8192, False, False, None),
+        (140, 8192, False, False, None),  # eight SMs would do twice what the others do
+    ],
+)
+def test_choice_of_tuning(heads: int, span: int, varlen: bool, wide: bool, direct: bool | None) -> None:
+    tuning = decode.choose(torch.bfloat16, 128, 128, heads, span, 132, varlen)
+    assert (tuning.block_n, tuning.warps, tuning.per_sm) == ((128, 8, 1) if wide else (64, 4, 2))
+    assert tuning.direct is direct
+
+
 def test_mask_bounds() -> None:
     mask = torch.zeros(4, 1, 2, 300, dtype=torch.bool, device=DEVICE)
     mask[0, 0, 0, 7] = mask[0, 0, 1, 299] = mask[1, 0, 1, 0] = True
@@ -274,10 +295,36 @@ def test_refusals() -> None:
         grouped_decode(q, k, v, scale=1.0, window=4, causal=False)
     with pytest.raises(ValueError, match="given as bias"):
         grouped_decode(q, k, v, scale=1.0, mask=torch.zeros(1, 1, 1, 20, device=DEVICE))
+    with pytest.raises(ValueError, match=r"sinks has the shape \[2\], not \[4\]"):
+        grouped_decode(q, k, v, scale=1.0, sinks=torch.zeros(2, device=DEVICE))
+    with pytest.raises(ValueError, match="but end is not"):
+        grouped_decode(q, k, v, scale=1.0, end=torch.zeros(1, dtype=torch.int32, device="meta"))
     with pytest.raises(RuntimeError, match="no backward"):
         grouped_decode(q.requires_grad_(), k, v, scale=1.0)
     with torch.no_grad():
         assert grouped_decode(q, k, v, scale=1.0).shape == (1, 4, 1, 32)  # type: ignore[union-attr]
+
+
+def test_calls_that_look_alike() -> None:
+    """What is remembered of a call must not be used for one that differs in any way that counts."""
+    q, k, v = inputs(2, 4, 2, 1, 32, 32)
+    wide = torch.randn(2, 2, 32, 48, device=DEVICE)
+    ends = (ints(32, 20), ints(3, 32), ints(32, 20).long(), torch.stack([ints(32, 20)] * 2, 1)[:, 0])
+    for _ in range(2):
+        check(q, k, v)
+        check(q, wide[..., :32], v)
+        check(q, wide[..., 1:33], v)
+        for end in ends:
+            check(q, k, v, end=end)
+        check(q, k, v, scale=0.5)
+        check(q, k, v, window=9)
+
+
+def test_no_rows_and_no_keys() -> None:
+    q, k, v = inputs(2, 4, 2, 1, 8, 32)
+    assert run(q[:0], k[:0], v[:0])[0].shape == (0, 4, 1, 32)
+    out, lse = run(q, k[:, :, :0], v[:, :, :0])
+    assert not out.any() and (lse == float("-inf")).all()
 
 
 def test_is_an_operator() -> None:

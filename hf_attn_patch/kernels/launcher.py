@@ -1,0 +1,120 @@
+"""Starting compiled Triton kernels without Triton's work at every call.
+
+``kernel[grid](...)`` binds, classifies and hashes each argument anew: 20 to 30 microseconds for kernels of sixty
+arguments, more than their work takes where the KV is short. Here that happens once for a kind of call; afterwards the
+compiled kernel is handed its arguments, pointers as plain integers.
+
+Triton compiles for what it sees in an argument: its type, whether it is 1, whether it is a multiple of 16. So calls
+of one kind must agree in all of that: :meth:`Launch.first` keeps compiled kernels by it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+from triton import knobs
+from triton.compiler import CompiledKernel
+
+Tensors = Sequence[torch.Tensor | None]
+Pointers = Sequence[int | None]
+
+#: Triton 3.6 starts a kernel by a C function of known arguments; of other versions only ``compiled[grid]`` is used.
+_DIRECT = triton.__version__.startswith("3.6.")
+_compiled: dict[Any, _Compiled] = {}
+
+
+class _Compiled:
+    """A compiled kernel, the constants that its arguments end with, and the C function that starts it (or None)."""
+
+    __slots__ = ("call", "constants", "function", "kernel", "metadata", "pdl")
+
+    def __init__(self, kernel: Any, constants: tuple[Any, ...]) -> None:
+        self.kernel, self.constants = kernel, constants
+        self.function, self.metadata = kernel.function, kernel.packed_metadata
+        run = kernel.run
+        self.call, self.pdl = None, False
+        if _DIRECT and type(run).__name__ == "CudaLauncher":
+            self.pdl = run.launch_pdl
+            if not (run.global_scratch_size or run.profile_scratch_size or run.launch_cooperative_grid):
+                self.call = run.launch
+
+
+class Launch:
+    """One kernel, its grid and all its arguments but the pointers.
+
+    Args:
+        kernel: a jitted function; its parameters are pointers, then scalars, then constants.
+        grid: programs in x and y.
+        scalars: the values of the scalars, in order.
+        constants: the compile-time values, by name.
+        options: num_warps and the like.
+    """
+
+    __slots__ = ("compiled", "constants", "grid", "kernel", "options", "scalars")
+
+    def __init__(
+        self,
+        kernel: Any,
+        grid: tuple[int, int],
+        scalars: tuple[float, ...],
+        constants: dict[str, Any],
+        options: dict[str, Any],
+    ) -> None:
+        self.kernel, self.grid, self.scalars = kernel, grid, scalars
+        self.constants, self.options = constants, options
+        self.compiled: _Compiled | None = None
+
+    def first(self, strides: Sequence[int], tensors: Tensors, pointers: Pointers, stream: int) -> None:
+        """Start the kernel for the first time: with what was compiled for its kind of call, else as Triton does.
+
+        Args:
+            strides: the scalars that Triton specialises on.
+        """
+        types = [None if t is None or p is None else (t.dtype, p % 16 == 0) for t, p in zip(tensors, pointers)]  # noqa: B905
+        classes = [(s == 1, s % 16 == 0, s < 2**31) for s in strides]
+        device = next(t.device for t in tensors if t is not None)
+        values = (*self.constants.values(), *self.options.values())
+        key = (id(self.kernel), device, tuple(types), tuple(classes), values)
+        self.compiled = _compiled.get(key)
+        if self.compiled is not None:
+            self(stream, tensors, pointers)
+            return
+        kernel = self.kernel[self.grid](*tensors, *self.scalars, **self.constants, **self.options)
+        if isinstance(kernel, CompiledKernel):  # interpreted kernels are not
+            constants = tuple(self.constants[n] for n in self.kernel.arg_names if n in self.constants)
+            self.compiled = _compiled[key] = _Compiled(kernel, constants)
+
+    def __call__(self, stream: int, tensors: Tensors, pointers: Pointers) -> None:
+        """Start the kernel on a raw stream of the current device.
+
+        Args:
+            tensors: the pointers' tensors; a compiled kernel is handed the ``pointers`` alone.
+        """
+        compiled = self.compiled
+        if compiled is None:
+            self.kernel[self.grid](*tensors, *self.scalars, **self.constants, **self.options)
+        elif compiled.call is None or _hooked():
+            compiled.kernel[(*self.grid, 1)](*pointers, *self.scalars, *compiled.constants, stream=stream)
+        else:
+            x, y = self.grid
+            compiled.call(
+                x, y, 1, stream, compiled.function, False, compiled.pdl, None, None, compiled.metadata,
+                None, None, None, *pointers, *self.scalars, *compiled.constants,
+            )  # fmt: skip
+
+
+def _hooked() -> bool:
+    """Whether somebody (a profiler) wants to be told of launches."""
+    runtime = knobs.runtime
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return bool(
+        (enter is not None and getattr(enter, "calls", True)) or (leave is not None and getattr(leave, "calls", True))
+    )
+
+
+def raw_stream(device: torch.device) -> int:
+    """The current stream of a device, as the driver's handle (0 for what is no GPU)."""
+    return int(triton.runtime.driver.active.get_current_stream(device.index)) if device.type == "cuda" else 0
