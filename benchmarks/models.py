@@ -90,10 +90,16 @@ class Variant:
     growing: bool = False
     unpadded: bool = False
     static: bool = False
+    compiled: bool = False
 
     @property
     def name(self) -> str:
-        extras = (" + GrowingCache" * self.growing, " + StaticCache" * self.static, " + unpadded" * self.unpadded)
+        extras = (
+            " + GrowingCache" * self.growing,
+            " + StaticCache" * self.static,
+            ", compiled" * self.compiled,
+            " + unpadded" * self.unpadded,
+        )
         return self.attention + "".join(extras)
 
 
@@ -101,9 +107,9 @@ def variants(row: Row, peers: tuple[str, ...], static: bool) -> list[Variant]:
     theirs, ours = [Variant(name) for name in peers], [Variant(OURS)]
     if row.kind == "decode":
         ours.append(Variant(OURS, growing=True))
-        if static:
-            ours.append(Variant(OURS, static=True))
-            theirs += [Variant(name, static=True) for name in peers]
+        if static:  # as generate(cache_implementation="static") runs it on a GPU
+            ours.append(Variant(OURS, static=True, compiled=True))
+            theirs += [Variant("sdpa", static=True, compiled=True)] * ("sdpa" in peers)
     elif row.form == "padded":
         ours.append(Variant(OURS, unpadded=True))
     return theirs + ours
@@ -199,6 +205,8 @@ def decode(model: Any, variant: Variant, inputs: Inputs) -> tuple[Callable[[], A
     assert inputs.mask is not None
     mask = torch.nn.functional.pad(inputs.mask, (0, AHEAD), value=1)
     position = inputs.mask.sum(1, keepdim=True) - 1
+    if variant.compiled:
+        return decode_compiled(model, cache, inputs, position)
 
     @torch.no_grad()
     def work() -> Any:
@@ -213,6 +221,36 @@ def decode(model: Any, variant: Variant, inputs: Inputs) -> tuple[Callable[[], A
         )
 
     return work, lambda: [work().logits]
+
+
+def decode_compiled(
+    model: Any, cache: Cache, inputs: Inputs, position: torch.Tensor
+) -> tuple[Callable[[], Any], Callable[[], list[torch.Tensor]]]:
+    """One step under torch.compile with CUDA graphs: the 4-D mask is made outside the graph, as generate does."""
+    assert inputs.mask is not None
+    S = inputs.ids.shape[1]
+    torch._dynamo.reset()
+    compiled = torch.compile(model.forward, mode="reduce-overhead", fullgraph=True)
+    room = cache.layers[0].keys.shape[2]
+    valid = torch.nn.functional.pad(inputs.mask, (0, room - S), value=0).bool()
+    state = {"length": S}
+
+    @torch.no_grad()
+    def work() -> Any:
+        length = state["length"]
+        state["length"] = length + 1
+        valid[:, length] = True
+        torch.compiler.cudagraph_mark_step_begin()
+        return compiled(
+            input_ids=inputs.ids[:, -1:].clone(),
+            attention_mask=valid[:, None, None, :].clone(),
+            position_ids=position + (length - S + 1),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+
+    return work, lambda: [work().logits.clone()]
 
 
 def train(model: Any, variant: Variant, inputs: Inputs) -> tuple[Callable[[], Any], Callable[[], list[torch.Tensor]]]:
@@ -391,7 +429,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--peers", default=",".join(PEERS), help="implementations to compare with; '' for none")
     parser.add_argument("--kv-heads", default="8,32,1", help="of 32 query heads")
     parser.add_argument("--forms", default="full,padded,packed")
-    parser.add_argument("--static", action="store_true", help="StaticCache too (not compiled), in decoding")
+    parser.add_argument("--static", action="store_true", help="StaticCache and torch.compile too, in decoding")
     parser.add_argument("--seconds", type=float, default=220, help="start nothing after so many seconds")
     parser.add_argument("--tiny", action="store_true", help="small shapes, to see it run on a CPU")
     parser.add_argument("--out", type=Path, help="a .json file or a folder; default $OUT, else the working directory")
