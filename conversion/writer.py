@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any
 
 from .errors import ConversionError
+from .report import human
 from .safetensors_header import build_header, tensor_nbytes
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
@@ -240,6 +241,4 @@ def check_space(dst: Path, needed: int) -> None:
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise ConversionError(
-            f"the disk of {folder} has {free / 1e9:.2f} GB free, but the conversion needs {needed / 1e9:.2f} GB"
-        )
+        raise ConversionError(f"the disk of {folder} has {human(free)} free, but the conversion needs {human(needed)}")

@@ -349,8 +349,8 @@ def test_destinations(src: Path) -> None:
 def test_a_full_disk_says_so_before_it_starts(src: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(src)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    convert(src, words="GB free")
-    with pytest.raises(ConversionError, match=r"needs 0\.01 GB"):
+    convert(src, words="1.0 kB free")
+    with pytest.raises(ConversionError, match=r"needs 10\.0 MB"):
         check_space(src, 10_000_000)
 
 

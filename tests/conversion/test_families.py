@@ -146,15 +146,21 @@ def make_heads_equal(model: Any, model_type: str, groups: int) -> None:
                     norms[h].weight.copy_(norms[h // size * size].weight)
 
 
-@pytest.mark.parametrize("model_type", list(FAMILIES))
-@pytest.mark.parametrize("method", ["mean", "first", "mean-norm"])
+#: one family of every layout
+LAYOUTS = ["qwen2", "phi3", "falcon", "gpt_bigcode", "cohere", "stablelm", "olmo2"]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "method"),
+    [(m, "mean") for m in FAMILIES] + [(m, method) for method in ("first", "mean-norm") for m in LAYOUTS],
+)
 def test_equal_heads_lose_nothing(model_type: str, method: str, tmp_path: Path) -> None:
     """Invariant 3: where a group's heads agree, conversion keeps the logits, cached decoding included."""
     model = tiny_model(model_type)
     new = 1 if model_type == "gpt_bigcode" else 4
     make_heads_equal(model, model_type, new)
     model.save_pretrained(tmp_path / "src")
-    convert(tmp_path / "src", tmp_path / "dst", kv_heads=new, method=method)
+    convert(tmp_path / "src", tmp_path / "dst", kv_heads=new, method=method, check_load=False)
     loaded = reload(tmp_path / "dst", FAMILIES[model_type][0])
     with torch.no_grad():
         want = model(IDS).logits
