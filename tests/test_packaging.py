@@ -1,0 +1,79 @@
+"""The wheel holds what the tree holds, and nothing of the tree is missing from the list of packages."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    tomllib = pytest.importorskip("tomli")
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = {
+    "hf_attn_patch": "hf_attn_patch",
+    "modeling": "hf_attn_patch/modeling",
+    "conversion": "hf_attn_patch/conversion",
+}
+
+
+def tree() -> set[str]:
+    """Every file of the three folders under the name it has in the wheel."""
+    found = set()
+    for folder, inside in FOLDERS.items():
+        for path in (ROOT / folder).rglob("*"):
+            if path.is_file() and "__pycache__" not in path.parts:
+                found.add(f"{inside}/{path.relative_to(ROOT / folder).as_posix()}")
+    return found
+
+
+def test_the_list_of_packages_is_complete() -> None:
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    assert sorted(listed) == sorted({Path(name).parent.as_posix().replace("/", ".") for name in tree()})
+
+
+def test_the_wheel_holds_what_the_tree_holds(tmp_path: Path) -> None:
+    pytest.importorskip("setuptools", minversion="77")
+    source = tmp_path / "source"  # building in place would leave build/ behind
+    for folder in FOLDERS:
+        shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source / name)
+    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "--no-index"]
+    done = subprocess.run([*build, "-w", str(tmp_path), str(source)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        (entry_points,) = (archive.read(name).decode() for name in names if name.endswith("entry_points.txt"))
+    assert {name for name in names if ".dist-info/" not in name} == tree()
+    assert "hf-attn = hf_attn_patch.cli:main" in entry_points
+    assert any(name.endswith("/licenses/LICENSE") for name in names)
+
+
+def test_version_is_the_same_everywhere() -> None:
+    import hf_attn_patch
+
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert hf_attn_patch.__version__ == version
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == version
+    assert f"## {version}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_the_bug_report_asks_for_the_environment() -> None:
+    form = yaml.safe_load((ROOT / ".github/ISSUE_TEMPLATE/bug.yml").read_text())
+    first = form["body"][0]
+    assert "hf-attn env" in first["attributes"]["label"] and first["validations"]["required"]
+
+
+def test_pre_commit_runs_the_ruff_that_ci_runs() -> None:
+    repos = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    (revision,) = (repo["rev"] for repo in repos if "ruff" in repo["repo"])
+    assert f"ruff=={revision.removeprefix('v')}\n" in (ROOT / "requirements/tested.txt").read_text()
