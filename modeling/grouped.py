@@ -136,6 +136,14 @@ class GroupedModel:
                 module._is_hf_initialized = False  # type: ignore[attr-defined]
         super().post_init()  # type: ignore[misc]
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """No: the stock ``_init_weights`` runs here, and transformers need not guard against one that it does not know.
+
+        (That guard passes over modules without parameters of their own, such as T5's attention and its K and V.)
+        """
+        return False
+
 
 class GroupedModelOutsideInterface(GroupedModel):
     """For families whose stock attention is not called through transformers' interface, but whose grouped one is."""

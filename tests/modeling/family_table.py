@@ -1,0 +1,56 @@
+"""The README's table of families, made from a test run.
+
+    python tests/modeling/family_table.py > docs/families.md          # runs the tests of this folder
+    python tests/modeling/family_table.py report.xml                  # from a run with --junitxml=report.xml
+
+A cell says "yes" if every test of that family and column passed, "NO" if one failed, "-" where there is none.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from xml.etree import ElementTree
+
+FOLDER = Path(__file__).parent
+COLUMNS = {
+    "stock logits, bit for bit": ("test_full_heads_are_the_stock_model",),
+    "loads by Auto class": ("test_save_and_reload_through_auto_classes",),
+    "loads without us": ("test_loads_without_this_package",),
+    "converts": ("test_mean_is_the_mean", "test_a_grouped_checkpoint"),
+    "generates": ("test_generate_and_what_it_caches", "test_beam_search"),
+    "trains": ("test_gradients_are", "test_gradient_checkpointing"),
+}
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(folder) / "report.xml"
+        if len(sys.argv) == 1:
+            command = [sys.executable, "-m", "pytest", str(FOLDER), "-q", f"--junitxml={report}"]
+            subprocess.run(command, stdout=sys.stderr, check=False)
+        cells: dict[tuple[str, str], set[str]] = {}
+        families: dict[str, None] = {}
+        for case in ElementTree.parse(report).iter("testcase"):
+            name, _, parameters = case.get("name", "").partition("[")
+            for column, prefixes in COLUMNS.items():
+                if not name.startswith(prefixes):
+                    continue
+                family = re.split(r"[-\]]", parameters.rstrip("]"))[-1]
+                families[family] = None
+                failed = case.find("failure") is not None or case.find("error") is not None
+                skipped = case.find("skipped") is not None
+                cells.setdefault((family, column), set()).add("NO" if failed else "-" if skipped else "yes")
+    print("| family | " + " | ".join(COLUMNS) + " |")
+    print("|---" * (len(COLUMNS) + 1) + "|")
+    for family in families:
+        found = [cells.get((family, column), {"-"}) for column in COLUMNS]
+        row = ["NO" if "NO" in cell else "yes" if "yes" in cell else "-" for cell in found]
+        print(f"| {family} | " + " | ".join(row) + " |")
+
+
+if __name__ == "__main__":
+    main()
