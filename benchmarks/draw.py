@@ -1,4 +1,4 @@
-"""Draw what models.py and claims.py measured.
+"""Draw what models.py, claims.py and kernels.py measured.
 
 python benchmarks/draw.py results/models.json results/claims.json      # -> results/models.svg, results/claims.svg
 """
@@ -85,12 +85,44 @@ def claims(result: dict[str, Any]) -> Any:
     return figure
 
 
+def kernels(result: dict[str, Any]) -> Any:
+    """One panel a section, one line a row: the share of the machine's limit that each kernel reaches."""
+    sections: dict[str, list[dict[str, Any]]] = {}
+    for row in result["rows"]:
+        sections.setdefault(row["section"], []).append(row)
+    names = list(dict.fromkeys(name for row in result["rows"] for name, r in row["results"].items() if "us" in r))
+    heights = [len(rows) + 1.5 for rows in sections.values()]
+    figure, axes = plt.subplots(
+        len(sections), 1, figsize=(8, 0.24 * sum(heights) + 1), height_ratios=heights, squeeze=False
+    )
+    for ax, (section, rows) in zip(axes.flat, sections.items(), strict=True):
+        for i, name in enumerate(names):
+            found = [(y, row) for y, row in enumerate(rows) if "us" in row["results"].get(name, {})]
+            limits = [result["limits"]["copy_bytes" if r["unit"] == "byte" else "matmul_flops"] for _, r in found]
+            shares = [
+                r["work"] / r["results"][name]["us"] * 1e6 / limit for (_, r), limit in zip(found, limits, strict=True)
+            ]
+            style = {"color": MINE[1], "zorder": 3} if name == "ours" else {"color": f"C{i - 1}", "alpha": 0.75}
+            ax.scatter(shares, [y for y, _ in found], s=42 if name == "ours" else 22, label=name, **style)
+        ax.set_yticks(range(len(rows)), [row["name"] for row in rows], fontsize=7)
+        ax.set_title(section, fontsize=9, loc="left")
+        ax.set_xlim(0, max(1.1, ax.get_xlim()[1]))
+        ax.axvline(1, linestyle="--", color="black", linewidth=0.8)
+        ax.grid(axis="y", color="#e5e5e5")
+        ax.tick_params(axis="x", labelsize=7)
+        ax.invert_yaxis()
+    axes[0, 0].legend(fontsize=7)
+    figure.suptitle("Kernels: share of what memory or arithmetic allows (dashed)", fontsize=11)
+    return figure
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, nargs="+", help="JSON of models.py or claims.py")
+    parser.add_argument("results", type=Path, nargs="+", help="JSON of models.py, claims.py or kernels.py")
     for path in parser.parse_args(argv).results:
         result = json.loads(path.read_text())
-        figure = models(result) if "rows" in result else claims(result)
+        draw = claims if "rows" not in result else kernels if "results" in result["rows"][0] else models
+        figure = draw(result)
         figure.text(0.01, 0.004, caption(result), fontsize=6, color="#555555")
         figure.tight_layout(rect=(0, 0.02, 1, 1))
         figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})

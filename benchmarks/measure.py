@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_timing import copy_bandwidth, matmul_rate
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PACKAGES = ("torch", "transformers", "triton", "flash-attn-4", "flash-attn", "hf-attn-patch")
@@ -64,7 +65,9 @@ def peak_bytes(work: Callable[[], Any]) -> int | None:
 
 def limits(tiny: bool = False) -> dict[str, float]:
     """What this machine can do at best, now: bf16 matmul in FLOP/s, device copy in bytes read and written a second."""
-    n, size = (256, 1 << 20) if tiny else (8192, 1 << 30)
+    if DEVICE == "cuda" and not tiny:
+        return {"matmul_flops": matmul_rate() * 1e6, "copy_bytes": copy_bandwidth() * 1e6}
+    n, size = 256, 1 << 20
     dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
     a, b = (torch.randn(n, n, device=DEVICE, dtype=dtype) for _ in "ab")
     source = torch.empty(size, dtype=torch.uint8, device=DEVICE)

@@ -79,3 +79,39 @@ def test_the_table_and_medians(load: Any) -> None:
     assert measure.median_seconds(lambda: calls.append(1), warmup=2, repeats=5) < 0.1
     assert len(calls) == 7
     assert torch.isfinite(torch.tensor(list(measure.limits(tiny=True).values()))).all()
+
+
+def test_kernels(load: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert load("kernels").main(["--tiny", "--out", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "kernels.json").read_text())["rows"]
+    assert {row["section"] for row in rows} == set(load("kernels").SECTIONS)
+    for row in rows:
+        if row["section"] != "paged":  # wants a GPU
+            assert row["results"]["ours"]["us"] > 0
+    by_name = {row["name"]: row for row in rows}
+    assert by_name["2, 96, 4/2, 32"]["work"] == 2 * (2 * 96 * 2 * 32) * 4  # K and V in fp32
+    assert by_name["1, 96, 4/2, 32 causal"]["work"] == 4 * 4 * 32 * (96 * 97 // 2)
+    assert "packed" in capsys.readouterr().out
+    drawn(load, tmp_path / "kernels.json", "share of what memory")
+
+
+def test_kernels_that_are_wrong_are_not_timed(load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels, peers = load("kernels"), load("kernel_peers")
+
+    def off(x: Any) -> Any:
+        call = peers.ours(x)
+        return lambda i: call(i) + 0.01
+
+    def broken(x: Any) -> Any:
+        raise RuntimeError("no such kernel")
+
+    contenders = {"ours": peers.ours, "off": off, "broken": broken}
+    monkeypatch.setattr(kernels, "contenders", lambda with_flex: contenders)
+    args = ["--tiny", "--sections", "decode,training", "--rows", "1, 96, 4/2", "--out", str(tmp_path / "x.json")]
+    assert kernels.main(args) == 0
+    for row in json.loads((tmp_path / "x.json").read_text())["rows"]:
+        assert "is over" in row["results"]["off"]["wrong"] and "us" not in row["results"]["off"]
+        assert "no such kernel" in row["results"]["broken"]["failed"]
+        assert row["results"]["ours"]["us"] > 0 and "ratio" not in row
+    contenders["ours"] = off
+    assert kernels.main(args) == 1
