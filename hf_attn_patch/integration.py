@@ -15,7 +15,7 @@ from .request import AttentionError
 
 NAME = "hf_attn_patch"
 #: keyword arguments that change which keys are seen or how they are weighed, and that no backend here knows
-UNKNOWN = frozenset({"indices", "block_indices", "head_mask", "block_mask", "score_mod", "mask_mod", "alibi"})
+UNKNOWN = frozenset({"indices", "block_indices", "head_mask", "block_mask", "score_mod", "mask_mod", "alibi", "sinks"})
 #: set on modules by :func:`enable` with a backend
 BACKEND_ATTRIBUTE = "_hf_attn_backend"
 
@@ -81,7 +81,8 @@ def attention_forward(
     bias = position_bias
     tracing = torch.compiler.is_compiling()
     if attention_mask is None:
-        causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+        # the modules that don't say are those of encoders, to whom no mask means that all is seen
+        causal = is_causal if is_causal is not None else getattr(module, "is_causal", False)
         window = (None, None) if sliding_window is None or not causal else (sliding_window - 1, None)
         if cu_seq_lens_q is not None:
             layout = _borders(query, key, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, causal, window)
@@ -131,8 +132,8 @@ def _refuse_unknown(module: torch.nn.Module, kwargs: dict[str, Any]) -> None:
     for name in sorted(UNKNOWN.intersection(kwargs)):
         if kwargs[name] is not None:
             raise AttentionError(
-                f"{type(module).__name__} passes {name!r}, which selects keys in a way that hf_attn_patch does not "
-                'know; load this model with attn_implementation="eager"'
+                f"{type(module).__name__} passes {name!r}, which selects or weighs keys in a way that hf_attn_patch "
+                'does not know; load this model with attn_implementation="eager"'
             )
 
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import masking_utils
+from transformers import PreTrainedModel, masking_utils
 
+from .integration import NAME
 from .pattern import Pattern
+from .request import AttentionError
 
 
 def build_mask(
@@ -50,6 +55,12 @@ def build_mask(
             allow_is_bidirectional_skip=allow_is_bidirectional_skip,
         )
         return mask if mask is None or q_length == 1 else mask.to(torch.uint8)
+    config = kwargs.get("config")
+    if getattr(config, "_attn_implementation", None) == NAME and (outside := _outside(type(config).__module__)):
+        raise AttentionError(
+            f"{outside} computes attention in its own code, outside transformers' attention interface, and cannot read "
+            'the masks of hf_attn_patch; load it with attn_implementation="eager"'
+        )
     parts = read_mask_function(mask_function)
     packed_by_caller = parts is not None and parts.get("documents") is not None
     static = isinstance(q_offset, Tensor)
@@ -78,6 +89,17 @@ def build_mask(
     # None leaves causality to the module's flag, which not every family sets: only "sees everything" may be None
     says_everything = bidirectional and getattr(kwargs.get("config"), "is_causal", None) is not False
     return None if says_everything and pattern.is_plain() else pattern.carrier()
+
+
+@cache
+def _outside(config_module: str) -> str | None:
+    """The name of a model of this config's family, if its modeling file does not ask the attention interface."""
+    name = config_module.replace(".configuration_", ".modeling_")
+    for value in vars(sys.modules[name]).values() if name in sys.modules else ():
+        if inspect.isclass(value) and issubclass(value, PreTrainedModel) and value.__module__ == name:
+            inside = value._can_set_attn_implementation()  # type: ignore[attr-defined]
+            return None if inside else value.__name__.replace("PreTrainedModel", "")
+    return None
 
 
 def _one_query(pattern: Pattern, always: bool) -> Tensor | None:

@@ -156,3 +156,13 @@ def test_a_family_outside_the_interface_is_refused(family: str) -> None:
         hf_attn_patch.enable(model)
     assert "interface" in str(caught.value)
     assert model.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("family", ["Bloom", "GPTNeoXJapanese", "LED"])
+def test_a_family_outside_the_interface_is_refused_at_its_first_forward(family: str) -> None:
+    """transformers lets such a model be loaded under any name; it must not come out wrong, or die of a shape."""
+    model_class, options = {**_OUTSIDE, "GPTNeoXJapanese": ("GPTNeoXJapaneseForCausalLM", _NAMED)}[family]
+    config = getattr(transformers, f"{family}Config")(**options)
+    model = getattr(transformers, model_class)._from_config(config, attn_implementation=IMPLEMENTATION)
+    with pytest.raises(hf_attn_patch.AttentionError, match=f"{family}.*interface.*eager"):
+        model(input_ids=tokens(2, 8))

@@ -220,6 +220,7 @@ _FAMILIES = (
              eos_token_id=2),
     _encoder("eurobert", "EuroBert", num_key_value_heads=2, bos_token_id=1, eos_token_id=2),
     _encoder("nomic_bert", "NomicBert"),
+    _encoder("splinter", "Splinter", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0),
     _encoder("esm", "Esm", "2d-only", position_embedding_type="rotary", mask_token_id=3, hidden_dropout_prob=0.0,
              attention_probs_dropout_prob=0.0, token_dropout=False),
     # ---- encoder-decoder
