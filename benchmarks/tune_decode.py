@@ -28,7 +28,7 @@ from conformance import assert_conforms
 from gpu_timing import called, copy_bandwidth, replayed
 
 from hf_attn_patch.kernels import decode
-from hf_attn_patch.kernels.decode import Tuning
+from hf_attn_patch.kernels.decode_plan import Tuning, choose
 from hf_attn_patch.kernels.decode_reference import grouped_decode_reference
 
 #: B, keys, HQ, HKV, D
@@ -215,7 +215,7 @@ def tune(case: Case, deadline: float) -> tuple[Tuning, float, list[dict[str, Any
             print("  variant failed:", tuning, type(error).__name__, str(error)[:200], flush=True)
 
     sms = torch.cuda.get_device_properties(0).multi_processor_count
-    default = decode.choose(torch.bfloat16, case.D, case.D, case.B * case.HKV, case.S, sms, varlen=case.pad != "plain")
+    default = choose(torch.bfloat16, case.D, case.D, case.B * case.HKV, case.S, sms, varlen=case.pad != "plain")
     measure(default)
     for shape in shapes(case.D):
         if time.time() < deadline:

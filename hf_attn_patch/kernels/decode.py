@@ -7,7 +7,6 @@ waits for the GPU. The plain truth is ``decode_reference.py``.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ import torch
 from hf_attn_patch.grouping import KVGrouping
 
 from .decode_kernel import LOG2E, combine_kernel, decode_kernel, mask_bounds_kernel
+from .decode_plan import Tuning, choose, merge_shape, plan, power_of_two, sm_count
 from .launcher import Launch, raw_stream
 
 MAX_QUERIES = 16
@@ -22,39 +22,6 @@ MAX_HEAD_DIM = 512
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 SHORT = 1024  # keys: for no more, finding where a mask begins and ends costs more than it saves
 _LOG2E = float(LOG2E.value)
-
-
-@dataclass(frozen=True, slots=True)
-class Tuning:
-    """How the kernels run; what they compute does not depend on it.
-
-    Args:
-        block_n: keys a tile.
-        warps: warps a worker.
-        stages: tiles in flight a worker.
-        per_sm: workers that one SM holds at a time.
-        waves: workers in all, in units of what the GPU holds at a time.
-        least: tiles that a worker takes at least.
-        block_m: query rows a tile, None: the least power of two that holds the group, 16 to 64.
-        direct: True: one worker a head, False: split by length; None: as the shapes suggest.
-        lazy_sum: add up the softmax denominator across a tile's keys only at the end.
-        evict: cache hint for K and V.
-        pdl: let the merge be set up while the workers run (programmatic dependent launch).
-        registers: the most that a thread may use, None: as the compiler likes.
-    """
-
-    block_n: int = 64
-    warps: int = 4
-    stages: int = 3
-    per_sm: int = 2
-    waves: int = 1
-    least: int = 4
-    block_m: int | None = None
-    direct: bool | None = None
-    lazy_sum: bool = True
-    evict: str = ""
-    pdl: bool = False
-    registers: int | None = None
 
 
 def grouped_decode(
@@ -160,7 +127,7 @@ def mask_bounds(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     first = torch.empty(B, dtype=torch.int32, device=mask.device)
     end = torch.empty_like(first)
     sizes = (1 if strides[1] == 0 else H, 1 if strides[2] == 0 else Sq, Sk)
-    block = min(8192, max(128, _power(Sk)))
+    block = min(8192, max(128, power_of_two(Sk)))
     launch = Launch(mask_bounds_kernel, (B, 1), (*strides, *sizes), {"BLOCK": block}, {"num_warps": 8})
     with torch.cuda.device_of(mask):
         pointers = (mask.data_ptr(), first.data_ptr(), end.data_ptr())
@@ -350,9 +317,9 @@ def _plan(
     G = HQ // HKV
     varlen = first is not None or end is not None
     span = Sk if window is None else min(Sk, window + Sq - 1)
-    sms = _sm_count(q.device)
+    sms = sm_count(q.device)
     tuning = tuning or choose(q.dtype, D, DV, B * HKV, span, sms, varlen)
-    block_m = tuning.block_m or min(64, max(16, _power(G * Sq)))
+    block_m = tuning.block_m or min(64, max(16, power_of_two(G * Sq)))
     m_tiles = -(-G * Sq // block_m)
     slots = max(1, sms * tuning.per_sm * tuning.waves // m_tiles)
     split, workers, chunk = plan(B * HKV, -(-span // tuning.block_n), slots, tuning, varlen)
@@ -368,7 +335,7 @@ def _plan(
     common = {
         "DV": DV,
         "BLOCK_N": tuning.block_n,
-        "BLOCK_B": max(16, _power(B)),
+        "BLOCK_B": max(16, power_of_two(B)),
         "WINDOW": window is not None,
         "HAS_FIRST": first is not None,
         "HAS_END": end is not None,
@@ -383,8 +350,8 @@ def _plan(
         {
             "D": D,
             "BLOCK_M": block_m,
-            "BLOCK_D": max(16, _power(D)),
-            "BLOCK_DV": max(16, _power(DV)),
+            "BLOCK_D": max(16, power_of_two(D)),
+            "BLOCK_DV": max(16, power_of_two(DV)),
             "M_TILES": m_tiles,
             "SPLIT": split,
             "CAUSAL": causal and Sq > 1,
@@ -412,70 +379,6 @@ def _plan(
     part = workers * 2 * G * Sq * (DV + 1) if split else 0
     out_strides = (Sq * HQ * DV, DV, HQ * DV, 1)  # [B, Sq, HQ, Dv] in memory
     return _Call((B, HQ, Sq, DV), out_strides, part, return_lse, q.dtype, q.device, decode, combine), strides
-
-
-def choose(dtype: torch.dtype, D: int, DV: int, heads: int, span: int, sms: int, varlen: bool) -> Tuning:
-    """The tuning for a kind of input, by what an H200 showed (``benchmarks/tune_decode.py``).
-
-    Where a worker stays in one head, one wide worker an SM is best: it has the most bytes in flight. That is so where
-    heads fill the SMs evenly (then a head is not split at all), or are so few that one is shared by eight SMs or
-    more; and it takes long heads. Else two workers an SM: while one changes heads, the other reads.
-
-    Args:
-        heads: KV heads of all batch rows.
-        span: the most keys that a head can have.
-        varlen: heads differ in length.
-    """
-    key_bytes = (_power(D) + _power(DV)) * dtype.itemsize
-    block_n = max(16, min(128, _power(32768 // key_bytes)))
-    even = not varlen and heads >= 0.95 * sms * -(-heads // sms)
-    wide = 2 * block_n
-    if (even or 8 * heads <= sms) and heads * span >= 6 * wide * sms and wide * key_bytes <= 65536:
-        return Tuning(block_n=wide, warps=8, per_sm=1, direct=even or None)
-    return Tuning(block_n=block_n, direct=even or None)
-
-
-def plan(heads: int, tiles: int, slots: int, tuning: Tuning, varlen: bool) -> tuple[bool, int, int]:
-    """Whether to split, into how many workers, and the tiles of each (at least, where lengths vary).
-
-    Args:
-        heads: KV heads of all batch rows.
-        tiles: the most tiles that a head can have.
-        slots: workers that run at a time.
-    """
-    if tuning.direct or (tuning.direct is None and tiles <= 2 * tuning.least):
-        return False, heads, 0
-    total = heads * tiles
-    workers = max(1, min(slots, -(-total // tuning.least)))
-    if varlen:
-        return True, workers, tuning.least
-    chunk = max(tuning.least, -(-total // workers))
-    if chunk < tiles:  # a cut that follows the heads spares a worker its second head, where it costs next to nothing
-        even = -(-tiles // -(-tiles // chunk))
-        rounds = -(-(heads * (tiles // even)) // slots)
-        if tiles % even == 0 and rounds * even <= chunk * 1.03:
-            chunk = even
-    if chunk % tiles == 0 and tuning.direct is None:
-        return False, heads, 0
-    return True, -(-total // chunk), chunk
-
-
-def merge_shape(parts: int, DV: int) -> tuple[int, int]:
-    """Parts and columns that one step of the merge takes."""
-    block_p = 4 if parts <= 4 else 16 if parts <= 16 else 64  # few sizes: a growing cache seldom compiles
-    return block_p, max(16, min(_power(DV), 2048 // block_p))
-
-
-def _power(n: int) -> int:
-    """The least power of two that is not below ``n`` (Triton's own is slow)."""
-    return 1 << max(0, n - 1).bit_length()
-
-
-@cache
-def _sm_count(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 4  # the interpreter: few enough that small tests split, and share workers between heads
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 @torch.library.custom_op(

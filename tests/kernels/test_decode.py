@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 pytest.importorskip("triton")
 
 from hf_attn_patch.kernels import decode
-from hf_attn_patch.kernels.decode import Tuning, grouped_decode, grouped_decode_paged, mask_bounds, plan
+from hf_attn_patch.kernels.decode import grouped_decode, grouped_decode_paged, mask_bounds
+from hf_attn_patch.kernels.decode_plan import Tuning, choose, plan
 from hf_attn_patch.kernels.decode_reference import grouped_decode_paged_reference, grouped_decode_reference
 
 DEVICE = interpreter.DEVICE
@@ -265,7 +266,7 @@ def test_plan_covers_every_tile(heads: int, tiles: int, slots: int, least: int) 
     ],
 )
 def test_choice_of_tuning(heads: int, span: int, varlen: bool, wide: bool, direct: bool | None) -> None:
-    tuning = decode.choose(torch.bfloat16, 128, 128, heads, span, 132, varlen)
+    tuning = choose(torch.bfloat16, 128, 128, heads, span, 132, varlen)
     assert (tuning.block_n, tuning.warps, tuning.per_sm) == ((128, 8, 1) if wide else (64, 4, 2))
     assert tuning.direct is direct
 

@@ -12,7 +12,8 @@ from conformance import assert_conforms
 pytest.importorskip("triton")
 
 from hf_attn_patch.kernels import decode
-from hf_attn_patch.kernels.decode import Tuning, grouped_decode, grouped_decode_paged
+from hf_attn_patch.kernels.decode import grouped_decode, grouped_decode_paged
+from hf_attn_patch.kernels.decode_plan import Tuning
 from hf_attn_patch.kernels.decode_reference import grouped_decode_paged_reference, grouped_decode_reference
 
 pytestmark = [
@@ -226,6 +227,29 @@ def test_growing_length_compiles_nothing_new() -> None:
     for length in range(2001, 2050):
         grouped_decode(q, k[:, :, :length], v[:, :, :length], scale=0.1)
     assert compiled() == before
+
+
+def test_known_calls_do_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hf_attn_patch.kernels.decode_kernel import combine_kernel, decode_kernel
+    from triton import knobs
+
+    def never(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("bound again")
+
+    q, k, v = randn(1, 8, 1, 128), *(randn(1, 2, 4096, 128, seed=i) for i in (1, 2))
+    lengths = (300, 4096, 4095)  # one kernel, two kernels, and two of a kind that is known
+    want = [grouped_decode(q, k[:, :, :n], v[:, :, :n], scale=0.1) for n in lengths]
+    decode._calls.pop(list(decode._calls)[-1])
+    for kernel in (decode_kernel, combine_kernel):
+        monkeypatch.setattr(kernel, "run", never)
+    for _ in range(2):
+        for n, before in zip(lengths, want, strict=True):
+            assert torch.equal(grouped_decode(q, k[:, :, :n], v[:, :, :n], scale=0.1), before)  # type: ignore[arg-type]
+
+    started: list[Any] = []
+    monkeypatch.setattr(knobs.runtime.launch_enter_hook, "calls", [started.append])
+    assert torch.equal(grouped_decode(q, k, v, scale=0.1), want[1])  # type: ignore[arg-type]
+    assert [metadata.get()["name"] for metadata in started] == ["decode_kernel", "combine_kernel"]
 
 
 def test_side_stream() -> None:

@@ -1,0 +1,105 @@
+"""How the decode kernels run: tile shapes, and how many workers share the keys."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """How the kernels run; what they compute does not depend on it.
+
+    Args:
+        block_n: keys a tile.
+        warps: warps a worker.
+        stages: tiles in flight a worker.
+        per_sm: workers that one SM holds at a time.
+        waves: workers in all, in units of what the GPU holds at a time.
+        least: tiles that a worker takes at least.
+        block_m: query rows a tile, None: the least power of two that holds the group, 16 to 64.
+        direct: True: one worker a head, False: split by length; None: as the shapes suggest.
+        lazy_sum: add up the softmax denominator across a tile's keys only at the end.
+        evict: cache hint for K and V.
+        pdl: let the merge be set up while the workers run (programmatic dependent launch).
+        registers: the most that a thread may use, None: as the compiler likes.
+    """
+
+    block_n: int = 64
+    warps: int = 4
+    stages: int = 3
+    per_sm: int = 2
+    waves: int = 1
+    least: int = 4
+    block_m: int | None = None
+    direct: bool | None = None
+    lazy_sum: bool = True
+    evict: str = ""
+    pdl: bool = False
+    registers: int | None = None
+
+
+def choose(dtype: torch.dtype, D: int, DV: int, heads: int, span: int, sms: int, varlen: bool) -> Tuning:
+    """The tuning for a kind of input, by what an H200 showed (``benchmarks/tune_decode.py``).
+
+    Where a worker stays in one head, one wide worker an SM is best: it has the most bytes in flight. That is so where
+    heads fill the SMs evenly (then a head is not split at all), or are so few that one is shared by eight SMs or
+    more; and it takes long heads. Else two workers an SM: while one changes heads, the other reads.
+
+    Args:
+        heads: KV heads of all batch rows.
+        span: the most keys that a head can have.
+        varlen: heads differ in length.
+    """
+    key_bytes = (power_of_two(D) + power_of_two(DV)) * dtype.itemsize
+    block_n = max(16, min(128, power_of_two(32768 // key_bytes)))
+    even = not varlen and heads >= 0.95 * sms * -(-heads // sms)
+    wide = 2 * block_n
+    if (even or 8 * heads <= sms) and heads * span >= 6 * wide * sms and wide * key_bytes <= 65536:
+        return Tuning(block_n=wide, warps=8, per_sm=1, direct=even or None)
+    return Tuning(block_n=block_n, direct=even or None)
+
+
+def plan(heads: int, tiles: int, slots: int, tuning: Tuning, varlen: bool) -> tuple[bool, int, int]:
+    """Whether to split, into how many workers, and the tiles of each (at least, where lengths vary).
+
+    Args:
+        heads: KV heads of all batch rows.
+        tiles: the most tiles that a head can have.
+        slots: workers that run at a time.
+    """
+    if tuning.direct or (tuning.direct is None and tiles <= 2 * tuning.least):
+        return False, heads, 0
+    total = heads * tiles
+    workers = max(1, min(slots, -(-total // tuning.least)))
+    if varlen:
+        return True, workers, tuning.least
+    chunk = max(tuning.least, -(-total // workers))
+    if chunk < tiles:  # a cut that follows the heads spares a worker its second head, where it costs next to nothing
+        even = -(-tiles // -(-tiles // chunk))
+        rounds = -(-(heads * (tiles // even)) // slots)
+        if tiles % even == 0 and rounds * even <= chunk * 1.03:
+            chunk = even
+    if chunk % tiles == 0 and tuning.direct is None:
+        return False, heads, 0
+    return True, -(-total // chunk), chunk
+
+
+def merge_shape(parts: int, DV: int) -> tuple[int, int]:
+    """Parts and columns that one step of the merge takes."""
+    block_p = 4 if parts <= 4 else 16 if parts <= 16 else 64  # few sizes: a growing cache seldom compiles
+    return block_p, max(16, min(power_of_two(DV), 2048 // block_p))
+
+
+def power_of_two(n: int) -> int:
+    """The least power of two that is not below ``n`` (Triton's own is slow)."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+@cache
+def sm_count(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 4  # the interpreter: few enough that small tests split, and share workers between heads
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
