@@ -230,8 +230,9 @@ def test_growing_length_compiles_nothing_new() -> None:
 
 
 def test_known_calls_do_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    from hf_attn_patch.kernels.decode_kernel import combine_kernel, decode_kernel
     from triton import knobs
+
+    from hf_attn_patch.kernels.decode_kernel import combine_kernel, decode_kernel
 
     def never(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("bound again")
