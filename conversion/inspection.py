@@ -70,7 +70,7 @@ def _choice(plan: Plan, kv_heads: int, itemsize: int, now: int) -> dict[str, Any
         "kv_heads": kv_heads,
         "kind": KVGrouping(layers[0].heads, kv_heads).kind,
         "kv_bytes_per_token": after,
-        "kv_share": after / now,
+        "kv_share": after / now if now else 1.0,
         "weight_bytes_saved": sum(_weights_saved(plan.source, layer) for layer in layers),
     }
 

@@ -14,10 +14,13 @@ from .safetensors_header import DTYPE_BITS
 def kv_bytes_per_token(layers: Iterable[LayerAttention], itemsize: float, *, new: bool) -> int:
     """Bytes that one more token adds to the KV cache: 2 * L * HKV * D * itemsize, summed over layers.
 
-    Cross-attention's cache grows with the encoder's input, one entry for each of its tokens, and counts too.
+    Cross-attention's cache grows with the encoder's input, one entry for each of its tokens, and counts too. An
+    encoder's own attention caches nothing.
     """
     total = 0.0
     for layer in layers:
+        if not layer.stack.causal and not layer.stack.cross:
+            continue
         heads = layer.new_kv_heads if new else layer.kv_heads
         total += 2 * (layer.heads if layer.stack.caches_query_heads else heads) * layer.head_dim * itemsize
     return int(total)

@@ -6,6 +6,7 @@ Rows are read by ``families.py``, which is the door to them.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -37,7 +38,7 @@ class TowerField(KVField):
 
     def write(self, raw: dict[str, Any], config: Any, heads: int, kv_heads: Sequence[int]) -> None:
         # the whole inner config: older checkpoints leave out what is as the defaults have it
-        inner = getattr(config, self.tower).to_dict()
+        inner = json.loads(json.dumps(getattr(config, self.tower).to_dict()))
         raw[self.tower] = {**inner, self.name: self._number(kv_heads), "model_type": self.becomes}
         raw.pop(f"{self.tower}_dict", None)
 

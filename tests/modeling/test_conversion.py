@@ -3,8 +3,9 @@
 import pytest
 import torch
 import transformers
-from hf_attn_patch.conversion import convert
+from hf_attn_patch.conversion import convert, inspect_source, verify
 from hf_attn_patch.conversion import from_pretrained as convert_while_loading
+from hf_attn_patch.conversion.reader import open_source
 from safetensors.torch import load_file
 from zoo_cases import CASES, DIM, HEADS, output
 
@@ -73,3 +74,16 @@ def test_the_decoder_alone_is_converted_as_in_the_paper(stock, tmp_path):
     assert all(name.startswith(("decoder.", "model.decoder.")) for name in changed)
     auto = getattr(transformers, case.auto)
     assert output(auto.from_pretrained(tmp_path / "new").eval(), case.inputs()).isfinite().all()
+
+
+@pytest.mark.parametrize("stock", ["whisper", "clip", "bert", "codegen"])
+def test_inspect_and_verify(stock, tmp_path):
+    case = next(c for c in CASES if c.stock == stock)
+    case.make(None).save_pretrained(tmp_path / "stock")
+    convert(tmp_path / "stock", tmp_path / "new", 2, method="aligned")
+    assert verify(tmp_path / "stock", tmp_path / "new").ok
+    facts = inspect_source(open_source(tmp_path / "new"))
+    # 2 layers, K and V, 2 heads of DIM in fp32; Whisper's decoder has two attentions, an encoder caches nothing
+    attentions = {"whisper": 2, "clip": 1, "bert": 0, "codegen": 1}[stock]
+    assert facts["kv_bytes_per_token"] == attentions * 2 * 2 * 2 * DIM * 4
+    assert {row["kv_heads"] for row in facts["attention"]} == {2}
