@@ -44,7 +44,7 @@ class Size:
 
 SIZES = {
     "tiny": Size(64, 2, 512, 40_000, 128, 8, 8, 3e-3, 4_000),
-    "cpu": Size(128, 4, 1024, 1_200_000, 256, 16, 8, 3e-3, 40_000),
+    "cpu": Size(128, 4, 1024, 800_000, 256, 4, 4, 3e-3, 20_000),
     "gpu": Size(512, 8, 8192, 60_000_000, 1024, 64, 32, 1e-3, 500_000),
 }
 #: the methods that are compared: the paper's, and the best one here
@@ -66,7 +66,11 @@ def main() -> None:
     say(f"1. A model with {HEADS} heads, made anew, learns Python from Python's own library ({size.tokens:,} tokens)")
     text = collect_text(out / "python.jsonl")
     make_model(out / "new", text, size)
-    uptrain(out / "new", out / "mha", text, size, size.tokens, size.lr, "0.1")
+    common: dict[str, object] = {
+        "sequence-length": size.sequence, "batch-size": size.batch, "micro-batch-size": size.micro, "warmup": 0.1,
+        "held-out-every": 25, "eval-tokens": size.eval_tokens, "eval-every": 10**9, "checkpoint-every": 0,
+    }  # fmt: skip
+    run_uptrain(out / "new", out / "mha", text, {**common, "tokens": size.tokens, "lr": size.lr})
 
     say(f"2. Fewer KV heads: {HEADS} become 2 and 1, by {' and by '.join(METHODS)}")
     for kv_heads in (2, 1):
@@ -77,9 +81,9 @@ def main() -> None:
     say("3. Uptraining with 5% of the tokens, the multi-head model as teacher")
     for kv_heads in (2, 1):
         for method in METHODS:
-            source = out / f"{method}-{kv_heads}"
-            to = out / f"{method}-{kv_heads}-uptrained"
-            uptrain(source, to, text, size, size.tokens // 20, size.lr / 3, "0.1", "--teacher", str(out / "mha"))
+            source, to = out / f"{method}-{kv_heads}", out / f"{method}-{kv_heads}-uptrained"
+            options = {**common, "tokens": size.tokens // 20, "lr": size.lr / 3, "teacher": out / "mha"}
+            run_uptrain(source, to, text, options)
 
     rows = collect(out)
     figure = draw(rows, out / "quality_over_kv_bytes.png")
@@ -114,14 +118,11 @@ def hf_attn(*arguments: object) -> None:
     run([sys.executable, "-c", "from hf_attn_patch.cli import main; main()", *words], ["hf-attn", *words])
 
 
-def uptrain(model: Path, output: Path, text: Path, size: Size, tokens: int, lr: float, warmup: str, *more: str) -> None:
-    options = {
-        "model": model, "dataset": text, "output": output, "tokens": tokens, "lr": lr, "warmup": warmup,
-        "sequence-length": size.sequence, "batch-size": size.batch, "micro-batch-size": size.micro,
-        "held-out-every": 25, "eval-tokens": size.eval_tokens, "eval-every": 10**9, "checkpoint-every": 0,
-    }  # fmt: skip
-    words = [str(EXAMPLES / "uptrain.py")] + [part for k, v in options.items() for part in (f"--{k}", str(v))]
-    run([sys.executable, *words, *more], ["python", *words, *more])
+def run_uptrain(model: Path, output: Path, text: Path, options: dict[str, object]) -> None:
+    """examples/uptrain.py, with ``options`` by their names on the command line."""
+    given = {"model": model, "dataset": text, "output": output, **options}
+    words = [str(EXAMPLES / "uptrain.py")] + [part for k, v in given.items() for part in (f"--{k}", str(v))]
+    run([sys.executable, *words], ["python", *words])
 
 
 def collect_text(path: Path) -> Path:

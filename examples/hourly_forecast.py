@@ -1,0 +1,252 @@
+"""Does a longer history help? A year of hourly prices, forecast by a transformer that sees a week, a month, a year.
+
+    python examples/hourly_forecast.py [--csv FILE --column NAME] [--steps 150] [--output FOLDER]
+
+A transformer reads 8,760 hours and forecasts the next 24 from every hour on; its context is a sliding window, so one
+pass over the series trains every window of it. The last tenth of the year is held out. Printed: error per context and
+number of KV heads, against the price of the same hour one week ago; bytes of KV cache; latency of one forecast and
+time and memory of one pass, with standard attention and with hf_attn_patch; and whether the longer history helped.
+Without a CSV of yours, a market is generated: daily, weekly and yearly seasons, two regimes, noise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import MistralConfig, MistralModel
+
+import hf_attn_patch  # noqa: F401  (registers the implementation)
+
+HORIZON = 24
+CONTEXTS = {"week": 168, "month": 720, "year": 8760}
+HEADS = 8
+
+
+def generated_market(hours: int = 8760, seed: int = 0) -> Tensor:
+    """Prices [hours] with seasons, a calm and a wild regime, and noise with memory; drawn, not real."""
+    rng = torch.Generator().manual_seed(seed)
+    t = torch.arange(hours, dtype=torch.float64)
+    day, week, year = (2 * math.pi * t / period for period in (24, 168, 8760))
+    price = 60 + 12 * torch.sin(day - 2) + 6 * torch.sin(2 * day) + 7 * torch.cos(week) + 15 * torch.cos(year)
+    switch, drawn = torch.rand(hours, generator=rng), torch.randn(hours, generator=rng, dtype=torch.float64)
+    wild, level = False, 0.0
+    for hour in range(hours):
+        wild = (switch[hour] > 0.01) if wild else bool(switch[hour] < 0.003)
+        level = 0.97 * level + (4.0 if wild else 1.0) * float(drawn[hour])
+        price[hour] += level + (10.0 if wild else 0.0)
+    return price.float()
+
+
+def read_csv(path: Path, column: str | None) -> Tensor:
+    """One column of prices, an hour a row."""
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    name = column or (list(rows[0])[-1] if rows else "")
+    try:
+        prices = torch.tensor([float(row[name]) for row in rows])
+    except (KeyError, ValueError) as error:
+        raise SystemExit(
+            f"{path}: column {name!r} is not there or holds something else than numbers ({error})"
+        ) from None
+    if len(prices) < 1000 or not prices.isfinite().all():
+        raise SystemExit(f"{path} holds {len(prices)} hours; at least 1,000 finite ones are needed")
+    return prices
+
+
+def features(prices: Tensor) -> Tensor:
+    """[S, 6]: the price, the hour of the day and of the week as points on circles, and the change since yesterday."""
+    t = torch.arange(len(prices))
+    circles = [f(2 * math.pi * t / period) for period in (24, 168) for f in (torch.sin, torch.cos)]
+    change = prices - torch.cat([prices[:1].expand(24), prices[:-24]])
+    return torch.stack([prices, *circles, change], dim=-1)
+
+
+class Forecaster(nn.Module):
+    """Price history in, the next 24 prices out, at every hour; attention looks back over ``context`` hours.
+
+    The forecast is a correction of last week's prices, so an untrained model already is the seasonal guess.
+    """
+
+    def __init__(self, context: int, kv_heads: int, width: int, layers: int, attention: str) -> None:
+        super().__init__()
+        config = MistralConfig(
+            vocab_size=1, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
+            num_attention_heads=HEADS, num_key_value_heads=kv_heads, head_dim=width // HEADS,
+            sliding_window=context, max_position_embeddings=8760, pad_token_id=None,
+        )  # fmt: skip
+        config._attn_implementation = attention
+        self.embed, self.body, self.head = nn.Linear(6, width), MistralModel(config), nn.Linear(width, HORIZON)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, S, 6] -> corrections [B, S, 24]."""
+        return self.head(self.body(inputs_embeds=self.embed(x), use_cache=False)[0])
+
+    @property
+    def kv_bytes(self) -> int:
+        """Of a full context, in fp32."""
+        c = self.body.config
+        return 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * c.sliding_window * 4
+
+
+@dataclass
+class Data:
+    """The series as features [1, S, 6], what is to come [S, 24] and last week's prices for the same hours [S, 24]."""
+
+    x: Tensor
+    future: Tensor
+    naive: Tensor
+    cut: int
+    scale: float
+
+    @classmethod
+    def of(cls, prices: Tensor, device: str) -> Data:
+        cut = int(len(prices) * 0.9)
+        mean, scale = prices[:cut].mean(), prices[:cut].std()  # of the training hours alone
+        p = (prices - mean) / scale
+        hours = torch.arange(len(p) - HORIZON)[:, None] + 1 + torch.arange(HORIZON)
+        naive = p[(hours - 168).clamp(min=0)]
+        x = features(p)[None, : len(hours)]
+        return cls(x.to(device), p[hours].to(device), naive.to(device), cut, float(scale))
+
+    def errors(self, corrections: Tensor) -> Tensor:
+        """Absolute errors [S, 24] in the data's own unit."""
+        return (self.naive + corrections[0] - self.future).abs() * self.scale
+
+
+def train(data: Data, model: Forecaster, steps: int, lr: float, name: str) -> Tensor:
+    """Train on the first nine tenths; return the held-out errors [hours, 24]."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
+    # a forecast may not be trained on prices after the cut
+    seen = data.cut - HORIZON
+    for step in (bar := tqdm(range(steps), desc=name, leave=False)):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1.0, 10 * (step + 1) / steps) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        out = model(data.x[:, :seen])
+        loss = (data.naive[168:seen] + out[0, 168:] - data.future[168:seen]).abs().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        bar.set_postfix(mae=f"{float(loss.detach()) * data.scale:.3f}", refresh=False)
+    with torch.no_grad():
+        return data.errors(model.eval()(data.x))[data.cut :]
+
+
+def timed(call: object, device: str, repeats: int = 3) -> tuple[float, float | None]:
+    """(seconds, peak bytes on a GPU) of a call; the first of it warms up."""
+    assert callable(call)
+    best = math.inf
+    for repeat in range(repeats + 1):
+        if device == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        start = time.perf_counter()
+        with torch.no_grad():
+            call()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start) if repeat else best
+    return best, torch.cuda.max_memory_allocated() if device == "cuda" else None
+
+
+def helped(short: Tensor, long: Tensor) -> str:
+    """Whether the errors [hours, 24] of the longer history are smaller, judged day by day (days are nearly apart)."""
+    days = len(short) // 24
+    gain = (short - long).mean(1)[: days * 24].reshape(days, 24).mean(1)
+    mean, error = float(gain.mean()), float(gain.std() / math.sqrt(days))
+    verdict = "helped" if mean > 2 * error else "hurt" if mean < -2 * error else "made no clear difference"
+    return f"{verdict} ({mean:+.3f} +- {error:.3f} less error)"
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Tensor]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--csv", type=Path)
+    parser.add_argument("--column")
+    parser.add_argument("--hours", type=int, default=8760, help="of the generated market")
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--output", type=Path, default=Path("hourly-forecast-output"))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(arguments)
+    prices = read_csv(args.csv, args.column) if args.csv else generated_market(args.hours)
+    data = Data.of(prices, args.device)
+
+    def make(context: int, kv_heads: int, attention: str = "hf_attn_patch") -> Forecaster:
+        torch.manual_seed(0)
+        return Forecaster(context, kv_heads, args.width, args.layers, attention).to(args.device)
+
+    kinds = {"MHA": HEADS, "GQA 4:1": HEADS // 4, "MQA": 1}
+    errors: dict[str, Tensor] = {}
+    print("| context | KV heads | KV bytes | error, 24 hours ahead | ms a forecast, standard | ours |")
+    print("|---|---|---|---|---|---|")
+    naive = data.errors(torch.zeros(1, 1, HORIZON, device=args.device))[data.cut :]
+    for name, context in CONTEXTS.items():
+        for kind, kv_heads in kinds.items():
+            model = make(context, kv_heads)
+            errors[f"{name} {kind}"] = train(data, model, args.steps, args.lr, f"{name} {kind}")
+            window = data.x[:, -context:]
+            latency = {}
+            for attention in ("eager", "hf_attn_patch"):
+                model.body.config._attn_implementation = attention
+                latency[attention] = timed(lambda m=model, w=window: m(w), args.device)[0] * 1e3
+            error = float(errors[f"{name} {kind}"].mean())
+            speed = f"{latency['eager']:.1f} | {latency['hf_attn_patch']:.1f}"
+            print(f"| {name} | {kind} ({kv_heads}) | {model.kv_bytes:,} | {error:.3f} | {speed} |", flush=True)
+    print(f"| same hour last week | | | {float(naive.mean()):.3f} | | |")
+
+    whole = {}
+    for attention in ("eager", "hf_attn_patch"):
+        model = make(CONTEXTS["year"], HEADS, attention)
+        whole[attention] = timed(lambda m=model: m(data.x), args.device, repeats=1)
+    S = data.x.shape[1]
+    print(f"\nOne pass over all {S:,} hours: {whole['eager'][0]:.3f} s with standard attention, "
+          f"{whole['hf_attn_patch'][0]:.3f} s with ours; standard attention's scores alone are "
+          f"{HEADS * S * S * 4 / 2**20:,.0f} MiB a layer")  # fmt: skip
+    if whole["eager"][1] is not None:
+        peaks = [f"{(peak or 0) / 2**20:,.0f} MiB" for _, peak in whole.values()]
+        print(f"peak memory: {peaks[0]} with standard attention, {peaks[1]} with ours")
+    print(f"\nA month instead of a week {helped(errors['week MHA'], errors['month MHA'])}.")
+    print(f"A year instead of a week {helped(errors['week MHA'], errors['year MHA'])}.")
+    draw(errors, naive, list(kinds), args.output)
+    return errors
+
+
+def draw(errors: dict[str, Tensor], naive: Tensor, kinds: list[str], folder: Path) -> None:
+    """Error over hours ahead for each context, and over KV heads."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("(no figure: pip install 'hf-attn-patch[plot]')")
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
+    ahead = range(1, HORIZON + 1)
+    for name in CONTEXTS:
+        left.plot(ahead, errors[f"{name} {kinds[0]}"].mean(0).cpu(), label=f"a {name} of history")
+        right.plot(kinds, [float(errors[f"{name} {kind}"].mean()) for kind in kinds], "o-", label=f"a {name}")
+    left.plot(ahead, naive.mean(0).cpu(), color="grey", label="same hour last week")
+    left.set(xlabel="hours ahead", ylabel="mean absolute error, held-out hours", title=kinds[0])
+    right.set(xlabel="KV heads", title="24 hours ahead")
+    left.legend()
+    right.legend()
+    folder.mkdir(parents=True, exist_ok=True)
+    figure.savefig(folder / "hourly_forecast.png", dpi=150)
+    print(f"Figure: {folder / 'hourly_forecast.png'}")
+
+
+if __name__ == "__main__":
+    main()

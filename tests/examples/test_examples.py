@@ -1,0 +1,86 @@
+"""Every example, in a small form."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from scripts import load_script, start_script
+from tiny import save_tiny, tiny_llama
+
+
+def test_generate(tmp_path, capsys):
+    before, after = save_tiny(tmp_path / "mha", tiny_llama(4)), save_tiny(tmp_path / "gqa", tiny_llama(1))
+    main = load_script("examples/generate.py").main
+    rows = main([before, after, "--max-new-tokens", "6", "--device", "cpu", "--prompt", "import"])
+    assert [row["attention"] for row in rows] == ["sdpa", "hf_attn_patch", "hf_attn_patch"]
+    assert rows[0]["text"] == rows[1]["text"]  # the same model says the same, whatever its attention
+    # two layers, K and V, heads of 16, fp32
+    assert [row["kv"] for row in rows] == [2 * 2 * 4 * 16 * 4] * 2 + [2 * 2 * 1 * 16 * 4]
+    assert "tokens/s" in capsys.readouterr().out
+
+
+def test_long_context():
+    rows = load_script("examples/long_context.py").main(["--tokens", "64", "128", "--shape", "tiny", "--device", "cpu"])
+    assert [row["standard"] for row in rows] == [2 * 4 * S * S * 4 for S in (64, 128)]
+    # a random model over 256 words
+    assert all(abs(row["loss"] - torch.log(torch.tensor(256.0)).item()) < 0.5 for row in rows)
+
+
+def test_hourly_forecast(tmp_path, capsys):
+    script = load_script("examples/hourly_forecast.py")
+    prices = script.generated_market(1500)
+    path = tmp_path / "prices.csv"
+    path.write_text("hour,price\n" + "".join(f"{i},{float(p)}\n" for i, p in enumerate(prices)))
+    arguments = ["--csv", str(path), "--steps", "12", "--width", "32", "--layers", "1", "--output", str(tmp_path)]
+    errors = script.main([*arguments, "--device", "cpu"])
+    assert set(errors) == {f"{c} {k}" for c in ("week", "month", "year") for k in ("MHA", "GQA 4:1", "MQA")}
+    shown = capsys.readouterr().out
+    # GQA 4:1 keeps a quarter of MHA's bytes and MQA an eighth
+    found = [int(n.replace(",", "")) for n in re.findall(r"\| week \| [^|]*\| ([\d,]+) \|", shown)]
+    assert found == [found[0], found[0] // 4, found[0] // 8]
+    assert "A year instead of a week" in shown
+    assert (tmp_path / "hourly_forecast.png").stat().st_size > 10_000
+
+
+def test_a_forecast_does_not_see_the_future():
+    """Prices after the cut may change what is held out, not what the model is trained on or says before them."""
+    script = load_script("examples/hourly_forecast.py")
+    prices = script.generated_market(1200)
+    changed = prices.clone()
+    changed[1080:] += 100
+    a, b = script.Data.of(prices, "cpu"), script.Data.of(changed, "cpu")
+    seen = a.cut - script.HORIZON
+    assert torch.equal(a.x[:, :seen], b.x[:, :seen])
+    assert torch.equal(a.future[:seen], b.future[:seen])
+    assert torch.equal(a.naive[:seen], b.naive[:seen])
+    # row t is told hours up to t, and asked for t + 1 and on
+    mean, scale = prices[: a.cut].mean(), prices[: a.cut].std()
+    torch.testing.assert_close(a.x[0, 500, 0] * scale + mean, prices[500])
+    torch.testing.assert_close(a.future[500] * scale + mean, prices[501:525])
+    torch.testing.assert_close(a.naive[500] * scale + mean, prices[333:357])
+
+
+@pytest.mark.slow
+def test_encoder_decoder(tmp_path):
+    process = start_script(
+        "examples/encoder_decoder.py", "--output", str(tmp_path), "--tokens", "40k", "--width", "32",
+        "--sequence-length", "64",
+    )  # fmt: skip
+    out = process.communicate()[0]
+    assert process.returncode == 0, out
+    assert re.search(r"\| 2 KV heads, uptrained \| \d\.\d{3} \|", out), out
+    assert "is filled with" in out
+
+
+@pytest.mark.slow
+def test_demo(tmp_path):
+    process = start_script("examples/demo.py", "--size", "tiny", "--output", str(tmp_path))
+    out = process.communicate()[0]
+    assert process.returncode == 0, out
+    rows = re.findall(r"^\| (mean|aligned|multi-head) \| (\d) \| (\d+) \|", out, re.MULTILINE)
+    assert rows[0] == ("multi-head", "8", str(2 * 2 * 2 * 8 * 8))
+    assert [row[1] for row in rows[1:]] == ["2", "2", "1", "1"]
+    assert "With a model of your own" in out
+    assert (tmp_path / "quality_over_kv_bytes.png").exists()
