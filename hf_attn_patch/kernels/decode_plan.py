@@ -37,7 +37,7 @@ class Tuning:
     direct: bool | None = None
     lazy_sum: bool = True
     evict: str = ""
-    pdl: bool = False
+    pdl: bool = True
     registers: int | None = None
 
 
