@@ -10,6 +10,7 @@ from family_inputs import tokens
 from family_runs import IMPLEMENTATION, build, counted, pair
 from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching import PagedAttentionCache
+from works_with import works_with
 
 import hf_attn_patch
 
@@ -18,6 +19,7 @@ import hf_attn_patch
 _BY_NAME = "kwargs" not in inspect.signature(PagedAttentionCache.update).parameters
 
 
+@works_with("transformers", "continuous batching over a paged cache", "model.generate_batch(prompts, ...)")
 @pytest.mark.parametrize("name", ["llama", "llama-mqa", "qwen2", "mistral", "gpt_oss"])
 def test_generate_batch(name: str) -> None:
     """Requests of different lengths, more than fit in one step: the tokens are those of a greedy run of each."""

@@ -1,0 +1,112 @@
+"""What other engines read of a checkpoint: a converted one has the names, the shapes and the config they expect.
+
+vLLM's rules are those of its model loaders (`stacked_params_mapping` of vllm/model_executor/models/llama.py and its
+sisters, `QKVParallelLinear` of its layers); llama.cpp's those of convert_hf_to_gguf.py, whose table of names is the
+package `gguf`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hf_attn_patch.conversion import ConversionError, convert
+from safetensors.torch import load_file
+from tiny_families import tiny_model
+from works_with import works_with
+
+HQ, HKV = 8, 2
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "olmo2", "phi3")
+
+
+def converted(family: str, tmp_path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    tiny_model(family).save_pretrained(tmp_path / "source")
+    convert(tmp_path / "source", tmp_path / "result", HKV)
+    config = json.loads((tmp_path / "result/config.json").read_text())
+    return config, load_file(tmp_path / "result/model.safetensors")
+
+
+@works_with("vLLM", "names, shapes and config that its loaders read (rules)", "vllm serve llama-2-7b-gqa8")
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_vllm_can_shard_it(family: str, ranks: int, tmp_path: Path) -> None:
+    """Each rank takes its rows of q, k and v; with fewer KV heads than ranks, ranks share a head."""
+    config, tensors = converted(family, tmp_path)
+    heads, kv_heads, width = config["num_attention_heads"], config["num_key_value_heads"], config["hidden_size"]
+    head_dim = config.get("head_dim") or width // heads
+    assert config["architectures"][0].endswith("ForCausalLM") and config["model_type"] == family
+    assert (heads, kv_heads) == (HQ, HKV)
+    assert kv_heads % ranks == 0 or ranks % kv_heads == 0
+    for i in range(config["num_hidden_layers"]):
+        layer = f"model.layers.{i}.self_attn."
+        if family == "phi3":
+            assert tensors[f"{layer}qkv_proj.weight"].shape == ((heads + 2 * kv_heads) * head_dim, width)
+            continue
+        for name, count in (("q_proj", heads), ("k_proj", kv_heads), ("v_proj", kv_heads)):
+            weight = tensors[f"{layer}{name}.weight"]
+            assert weight.shape == (count * head_dim, width)
+            own = max(1, count // ranks) * head_dim
+            copies = max(1, ranks // count)
+            for rank in range(ranks):
+                assert weight.narrow(0, rank // copies * own, own).shape[0] == own
+            bias = tensors.get(f"{layer}{name}.bias")
+            assert bias is None or bias.shape == (count * head_dim,)
+        assert tensors[f"{layer}o_proj.weight"].shape == (width, heads * head_dim)
+
+
+@works_with("llama.cpp", "names and head counts that its converter reads (its own name table)", "convert_hf_to_gguf.py")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_llama_cpp_knows_every_tensor(family: str, tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    config, tensors = converted(family, tmp_path)
+    architecture = {"mistral": "LLAMA", "llama": "LLAMA"}.get(family, family.upper())
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture], config["num_hidden_layers"])
+    unknown = [name for name in tensors if names.get_name(name, try_suffixes=(".weight", ".bias")) is None]
+    assert unknown == []
+    assert config["num_key_value_heads"] == HKV  # becomes attention.head_count_kv
+
+
+@works_with("llama.cpp", "RoPE's order of rows, turned KV head by KV head", "convert_hf_to_gguf.py")
+def test_llama_cpp_permutes_the_grouped_heads(tmp_path: Path) -> None:
+    """Its LlamaModel.permute takes k_proj apart into num_key_value_heads heads and interleaves their halves."""
+    config, tensors = converted("llama", tmp_path)
+    weight = tensors["model.layers.0.self_attn.k_proj.weight"]
+    heads, D = config["num_key_value_heads"], config["hidden_size"] // config["num_attention_heads"]
+    turned = weight.reshape(heads, 2, weight.shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(weight.shape)
+    for h in range(heads):
+        halves = weight[h * D : (h + 1) * D].chunk(2)
+        assert torch.equal(turned[h * D : (h + 1) * D : 2], halves[0])
+        assert torch.equal(turned[h * D + 1 : (h + 1) * D : 2], halves[1])
+
+
+@works_with("torchao", "a quantized source is refused in one sentence", "hf-attn convert QUANTIZED DST --kv-heads 8")
+def test_torchao_source_is_refused(multi_head: Path, tmp_path: Path) -> None:
+    pytest.importorskip("torchao")
+    from torchao.quantization import Int8WeightOnlyConfig
+    from transformers import AutoModelForCausalLM, TorchAoConfig
+
+    model = AutoModelForCausalLM.from_pretrained(
+        multi_head, quantization_config=TorchAoConfig(Int8WeightOnlyConfig()), dtype=torch.bfloat16
+    )
+    model.save_pretrained(tmp_path / "quantized")
+    with pytest.raises(ConversionError, match="quantized checkpoint; convert the unquantized one"):
+        convert(tmp_path / "quantized", tmp_path / "result", 2)
+    assert not (tmp_path / "result").exists()
+
+
+@works_with("torchao", "a converted model, quantized afterwards", "TorchAoConfig(Int8WeightOnlyConfig())")
+def test_torchao_after_conversion(grouped: Path, load: Any, batch: dict[str, torch.Tensor]) -> None:
+    pytest.importorskip("torchao")
+    from torchao.quantization import Int8WeightOnlyConfig
+    from transformers import AutoModelForCausalLM, TorchAoConfig
+
+    model = AutoModelForCausalLM.from_pretrained(
+        grouped, quantization_config=TorchAoConfig(Int8WeightOnlyConfig()), attn_implementation="hf_attn_patch"
+    ).eval()
+    seen = batch["attention_mask"] == 1
+    with torch.no_grad():
+        full, quantized = load()(**batch).logits[seen], model(**batch).logits[seen]
+    assert 0 < float((full - quantized).norm() / full.norm()) < 0.05
