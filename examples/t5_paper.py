@@ -147,7 +147,7 @@ def draw_figure(results: dict[str, Any], path: Path) -> None:
 
 @click.command(help=__doc__.split("\n\n")[0])
 @click.option("--out", type=click.Path(path_type=Path), default=Path("t5_paper"), show_default=True)
-@click.option("--steps", default=800, show_default=True, help="Steps of the first training.")
+@click.option("--steps", default=1500, show_default=True, help="Steps of the first training.")
 @click.option("--alpha", default=0.05, show_default=True, help="Share of them for uptraining.")
 @click.option("--pairs", default=16000, show_default=True, help="Functions to learn from.")
 @click.option("--seeds", default=2, show_default=True, help="Runs of each method.")

@@ -17,7 +17,7 @@ from xml.etree import ElementTree
 
 FOLDER = Path(__file__).parent
 COLUMNS = {
-    "stock logits, bit for bit": ("test_full_heads_are_the_stock_model",),
+    "stock logits at full heads": ("test_full_heads_are_the_stock_model",),
     "loads by Auto class": ("test_save_and_reload_through_auto_classes",),
     "loads without us": ("test_loads_without_this_package",),
     "converts": ("test_mean_is_the_mean", "test_a_grouped_checkpoint"),
