@@ -10,8 +10,9 @@ figure come from that file (``--report`` makes them again).
 
 Calibration text is the beginning of the uptraining text: a model uptrained with 1% has seen 1% of the tokens in all.
 
-A method or a recipe may be varied by fields of its own: ``--methods calibrated+refit:epochs=16:train=layer``,
-``--recipes plain:lr=2e-4:hidden=1``. ``--workers`` processes share the GPU, which one small model cannot fill.
+A method or a recipe may be varied by fields of its own: ``--methods calibrated+refit:epochs=16``,
+``--recipes plain:lr=2e-4:hidden=1``. Of several recipes the best of the first seed, for each method, loss and share,
+is run with the other seeds too, and is what the table and the figure show. ``--workers`` processes share the GPUs.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from hf_attn_patch.conversion.heads import LayerAttention, stack_layers
 from hf_attn_patch.conversion.layouts import AttentionWeights
 from hf_attn_patch.conversion.pool import first_of, mean_of
 from hf_attn_patch.conversion.refit import RefitRecipe, refit
+from quality_report import best_recipe, report
 from transformers import LlamaForCausalLM
 
 DATA_SEED = 1000  # of the uptraining text; the base model's is its own seed
@@ -148,13 +150,14 @@ def convert(model: LlamaForCausalLM, kv_heads: int, how: Conversion, ids: torch.
             new.self_attn.o_proj.weight.copy_(weights.o.transpose(0, 1).flatten(1))
     if how.refit:
         refit(
-            student,
             model,
             student.model.layers,
             model.model.layers,
             ids,
             how.refit,
+            trained=lambda layer: list(layer.self_attn.parameters()),
             autocast=lambda: autocast(ids.device),
+            noise=1e-5 if ids.is_cuda else 1e-10,
         )
     return student
 
@@ -287,9 +290,14 @@ class Bench:
 _bench: Bench | None = None
 
 
-def _begin(*args: Any) -> None:
+def _begin(size: Size, cache: Path, device: str, compiled: bool) -> None:
+    """In each worker: a GPU of its own where there are several."""
     global _bench
-    _bench = Bench(*args)
+    if device == "cuda":
+        number = (multiprocessing.current_process()._identity or (1,))[0] - 1
+        device = f"cuda:{number % torch.cuda.device_count()}"
+        torch.cuda.set_device(device)
+    _bench = Bench(size, cache, device, compiled)
 
 
 def _do(name: str, *args: Any) -> dict[str, Any]:
@@ -317,6 +325,7 @@ class Work:
         file = options.out / "quality.json"
         self.records: list[dict[str, Any]] = json.loads(file.read_text())["records"] if file.exists() else []
         self.pending: list[Future[dict[str, Any]]] = []
+        self.asked: set[tuple[Any, ...]] = set()
 
     def run(self) -> None:
         options = self.options
@@ -354,6 +363,9 @@ class Work:
         }[kind]
         wanted = {"kind": {"base": "base", "convert": "untrained", "uptrain": "uptrained"}[kind]}
         wanted.update(zip(names, args, strict=True))
+        if (kind, *args) in self.asked:
+            return
+        self.asked.add((kind, *args))
         known = next((r for r in self.records if all(r.get(k) == v for k, v in wanted.items())), None)
         file = weights_file(self.options.cache, self.size, "base" if kind == "base" else "student", *args)
         if known is not None and (kind == "uptrain" or file.exists()):
@@ -365,22 +377,42 @@ class Work:
     def follow(self, record: dict[str, Any]) -> None:
         """Submit what can start once ``record`` is there."""
         options, seed = self.options, record["seed"]
-        ways = [
-            (share, loss == "kd", recipe)
-            for share in options.shares
-            for recipe in options.recipes
-            for loss in options.losses
-        ]
         if record["kind"] == "base":
             for method in options.methods:
                 for n in options.kv_heads:
                     self.submit("convert", seed, n, method)
             if options.control:
-                for share, recipe in dict.fromkeys((share, recipe) for share, _, recipe in ways):
-                    self.submit("uptrain", seed, self.size.heads, "none", share, False, recipe)
-        elif record["kind"] == "untrained" and (not options.uptrain or record["method"] in options.uptrain):
-            for way in ways:
-                self.submit("uptrain", seed, record["kv_heads"], record["method"], *way)
+                for share in options.shares:
+                    for recipe in self.recipes(seed, "none", share, False):
+                        self.submit("uptrain", seed, self.size.heads, "none", share, False, recipe)
+        elif record["kind"] == "untrained":
+            self.uptrain(record)
+        elif seed == options.seeds[0]:  # perhaps the last of the recipes: the other seeds wait for that
+            for other in list(self.records):
+                if other["kind"] == "untrained" or (other["kind"] == "base" and options.control):
+                    self.follow(other)
+
+    def uptrain(self, record: dict[str, Any]) -> None:
+        options, seed, method = self.options, record["seed"], record["method"]
+        if seed not in options.seeds or (options.uptrain and method not in options.uptrain):
+            return
+        for share in options.shares:
+            for loss in options.losses:
+                for recipe in self.recipes(seed, method, share, loss == "kd"):
+                    self.submit("uptrain", seed, record["kv_heads"], method, share, loss == "kd", recipe)
+
+    def recipes(self, seed: int, method: str, share: float, distil: bool) -> list[str]:
+        """All of them for the first seed, and what is best there for the others (nothing before that is known)."""
+        options = self.options
+        if seed == options.seeds[0] or len(options.recipes) == 1:
+            return list(options.recipes)
+        heads = [self.size.heads] if method == "none" else options.kv_heads
+        wanted = {"kind": "uptrained", "seed": options.seeds[0], "method": method, "share": share, "distil": distil}
+        found = [r for r in self.records if all(r.get(k) == v for k, v in wanted.items())]
+        done = {(r["kv_heads"], r["recipe"]) for r in found}
+        if any((n, recipe) not in done for n in heads for recipe in options.recipes):
+            return []
+        return [best_recipe(found)]
 
 
 def describe(record: dict[str, Any]) -> str:
@@ -404,7 +436,7 @@ def write(out: Path, size: Size, records: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    words = lambda text: text.split(",")  # noqa: E731
+    words = lambda text: [] if text == "none" else text.split(",")  # noqa: E731
     numbers = lambda text: [int(n) for n in text.split(",")]  # noqa: E731
     parser.add_argument("--small", action="store_true", help="a model and a budget for a CPU")
     parser.add_argument("--out", type=Path, default=Path("quality-results"))
@@ -413,7 +445,7 @@ def main() -> None:
     parser.add_argument("--kv-heads", type=numbers, default=[4, 2, 1])
     parser.add_argument("--methods", type=words, default=list(METHODS))
     parser.add_argument("--uptrain", type=words, default=[], help="the methods to uptrain (default: all)")
-    parser.add_argument("--shares", type=lambda t: [float(x) for x in t.split(",")], default=[0.01, 0.05])
+    parser.add_argument("--shares", type=lambda t: [float(x) for x in words(t)], default=[0.01, 0.05])
     parser.add_argument("--losses", type=words, default=["ce", "kd"])
     parser.add_argument("--recipes", type=words, default=["plain"])
     parser.add_argument("--control", action="store_true", help="also train the multi-head model on as many more tokens")
@@ -434,8 +466,6 @@ def main() -> None:
             varied(given, known)
     if not options.report:
         Work(options, size).run()
-    from quality_report import report
-
     report(options.out)
 
 

@@ -20,37 +20,66 @@ def spread(values: Iterable[float]) -> str:
     return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
 
 
-def columns(records: list[dict[str, Any]]) -> list[tuple[str, bool | None, float]]:
-    """(recipe, distilled, share) of every column; the first is untrained."""
-    found = {(r["recipe"], r["distil"], r["share"]) for r in records if r["kind"] == "uptrained"}
-    return [("", None, 0.0), *sorted(found, key=lambda c: (c[0], c[1], c[2]))]
+def best_recipe(records: Iterable[dict[str, Any]]) -> str:
+    """Of uptrained models, the recipe that is best on average over those numbers of KV heads that all were run with."""
+    losses: dict[str, dict[int, float]] = defaultdict(dict)
+    for r in records:
+        losses[r["recipe"]][r["kv_heads"]] = r["loss"]
+    common = set.intersection(*(set(x) for x in losses.values()))
+    if not common:  # nothing to compare by: the recipe that was run most
+        return max(losses, key=lambda recipe: len(losses[recipe]))
+    return min(losses, key=lambda recipe: statistics.mean(losses[recipe][n] for n in common))
+
+
+def chosen(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The records without those of recipes that were not chosen; the choice is made on the first seed alone.
+
+    One recipe for each method, loss and share, whatever the number of KV heads.
+    """
+    first = min((r["seed"] for r in records), default=0)
+    kinds: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
+    for r in records:
+        if r["kind"] == "uptrained" and r["seed"] == first:
+            kinds[r["method"], r["distil"], r["share"]].append(r)
+    best = {kind: best_recipe(found) for kind, found in kinds.items()}
+    return [
+        r
+        for r in records
+        if r["kind"] != "uptrained" or best.get((r["method"], r["distil"], r["share"])) == r["recipe"]
+    ]
+
+
+Column = tuple[bool | None, float]
+
+
+def column_of(record: dict[str, Any]) -> Column:
+    """(distilled, share) of a record; untrained is (None, 0)."""
+    return (None, 0.0) if record["kind"] == "untrained" else (record["distil"], record["share"])
+
+
+def title(column: Column) -> str:
+    return "untrained" if column[0] is None else f"{column[1]:.0%} {'KD' if column[0] else 'CE'}"
 
 
 def table(records: list[dict[str, Any]]) -> str:
     """Markdown: a row for each number of KV heads and method, a column for each way of uptraining.
 
-    In brackets the recovery, (L_mean,0 - L) / (L_mean,0 - L_MHA): 100% is the original's loss, 0% that of untrained
-    mean-pooling to as many KV heads, whatever the method.
+    A cell is the mean over seeds and its standard deviation. In brackets the recovery, (L_mean,0 - L) / (L_mean,0 -
+    L_MHA): 100% is the original's loss, 0% that of untrained mean-pooling to as many KV heads, whatever the method.
     """
     base = {r["seed"]: r["loss"] for r in records if r["kind"] == "base"}
-    lines = [f"MHA: {spread(base.values())} nats a token, {len(base)} seeds", ""]
+    lines = [f"MHA: {spread(base.values())} nats a token, {len(base)} seed{'s' if len(base) > 1 else ''}", ""]
     worst = {
         (r["seed"], r["kv_heads"]): r["loss"] for r in records if r["kind"] == "untrained" and r["method"] == "mean"
     }
-    cells: dict[tuple[Key, tuple[str, bool | None, float]], list[dict[str, Any]]] = defaultdict(list)
-    for r in records:
-        if r["kind"] != "base":
-            column = ("", None, 0.0) if r["kind"] == "untrained" else (r["recipe"], r["distil"], r["share"])
-            cells[(r["kv_heads"], r["method"]), column].append(r)
-    wanted = columns(records)
-    titles = [
-        "untrained" if c[1] is None else f"{c[2]:.0%} {'KD' if c[1] else 'CE'}{' ' + c[0] if c[0] else ''}"
-        for c in wanted
-    ]
-    lines += ["| KV heads | method | " + " | ".join(titles) + " | seconds | GB |"]
-    lines += ["|---" * (len(titles) + 4) + "|"]
-    keys = list(dict.fromkeys(k for k, _ in cells))
-    for key in sorted(keys, key=lambda k: -k[0]):
+    shown = [r for r in chosen(records) if r["kind"] != "base"]
+    cells: dict[tuple[Key, Column], list[dict[str, Any]]] = defaultdict(list)
+    for r in shown:
+        cells[(r["kv_heads"], r["method"]), column_of(r)].append(r)
+    wanted = sorted({column_of(r) for r in shown}, key=lambda c: (c[1], bool(c[0])))
+    lines += ["| KV heads | method | " + " | ".join(map(title, wanted)) + " | seconds | GB |"]
+    lines += ["|---" * (len(wanted) + 4) + "|"]
+    for key in sorted(dict.fromkeys(k for k, _ in cells), key=lambda k: -k[0]):
         row = []
         for column in wanted:
             found = cells.get((key, column), [])
@@ -61,42 +90,69 @@ def table(records: list[dict[str, Any]]) -> str:
                 if (r["seed"], key[0]) in worst and r["seed"] in base
             ]
             row.append(text + (f" ({statistics.mean(shares):.1%})" if shares else ""))
-        conversions = cells.get((key, wanted[0]), [])
-        seconds = spread(r["seconds"] for r in conversions)
+        conversions = cells.get((key, (None, 0.0)), [])
+        seconds = f"{statistics.median(r['seconds'] for r in conversions):.1f}" if conversions else ""
         peak = f"{max(r['peak_gpu_bytes'] for r in conversions) / 1e9:.2f}" if conversions else ""
-        lines.append(f"| {key[0]} | {key[1]} | " + " | ".join(row) + f" | {seconds} | {peak} |")
-    return "\n".join(lines)
+        name = "MHA, trained on" if key[1] == "none" else key[1]
+        lines.append(f"| {key[0]} | {name} | " + " | ".join(row) + f" | {seconds} | {peak} |")
+    return "\n".join([*lines, *choices(records)])
+
+
+def choices(records: list[dict[str, Any]]) -> list[str]:
+    """What was tried and chosen on the first seed, below the table."""
+    first = min((r["seed"] for r in records), default=0)
+    tried = [r for r in records if r["kind"] == "uptrained" and r["seed"] == first]
+    kept = {(r["method"], column_of(r), r["recipe"]) for r in chosen(tried)}
+    lines = []
+    for method, column in dict.fromkeys((r["method"], column_of(r)) for r in tried):
+        texts: dict[str, list[str]] = defaultdict(list)
+        for r in tried:
+            if (r["method"], column_of(r)) == (method, column):
+                texts[r["recipe"]].append(f"{r['kv_heads']}: {r['loss']:.3f}")
+        if len(texts) > 1:
+            parts = [
+                f"{'**' + n + '**' if (method, column, n) in kept else n} ({', '.join(t)})" for n, t in texts.items()
+            ]
+            lines.append(f"- {method}, {title(column)}: " + "; ".join(parts))
+    return ["", f"Recipes, chosen on seed {first} (KV heads: loss):", "", *lines] if lines else []
 
 
 def figure(records: list[dict[str, Any]], file: Path) -> None:
-    """Held-out loss over the share of the tokens, one panel for each number of KV heads."""
+    """Held-out loss over the share of the tokens, mean over seeds; one panel for each number of KV heads."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     base = statistics.mean(r["loss"] for r in records if r["kind"] == "base")
-    curves: dict[Key, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for r in records:
+    curves: dict[tuple[int, str, bool], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for r in chosen(records):
         if r["kind"] == "untrained":
-            curves[r["kv_heads"], r["method"]][0.0].append(r["loss"])
+            for distil in (False, True):
+                curves[r["kv_heads"], r["method"], distil][0.0].append(r["loss"])
         elif r["kind"] == "uptrained" and r["method"] != "none":
-            curves[r["kv_heads"], r["method"]][r["share"]].append(r["loss"])
-    panels = sorted({n for n, _ in curves}, reverse=True)
+            curves[r["kv_heads"], r["method"], r["distil"]][r["share"]].append(r["loss"])
+    panels = sorted({n for n, _, _ in curves}, reverse=True)
     if not panels:
         return
     fig, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4.2), sharey=True, squeeze=False)
-    methods = sorted({m for _, m in curves})
+    methods = list(dict.fromkeys(m for _, m, _ in curves))
     for axis, n in zip(axes[0], panels, strict=True):
         for i, method in enumerate(methods):
-            points = curves.get((n, method))
-            if not points:
-                continue
-            shares = sorted(points)
-            # of several ways to uptrain with the same share, the best by its mean over seeds is not known here:
-            # the lowest mean over what was run
-            axis.plot([100 * s for s in shares], [min(points[s]) for s in shares], "o-", color=f"C{i}", label=method)
-        axis.axhline(base, color="black", linestyle="--", linewidth=1, label="multi-head original")
+            for distil in (True, False):
+                points = curves.get((n, method, distil), {})
+                trained = len(points) > 1
+                if not points or (not trained and (not distil or len(curves.get((n, method, False), {})) > 1)):
+                    continue
+                shares = sorted(points)
+                means = [statistics.mean(points[s]) for s in shares]
+                errors = [statistics.stdev(points[s]) if len(points[s]) > 1 else 0.0 for s in shares]
+                label = method + ((", KD" if distil else ", CE") if trained else "")
+                axis.errorbar(
+                    [100 * s for s in shares], means, errors, fmt="o-" if distil else "s--", color=f"C{i}", label=label,
+                    capsize=2, markersize=4,
+                )  # fmt: skip
+        axis.axhline(base, color="black", linestyle=":", linewidth=1, label="multi-head original")
         axis.set(
             title=f"{n} KV head{'s' if n > 1 else ''}", xlabel="uptraining, % of the pretraining tokens", yscale="log"
         )
@@ -114,4 +170,7 @@ def report(out: Path) -> None:
     text = table(records)
     print(text)
     (out / "quality.md").write_text(text + "\n")
-    figure(records, out / "quality.png")
+    try:
+        figure(records, out / "quality.png")
+    except ImportError as error:
+        print(f"no figure: {error} (pip install matplotlib; then --report)")

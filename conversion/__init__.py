@@ -13,6 +13,7 @@ from .errors import ConversionError
 
 if TYPE_CHECKING:
     from .api import convert, plan
+    from .evaluation import evaluate
     from .inspection import inspect_source
     from .loading import from_pretrained
     from .verification import verify
@@ -20,13 +21,14 @@ if TYPE_CHECKING:
 # looked up when they are asked for: torch and transformers take seconds to import, and `hf-attn --help` needs neither
 _LAZY = {
     "convert": "api",
+    "evaluate": "evaluation",
     "from_pretrained": "loading",
     "inspect_source": "inspection",
     "plan": "api",
     "verify": "verification",
 }
 
-__all__ = ["ConversionError", "convert", "from_pretrained", "inspect_source", "plan", "verify"]
+__all__ = ["ConversionError", "convert", "evaluate", "from_pretrained", "inspect_source", "plan", "verify"]
 
 
 def __getattr__(name: str) -> Any:

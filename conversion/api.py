@@ -9,7 +9,6 @@ from typing import Any
 
 from .hub import resolve
 from .loadcheck import check_loads
-from .methods import DEFAULT_METHOD
 from .planner import KVHeads, Plan, make_plan
 from .reader import no_reading_errors
 from .shards import parse_size
@@ -21,7 +20,7 @@ def plan(
     src: StrPath,
     kv_heads: KVHeads,
     *,
-    method: str = DEFAULT_METHOD,
+    method: str | None = None,
     seed: int = 0,
     revision: str | None = None,
     allow_pickle: bool = False,
@@ -36,7 +35,8 @@ def plan(
         src: a checkpoint folder or a hub id.
         kv_heads: HKV of the result: one number; a list with one per layer (where the architecture can express
             it); or ``{attention: number or list}`` for models with several attentions.
-        method: how heads are merged; see ``hf_attn_patch.conversion.methods.METHODS``.
+        method: how heads are merged; see ``hf_attn_patch.conversion.methods.METHODS``, and ``auto``. None: ``auto``
+            with ``calibrate=``, a calibration text, and ``mean`` without.
         seed: for methods that draw numbers.
         revision: branch, tag or commit of a hub id.
         allow_pickle: read ``pytorch_model.bin`` (with ``weights_only=True``) where there is no safetensors file.

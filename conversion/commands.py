@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from .errors import ConversionError
-from .methods import DEFAULT_METHOD, METHODS, all_options
+from .methods import AUTO, METHODS, all_options
 
 KVHeads = int | list[int] | dict[str, int | list[int]]
 
@@ -60,7 +60,7 @@ def method_options(function: Callable[..., Any]) -> Callable[..., Any]:
         flag = f"--{option.name.replace('_', '-')}"
         text = f"{option.help} [{owners}]"
         if option.type is bool:
-            declare = click.option(flag, is_flag=True, default=None, help=text)
+            declare = click.option(f"{flag}/--no-{flag[2:]}", default=None, help=text)
         else:
             declare = click.option(flag, type=option.type, default=None, help=text)
         function = declare(function)
@@ -79,9 +79,12 @@ def command_line() -> str:
     "--kv-heads", required=True, metavar="N", help="KV heads of the result: 8; 8,8,4,4 (one per layer); self=4,cross=2."
 )
 @click.option(
-    "--method", default=DEFAULT_METHOD, show_default=True, metavar="NAME", help="One of: " + ", ".join(METHODS) + "."
+    "--method",
+    metavar="NAME",
+    help=f"{AUTO} (calibrated with --calibrate, otherwise aligned), {', '.join(METHODS)}.  "
+    "[default: auto with --calibrate, otherwise mean]",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="For methods that draw numbers.")
+@click.option("--seed", type=int, default=0, show_default=True, help="For methods that draw numbers or text.")
 @method_options
 @click.option("--dry-run", is_flag=True, help="Print what would happen, from config and headers alone.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
@@ -99,8 +102,8 @@ def command_line() -> str:
 @click.option("-v", "--verbose", is_flag=True, help="Print the plan first.")
 @user_errors
 def convert(
-    src: str, dst: str | None, kv_heads: str, method: str, seed: int, dry_run: bool, as_json: bool, overwrite: bool,
-    resume: bool, workers: int, max_shard_size: str | None, revision: str | None, allow_pickle: bool,
+    src: str, dst: str | None, kv_heads: str, method: str | None, seed: int, dry_run: bool, as_json: bool,
+    overwrite: bool, resume: bool, workers: int, max_shard_size: str | None, revision: str | None, allow_pickle: bool,
     allow_nonfinite: bool, with_code: bool, push_to_hub: str | None, private: bool, quiet: bool, verbose: bool,
     **options: Any,
 ) -> None:  # fmt: skip
@@ -156,7 +159,9 @@ def convert(
     if as_json:
         click.echo(json.dumps(record, indent=2))
     elif not quiet:
-        click.echo(f"{dst}: {human(plan.bytes_after)} in {len(plan.shards)} file(s), method {method}")
+        for note in (record["details"] or {}).get("notes", ()):
+            click.echo(f"Note: {note}.", err=True)
+        click.echo(f"{dst}: {human(plan.bytes_after)} in {len(plan.shards)} file(s), method {plan.method.name}")
 
 
 @click.command()
@@ -196,7 +201,10 @@ def verify(src: str, dst: str, as_json: bool, revision: str | None, allow_pickle
         for line in found.differences:
             click.echo(line)
         if found.not_recomputed:
-            click.echo(f"not recomputed (the method is not exact): {len(found.not_recomputed)} merged tensors")
+            click.echo(
+                f"not computed again (they depend on a calibration text): {len(found.not_recomputed)} merged tensors; "
+                "checked: their shapes, that they are finite, that SRC has the heads they were made from"
+            )
         if found.rounded:
             click.echo(f"equal up to rounding: {len(found.rounded)} merged tensors")
         verdict = "is" if found.ok else "is NOT"

@@ -72,12 +72,14 @@ def execute(
             plan.tensors[n].nbytes for s in plan.shards if f"copy {s.name}" in folder.done for n in s.tensors
         )
         check_space(dst, plan.bytes_after - finished + MARGIN)
-        merge = plan.method.build(plan, plan.options) if plan.units else _nothing
+        left = any(f"unit {number}" not in folder.done for number in range(len(plan.units)))
+        merge = plan.method.build(plan, plan.options) if left else _nothing
         _Work(plan, folder, merge, allow_nonfinite, progress).run(workers)
         digests = {
             name: digest for job in folder.done if job.startswith("unit ") for name, digest in folder.done[job].items()
         }
-        record = make_record(plan, digests, command, merge)
+        details = folder.done.get("details") or getattr(merge, "record", None)
+        record = make_record(plan, digests, command, details)
         if len(plan.shards) > 1:
             folder.write_text(INDEX, index_json(plan))
         for name in plan.source.companions:
@@ -116,8 +118,12 @@ class _Work:
         plan = self.plan
         home = {name: shard.name for shard in plan.shards for name in shard.tensors}
         if plan.method.ordered:
+            # what a layer becomes depends on those below it: all of them again, unless all are there
+            again = any(f"unit {number}" not in self.folder.done for number in range(len(plan.units)))
             for number in range(len(plan.units)):
-                self.unit(number)
+                self.unit(number, again)
+            if again:
+                self.folder.mark("details", getattr(self.merge, "record", None))
         with ThreadPoolExecutor(workers) as pool:
             # a file's units come right after its copy, so that its pages are still in memory
             jobs = []
@@ -138,10 +144,10 @@ class _Work:
         if not self.stop.is_set():
             function(argument)
 
-    def unit(self, number: int) -> None:
-        """Compute one unit and write its tensors."""
+    def unit(self, number: int, again: bool = False) -> None:
+        """Compute one unit and write its tensors, if that is not done or if it must be done ``again``."""
         unit, job = self.plan.units[number], f"unit {number}"
-        if job not in self.folder.done:
+        if again or job not in self.folder.done:
             digests: dict[str, str] = {}
             made = compute_unit(self.plan, unit, self.merge, allow_nonfinite=self.allow_nonfinite, digests=digests)
             for name, tensor in made.items():
@@ -260,7 +266,7 @@ def heads_sha256(digests: Mapping[str, str]) -> str:
     return hashlib.sha256(json.dumps(sorted(digests.items())).encode()).hexdigest()
 
 
-def make_record(plan: Plan, digests: dict[str, str], command: str | None, merge: Merge | None = None) -> dict[str, Any]:
+def make_record(plan: Plan, digests: dict[str, str], command: str | None, details: Any = None) -> dict[str, Any]:
     """The content of conversion.json."""
     import platform
 
@@ -296,5 +302,5 @@ def make_record(plan: Plan, digests: dict[str, str], command: str | None, merge:
         "kv_heads": plan.requested,
         "with_code": plan.with_code,
         "attention": stack_rows(plan),
-        "details": getattr(merge, "record", None),
+        "details": details,
     }

@@ -9,7 +9,6 @@ from .api import StrPath
 from .api import plan as make_plan
 from .engine import compute_unit
 from .errors import ConversionError
-from .methods import DEFAULT_METHOD
 from .planner import KVHeads, Plan
 from .reader import no_reading_errors
 
@@ -19,7 +18,7 @@ def from_pretrained(
     src: StrPath,
     *,
     num_key_value_heads: KVHeads,
-    method: str = DEFAULT_METHOD,
+    method: str | None = None,
     seed: int = 0,
     revision: str | None = None,
     allow_pickle: bool = False,

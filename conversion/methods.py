@@ -62,10 +62,15 @@ class Method:
         known = {option.name: option.default for option in self.options}
         for name, value in options.items():
             if name not in known:
-                raise ConversionError(f"method {self.name!r} has no option --{name.replace('_', '-')} ({value!r})")
+                raise ConversionError(
+                    f"method {self.name!r} has no option --{name.replace('_', '-')} ({value!r})"
+                    + ("; --calibrate TEXT asks for method calibrated" if self.name == "aligned" else "")
+                )
             known[name] = value
         return known
 
+
+GROUP = Option("group", "which heads go together: adjacent or similar")
 
 METHODS: dict[str, Method] = {
     m.name: m
@@ -79,22 +84,49 @@ METHODS: dict[str, Method] = {
             "heads turned into a common basis first; changes Q and O too",
             "aligned:aligned",
             scope="layer",
-            options=(Option("group", "which heads go together: adjacent or similar"),),
+            options=(GROUP,),
+        ),
+        Method(
+            "calibrated",
+            "aligned by what layers read on a calibration text, then fitted to the original layer by layer",
+            "calibrated:calibrated",
+            scope="layer",
+            options=(
+                Option("calibrate", "calibration text: a file, JSONL, a folder or a data set's id"),
+                Option("calibration_tokens", "tokens of calibration text  (default 500000)", int, 500_000),
+                Option("calibration_length", "tokens of a calibration sequence  (default 1024, encoders 128)", int),
+                Option("refit", "fit every layer to the original's after the merge  (default: yes)", bool, True),
+                GROUP,
+                Option("device", "where layers are fitted, such as cuda or cpu  (default: a GPU if there is one)"),
+            ),
+            ordered=True,
+            exact=False,
         ),
     )
 }
 
-DEFAULT_METHOD = "mean"
+#: the best that can be done with what is given: ``calibrated`` with a calibration text, ``aligned`` without
+AUTO = "auto"
+#: where no method is named and no calibration text is given
+PLAIN = "mean"
 
 
-def method_named(name: str) -> Method:
-    """The method of this name.
+def method_named(name: str | None, options: Mapping[str, Any]) -> Method:
+    """The method of this name; what ``auto`` is depends on whether there is a calibration text among the options.
+
+    None: ``auto`` with a calibration text, ``mean`` without.
 
     Raises:
         ConversionError: there is none.
     """
+    if name is None:
+        name = AUTO if options.get("calibrate") else PLAIN
+    if name == AUTO:
+        name = "calibrated" if options.get("calibrate") else "aligned"
     if name not in METHODS:
-        raise ConversionError(f"there is no method {name!r}; choose one of {', '.join(METHODS)}")
+        raise ConversionError(f"there is no method {name!r}; choose one of {AUTO}, {', '.join(METHODS)}")
+    if name == "calibrated" and not options.get("calibrate"):
+        raise ConversionError("method 'calibrated' needs a calibration text: --calibrate TEXT")
     return METHODS[name]
 
 

@@ -15,7 +15,7 @@ from .dtypes import FLOATS
 from .errors import ConversionError
 from .families import Family, Norm, Projection, Stack
 from .heads import LayerAttention
-from .methods import DEFAULT_METHOD, Method, method_named
+from .methods import Method, method_named
 from .reader import Source
 from .safetensors_header import tensor_nbytes
 from .shards import Shard, same_shards, split_shards
@@ -91,7 +91,7 @@ def make_plan(
     source: Source,
     kv_heads: KVHeads,
     *,
-    method: str = DEFAULT_METHOD,
+    method: str | None = None,
     seed: int = 0,
     options: Mapping[str, Any] | None = None,
     max_shard_size: int | None = None,
@@ -109,7 +109,7 @@ def make_plan(
     Raises:
         ConversionError: the conversion cannot be done.
     """
-    chosen = method_named(method)
+    chosen = method_named(method, options or {})
     model = read_config(source.config, str(source.folder / "config.json"))
     model.locate(source.tensors)
     layers = _with_targets(model, kv_heads)

@@ -5,22 +5,26 @@ inputs; here each layer's attention is fitted to what the original layer gives o
 weights. The student's layer reads the student's own inputs (with the errors of the layers below it), and its target is
 the output of the teacher's layer on the teacher's inputs: a layer also learns to undo what the layers below got wrong.
 
-Nothing is trained end to end: no gradient passes from one layer to another, and one layer's hidden states of the
+Nothing is trained end to end: no gradient passes from one layer to another, and two sets of hidden states of the
 calibration text are all that is kept. Every token of text constrains E numbers a layer, so little text goes far.
 
-Shapes: B batch, S sequence, E model width, N sequences of calibration text.
+Shapes: S sequence, E model width, N sequences of calibration text.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+#: what a layer is called with beside hidden states: positional and keyword arguments
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+Run = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -29,19 +33,15 @@ class RefitRecipe:
 
     Attributes:
         epochs: passes over the calibration text, for each layer.
-        batch_tokens: tokens a step.
-        lr: peak learning rate of Adam; cosine to zero.
-        train: ``attention`` or ``layer`` (the MLP too).
+        batch_tokens: tokens a step, fewer where that would make less than 16 steps of a pass.
+        lr: peak learning rate of Adam at a width of 512 or less, in inverse proportion beyond; cosine to zero.
     """
 
     epochs: float = 8.0
     batch_tokens: int = 16384
-    lr: float = 1e-3
+    lr: float = 3e-3
     warmup: float = 0.05
     betas: tuple[float, float] = (0.9, 0.95)
-    train: str = "attention"
-    target: str = "layer"
-    optimizer: str = "adam"
     seed: int = 0
 
 
@@ -50,16 +50,21 @@ class StopForwardError(Exception):
 
 
 @torch.no_grad()
-def layer_inputs(model: nn.Module, layers: Sequence[nn.Module], ids: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
-    """What the first layer reads for ``ids`` [N, S], as [N, S, E], and every layer's other arguments.
+def layer_inputs(
+    model: nn.Module, layers: Sequence[nn.Module], ids: Tensor, **inputs: Any
+) -> tuple[Tensor, list[Arguments], list[Tensor]]:
+    """What the first layer reads for ``ids`` [N, S], as [N, S, E]; every layer's other arguments; and, for the first
+    sequence, what every layer reads [1, S, E].
 
     The other arguments (positions, masks) depend on S alone, so one sequence tells them for all.
     """
-    arguments: list[dict[str, Any]] = []
+    arguments: list[Arguments] = []
+    seen: list[Tensor] = []
     hidden: list[Tensor] = []
 
     def note(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        arguments.append({k: v for k, v in kwargs.items() if k != "hidden_states"})
+        seen.append((args[0] if args else kwargs["hidden_states"]).clone())
+        arguments.append((args[1:], {k: v for k, v in kwargs.items() if k != "hidden_states"}))
 
     def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden.append((args[0] if args else kwargs["hidden_states"]).clone())
@@ -67,7 +72,7 @@ def layer_inputs(model: nn.Module, layers: Sequence[nn.Module], ids: Tensor) -> 
 
     hooks = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
     try:
-        model(input_ids=ids[:1], use_cache=False)
+        model(input_ids=ids[:1], **inputs)
     finally:
         for hook in hooks:
             hook.remove()
@@ -75,128 +80,161 @@ def layer_inputs(model: nn.Module, layers: Sequence[nn.Module], ids: Tensor) -> 
     try:
         for block in ids.split(16):
             with contextlib.suppress(StopForwardError):
-                model(input_ids=block, use_cache=False)
+                model(input_ids=block, **inputs)
     finally:
         handle.remove()
-    return torch.cat(hidden), arguments
+    return torch.cat(hidden), arguments, seen
 
 
-def run_layer(layer: nn.Module, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
-    out = layer(hidden, **arguments)
+def run_layer(layer: nn.Module, hidden: Tensor, arguments: Arguments) -> Tensor:
+    """A layer's output [B, S, E]."""
+    out = layer(hidden, *arguments[0], **arguments[1])
     return out[0] if isinstance(out, tuple) else out
 
 
+class TwoStreams:
+    """Calibration text on its way up through the original's layers and the converted model's.
+
+    Args:
+        hidden: [N, S, E], what the first layer of both reads; kept where it is (on the CPU, for one).
+        device: where layers run.
+        noise: an error relative to the layer's contribution that is arithmetic, not loss.
+
+    Attributes:
+        theirs: what the original's next layer reads, ours: what the converted model's does; [N, S, E].
+    """
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        recipe: RefitRecipe,
+        *,
+        device: torch.device,
+        autocast: Callable[[], Any] = contextlib.nullcontext,
+        noise: float = 1e-10,
+    ) -> None:
+        self.theirs, self.ours = hidden, hidden.clone()
+        self.recipe, self.device, self.autocast, self.noise = recipe, device, autocast, noise
+        N, S, E = hidden.shape
+        self.batch = max(1, min(recipe.batch_tokens // S, N // 16))
+        self.lr = recipe.lr * min(1.0, 512 / E)
+        # a fit is kept if it helps on sequences that it has not seen
+        self.unseen = min(N // 8, 16)
+        self.generator = torch.Generator().manual_seed(recipe.seed)
+
+    @torch.no_grad()
+    def original(self, layer: Run) -> float:
+        """Send the original's stream through its next layer; returns the mean square of what the layer adds."""
+        total = 0.0
+        for rows in self._blocks():
+            before = self.theirs[rows].to(self.device)
+            with self.autocast():
+                after = layer(before)
+            total += float((after.float() - before.float()).square().mean()) * len(before)
+            self.theirs[rows] = after.to(self.theirs)
+        return total / len(self.theirs)
+
+    @torch.no_grad()
+    def converted(self, layer: Run) -> None:
+        """Send the converted model's stream through its next layer."""
+        for rows in self._blocks():
+            with self.autocast():
+                out = layer(self.ours[rows].to(self.device))
+            self.ours[rows] = out.to(self.ours)
+
+    def _blocks(self) -> Iterator[slice]:
+        for start in range(0, len(self.ours), self.batch):
+            yield slice(start, start + self.batch)
+
+    def fit(self, layer: Run, parameters: Sequence[nn.Parameter], size: float) -> tuple[float, float]:
+        """Fit a converted layer: from ``ours`` (its inputs) to ``theirs`` (already what the original's layer gave).
+
+        Args:
+            parameters: what is trained; floating point, on ``device``.
+            size: the mean square that errors are relative to, from :meth:`original`.
+
+        Returns:
+            the relative squared error on unseen sequences before and after; the same number twice where nothing was
+            to be done or nothing helped, and then the parameters are as they were.
+        """
+        before = self._error(layer, size)
+        if not self.unseen or not size or before <= self.noise:
+            return before, before
+        start = [p.detach().clone() for p in parameters]
+        for attempt in range(3):  # a learning rate that is too high shows at once
+            self._train(layer, parameters, size, self.lr / 4**attempt)
+            after = self._error(layer, size)
+            if after < before:
+                return before, after
+            with torch.no_grad():
+                for p, value in zip(parameters, start, strict=True):
+                    p.copy_(value)
+        return before, before
+
+    @torch.no_grad()
+    def _error(self, layer: Run, size: float) -> float:
+        rows = slice(0, self.unseen) if self.unseen else slice(0, len(self.ours))
+        total, count = 0.0, 0
+        for x, y in zip(self.ours[rows].split(self.batch), self.theirs[rows].split(self.batch), strict=True):
+            with self.autocast():
+                out = layer(x.to(self.device))
+            total += float((out.float() - y.to(self.device).float()).square().sum())
+            count += y.numel()
+        return total / count / max(size, torch.finfo(torch.float32).tiny)
+
+    def _train(self, layer: Run, parameters: Sequence[nn.Parameter], size: float, lr: float) -> None:
+        """Adam on the relative squared error."""
+        recipe = self.recipe
+        known = len(self.ours) - self.unseen
+        steps = max(1, round(recipe.epochs * known / self.batch))
+        warmup = max(1, round(recipe.warmup * steps))
+        optimizer = torch.optim.Adam(parameters, lr=lr, betas=recipe.betas, fused=self.device.type == "cuda")
+        order: list[Tensor] = []
+        for step in range(steps):
+            if not order:
+                order = list((self.unseen + torch.randperm(known, generator=self.generator)).split(self.batch))
+            rows = order.pop().to(self.ours.device)
+            done = max(0.0, (step - warmup) / max(1, steps - warmup))
+            for group in optimizer.param_groups:
+                group["lr"] = lr * min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * done))
+            with self.autocast():
+                out = layer(self.ours[rows].to(self.device))
+            loss = (out.float() - self.theirs[rows].to(self.device).float()).square().mean() / size
+            gradients = torch.autograd.grad(loss, list(parameters))
+            for p, gradient in zip(parameters, gradients, strict=True):
+                p.grad = gradient
+            optimizer.step()
+        for p in parameters:
+            p.grad = None
+
+
 def refit(
-    student: nn.Module,
     teacher: nn.Module,
     student_layers: Sequence[nn.Module],
     teacher_layers: Sequence[nn.Module],
     ids: Tensor,
     recipe: RefitRecipe,
     *,
-    autocast: Callable[[], Any],
-    log: Callable[[str], None] | None = None,
+    trained: Callable[[nn.Module], Sequence[nn.Parameter]],
+    autocast: Callable[[], Any] = contextlib.nullcontext,
+    noise: float = 1e-10,
 ) -> list[tuple[float, float]]:
-    """Fit the layers of ``student`` in place to those of ``teacher``, first to last.
+    """Fit the layers of a student in place to those of ``teacher``, first to last, both in memory.
 
     Args:
         ids: calibration text, [N, S].
+        trained: the parameters of a student's layer that are fitted.
 
     Returns:
         For each layer its error before and after, relative to the size of the layer's own contribution.
     """
-    generator = torch.Generator().manual_seed(recipe.seed)
     with autocast():
-        theirs, arguments = layer_inputs(teacher, teacher_layers, ids)
-    ours = theirs.clone()
-    N, S, _ = theirs.shape
-    batch = max(1, min(N, recipe.batch_tokens // S))
-    steps = max(1, round(recipe.epochs * N / batch))
+        hidden, arguments, _ = layer_inputs(teacher, teacher_layers, ids, use_cache=False)
+    streams = TwoStreams(hidden, recipe, device=ids.device, autocast=autocast, noise=noise)
     errors = []
-    for i, (layer, truth) in enumerate(zip(student_layers, teacher_layers, strict=True)):
-        fit = _Fit(layer, truth, arguments[i], recipe, autocast)
-        aims, after = fit.targets(theirs, batch)
-        errors.append(fit.run(ours, aims, theirs, batch, steps, generator))
-        if log:
-            log(f"  layer {i}: {errors[-1][0]:.4f} -> {errors[-1][1]:.4f}")
-        ours, theirs = fit.outputs(ours, batch), after
+    for layer, truth, given in zip(student_layers, teacher_layers, arguments, strict=True):
+        size = streams.original(lambda x, truth=truth, given=given: run_layer(truth, x, given))  # type: ignore[misc]
+        ours: Run = lambda x, layer=layer, given=given: run_layer(layer, x, given)  # type: ignore[misc]  # noqa: E731
+        errors.append(streams.fit(ours, trained(layer), size))
+        streams.converted(ours)
     return errors
-
-
-class _Fit:
-    """One layer's fit: the student's layer, the teacher's, and the arguments that both are called with."""
-
-    def __init__(
-        self,
-        layer: nn.Module,
-        truth: nn.Module,
-        arguments: dict[str, Any],
-        recipe: RefitRecipe,
-        autocast: Callable[[], Any],
-    ) -> None:
-        self.layer, self.truth, self.arguments, self.recipe, self.autocast = layer, truth, arguments, recipe, autocast
-
-    @torch.no_grad()
-    def targets(self, hidden: Tensor, batch: int) -> tuple[Tensor, Tensor]:
-        """What is aimed at, and what the teacher's layer gives (the same, unless attention alone is aimed at)."""
-        aims, outs = [], []
-        with self.autocast():
-            for block in hidden.split(batch):
-                aim, out = self.call(self.truth, block)
-                aims.append(aim)
-                outs.append(out)
-        after = torch.cat(outs)
-        return (after if self.recipe.target == "layer" else torch.cat(aims)), after
-
-    @torch.no_grad()
-    def outputs(self, hidden: Tensor, batch: int) -> Tensor:
-        with self.autocast():
-            return torch.cat([self.call(self.layer, block)[1] for block in hidden.split(batch)])
-
-    def call(self, layer: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """(what is compared, the layer's output)."""
-        if self.recipe.target == "layer":
-            out = run_layer(layer, hidden, self.arguments)
-            return out, out
-        taps: list[Tensor] = []
-        middle: Any = layer.post_attention_layernorm  # reads the residual after attention
-        hook = middle.register_forward_pre_hook(lambda _module, args: taps.append(args[0]))
-        try:
-            out = run_layer(layer, hidden, self.arguments)
-        finally:
-            hook.remove()
-        return taps[0], out
-
-    def run(
-        self, hidden: Tensor, aims: Tensor, before: Tensor, batch: int, steps: int, generator: torch.Generator
-    ) -> tuple[float, float]:
-        """Adam on the relative squared error; returns it before and after."""
-        recipe, N = self.recipe, len(hidden)
-        size = (aims - before).float().square().mean()
-        parameters = [p for n, p in self.layer.named_parameters() if recipe.train == "layer" or "attn" in n]
-        if recipe.optimizer == "muon":
-            matrices = [p for p in parameters if p.ndim == 2]
-            optimizer: torch.optim.Optimizer = torch.optim.Muon(
-                matrices, lr=recipe.lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"
-            )
-        else:
-            optimizer = torch.optim.Adam(parameters, lr=recipe.lr, betas=recipe.betas, fused=hidden.is_cuda)
-        warmup = max(1, round(recipe.warmup * steps))
-        order: list[Tensor] = []
-        losses: list[Tensor] = []
-        for step in range(steps):
-            if not order:
-                order = list(torch.randperm(N, generator=generator).split(batch))
-            rows = order.pop().to(hidden.device)
-            done = max(0.0, (step - warmup) / max(1, steps - warmup))
-            for group in optimizer.param_groups:
-                group["lr"] = recipe.lr * min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * done))
-            with self.autocast():
-                out, _ = self.call(self.layer, hidden[rows])
-            loss = (out.float() - aims[rows].float()).square().mean() / size
-            loss.backward()
-            optimizer.step()
-            self.layer.zero_grad(set_to_none=True)
-            losses.append(loss.detach())
-        tail = losses[-max(1, steps // 10) :]
-        return float(losses[0]), float(torch.stack(tail).mean())

@@ -63,7 +63,14 @@ def memory_needed(plan: Plan, workers: int = 1) -> int:
         read = plan.unit_inputs(unit)
         widths = [DTYPE_BITS[plan.source.tensors[name].dtype] // 8 for name in unit.reads]
         largest = max(largest, read + 3 * read * max(4, *widths) // min(widths))
-    return max(largest, CHUNK) * workers
+    bound = max(largest, CHUNK) * workers
+    if plan.method.name != "calibrated" or not plan.units:
+        return bound
+    # the model, hidden states of both models, and a layer in fp32 with its gradients and Adam's moments
+    widest = max(DTYPE_BITS[plan.source.tensors[name].dtype] // 8 for name in plan.units[0].reads)
+    hidden = 2 * int(plan.options["calibration_tokens"]) * plan.units[0].layer.width * widest
+    layer = plan.bytes_before // max(1, len({x.prefix for x in plan.layers}))
+    return bound + plan.bytes_before + hidden + 8 * layer
 
 
 def plan_dict(plan: Plan, workers: int = 1) -> dict[str, Any]:

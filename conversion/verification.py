@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 
 from .api import StrPath
+from .dtypes import has_nonfinite
 from .engine import compute_unit, raw_bytes
 from .errors import ConversionError
 from .execute import CHUNK, Opened, config_sha256, heads_sha256
@@ -108,6 +110,10 @@ def compare(plan: Plan, result: Source) -> Verification:
 def _compare_units(plan: Plan, result: Source, sound: set[str], found: Verification) -> None:
     if not plan.method.exact:
         found.not_recomputed = [name for unit in plan.units for name in unit.writes]
+        for name in found.not_recomputed:
+            if name in sound and has_nonfinite(raw_bytes(result.read(name).contiguous()), result.tensors[name].dtype):
+                found.differences.append(f"tensor {name!r} has NaN or Inf values")
+        found.heads_sha256 = _heads_of(plan)
         return
     merge = plan.method.build(plan, plan.options) if plan.units else None
     digests: dict[str, str] = {}
@@ -127,6 +133,14 @@ def _compare_units(plan: Plan, result: Source, sound: set[str], found: Verificat
             else:
                 found.differences.append(f"tensor {name!r} differs from the recomputed one by {float(error.max()):.3g}")
     found.heads_sha256 = heads_sha256(digests)
+
+
+def _heads_of(plan: Plan) -> str:
+    """What conversion.json records of the source's tensors that are merged, without merging them."""
+    names = dict.fromkeys(name for unit in plan.units for name in unit.reads)
+    return heads_sha256(
+        {name: hashlib.sha256(raw_bytes(plan.source.read(name).contiguous())).hexdigest() for name in names}
+    )
 
 
 def _same_bytes(source: Source, result: Source, name: str) -> bool:

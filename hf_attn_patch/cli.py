@@ -12,6 +12,7 @@ import click
 COMMANDS: dict[str, tuple[str, str]] = {
     "env": ("hf_attn_patch.env", "command"),
     "convert": ("hf_attn_patch.conversion.commands", "convert"),
+    "evaluate": ("hf_attn_patch.conversion.evaluate_command", "evaluate"),
     "inspect": ("hf_attn_patch.conversion.commands", "inspect"),
     "verify": ("hf_attn_patch.conversion.commands", "verify"),
 }
