@@ -21,6 +21,8 @@ def on_startup(**_: Any) -> None:
     shutil.copytree(ROOT / "hf_attn_patch", target, ignore=skip)
     for folder in ("modeling", "conversion"):
         shutil.copytree(ROOT / folder, target / folder, ignore=skip)
+    for path in target.rglob("*.py"):  # docstrings have Sphinx's :class:`X`, which Markdown would print as it stands
+        path.write_text(re.sub(r":[a-z]+:`~?([^`]+)`", r"`\1`", path.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:

@@ -1,6 +1,6 @@
 """The README's table of families, made from a test run.
 
-    python tests/modeling/family_table.py > docs/families.md          # runs the tests of this folder
+    python tests/modeling/family_table.py > docs/families-tested.md   # runs the tests of this folder
     python tests/modeling/family_table.py report.xml                  # from a run with --junitxml=report.xml
 
 A cell says "yes" if every test of that family and column passed, "NO" if one failed, "-" where there is none.
