@@ -98,7 +98,7 @@ def test_numbers_of_heads(src: Path, kv_heads: str, words: str) -> None:
 
 
 def test_options(src: Path) -> None:
-    convert(src, "--method", "median", words="choose one of mean")
+    convert(src, "--method", "median", words="choose one of auto, mean")
     convert(src, "--max-shard-size", "big", words="no size")
     convert(src, "--max-shard-size", "0", words="holds nothing")
     convert(src, "--workers", 0, words="at least 1")
