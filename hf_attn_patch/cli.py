@@ -31,7 +31,12 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "convert": (
         "hf-attn convert meta-llama/Llama-2-7b-hf --kv-heads 8 --dry-run",
         "hf-attn convert meta-llama/Llama-2-7b-hf llama-2-7b-gqa8 --kv-heads 8",
+        "hf-attn convert meta-llama/Llama-2-7b-hf llama-2-7b-gqa8 --kv-heads 8 --calibrate text.txt",
         "hf-attn convert google-t5/t5-small t5-small-gqa --kv-heads cross=2,decoder=4",
+    ),
+    "evaluate": (
+        "hf-attn evaluate llama-2-7b-gqa8 --source meta-llama/Llama-2-7b-hf --text held-out.txt",
+        "hf-attn evaluate llama-2-7b-gqa8 llama-2-7b-gqa4 --text held-out.txt --plot quality.png",
     ),
     "verify": ("hf-attn verify meta-llama/Llama-2-7b-hf llama-2-7b-gqa8",),
 }

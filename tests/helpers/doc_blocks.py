@@ -46,10 +46,12 @@ def commands(body: str) -> list[list[str]]:
 
 
 def stand_ins(folder: Path) -> None:
-    """Tiny checkpoints at ``folder/<hub id>``: a process whose working directory is ``folder`` finds those."""
-    from tiny import save_tiny, tiny_llama
+    """Tiny checkpoints at ``folder/<hub id>``, and some text: found by a process whose working directory it is."""
+    from tiny import python_sources, save_tiny, tiny_llama
     from transformers import T5Config, T5ForConditionalGeneration
 
+    for name, source in zip(("text.txt", "held-out.txt"), python_sources(), strict=False):
+        (folder / name).write_text(source.read_text(encoding="utf-8")[:8000], encoding="utf-8")
     sizes: dict[str, Any] = {"hidden_size": 128, "num_attention_heads": 32, "max_position_embeddings": 512}
     save_tiny(folder / "meta-llama/Llama-2-7b-hf", tiny_llama(kv_heads=32, **sizes))
     torch.manual_seed(0)
