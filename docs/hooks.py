@@ -98,17 +98,19 @@ def results() -> str:
     """benchmarks/results/*.md one after another, their headings one level down, their pictures beside the pages."""
     parts = []
     for path in sorted((ROOT / "benchmarks" / "results").glob("*.md")):
-        text = re.sub(r"^(#+ )", r"#\1", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+        fences = re.split(r"(^```.*?^```$)", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+        fences[::2] = [re.sub(r"^(#+ )", r"#\1", text, flags=re.MULTILINE) for text in fences[::2]]  # not comments
+        text = "".join(fences)
         parts.append(re.sub(r"\]\((?!https?:|#)([^)]+)\)", r"](results/\1)", text))
     return "\n\n".join(parts) or "No results are in the repository yet."
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Pictures beside the results belong to the site."""
+    """Pictures and data beside the results belong to the site."""
     from mkdocs.structure.files import File
 
     folder = ROOT / "benchmarks" / "results"
-    for path in sorted(p for p in folder.rglob("*") if p.suffix in (".svg", ".png")):
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix != ".md"):
         name = f"results/{path.relative_to(folder).as_posix()}"
         files.append(File.generated(config, name, content=path.read_bytes()))
     return files
