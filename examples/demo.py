@@ -44,7 +44,7 @@ class Size:
 
 SIZES = {
     "tiny": Size(64, 2, 512, 40_000, 128, 8, 8, 3e-3, 4_000),
-    "cpu": Size(128, 4, 1024, 800_000, 256, 4, 4, 3e-3, 20_000),
+    "cpu": Size(128, 4, 1024, 800_000, 256, 4, 4, 5e-3, 20_000),
     "gpu": Size(512, 8, 8192, 60_000_000, 1024, 64, 32, 1e-3, 500_000),
 }
 #: the methods that are compared: the paper's, and the best one here
@@ -64,11 +64,11 @@ def main() -> None:
     started = time.monotonic()
 
     say(f"1. A model with {HEADS} heads, made anew, learns Python from Python's own library ({size.tokens:,} tokens)")
-    text = collect_text(out / "python.jsonl")
+    text, held_out = collect_text(out / "python.jsonl"), out / "held-out.jsonl"
     make_model(out / "new", text, size)
     common: dict[str, object] = {
         "sequence-length": size.sequence, "batch-size": size.batch, "micro-batch-size": size.micro, "warmup": 0.1,
-        "held-out-every": 25, "eval-tokens": size.eval_tokens, "eval-every": 10**9, "checkpoint-every": 0,
+        "eval-dataset": held_out, "eval-tokens": size.eval_tokens, "eval-every": 10**9, "checkpoint-every": 0,
     }  # fmt: skip
     run_uptrain(out / "new", out / "mha", text, {**common, "tokens": size.tokens, "lr": size.lr})
 
@@ -126,13 +126,14 @@ def run_uptrain(model: Path, output: Path, text: Path, options: dict[str, object
 
 
 def collect_text(path: Path) -> Path:
-    """Python's own library as JSONL, one file a document, in an order that mixes its packages."""
+    """Python's own library as JSONL, one file a document, in mixed order; a few go to ``held-out.jsonl`` beside it."""
     library = Path(sysconfig.get_paths()["stdlib"])
     files = sorted(p for p in library.rglob("*.py") if not {"site-packages", "dist-packages", "test"} & set(p.parts))
     random.Random(0).shuffle(files)
-    with path.open("w", encoding="utf-8") as file:
-        for source in files:
-            file.write(json.dumps({"text": source.read_text(encoding="utf-8", errors="replace")}) + "\n")
+    for target, some in ((path, files[40:]), (path.with_name("held-out.jsonl"), files[:40])):
+        with target.open("w", encoding="utf-8") as file:
+            for source in some:
+                file.write(json.dumps({"text": source.read_text(encoding="utf-8", errors="replace")}) + "\n")
     return path
 
 
@@ -154,6 +155,7 @@ def make_model(folder: Path, text: Path, size: Size) -> None:
         vocab_size=size.vocabulary, hidden_size=size.width, intermediate_size=size.width * 8 // 3 // 8 * 8,
         num_hidden_layers=size.layers, num_attention_heads=HEADS, num_key_value_heads=HEADS, bos_token_id=None,
         eos_token_id=0, pad_token_id=0, max_position_embeddings=2048, tie_word_embeddings=True,
+        initializer_range=0.05 if size.width < 256 else 0.02,  # narrow models start faster from wider weights
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
 

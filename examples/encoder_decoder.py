@@ -54,7 +54,12 @@ def main() -> None:
     out = args.output
     out.mkdir(parents=True, exist_ok=True)
     common: dict[str, object] = {"sequence-length": args.sequence_length, "batch-size": 16, "micro-batch-size": 16}
-    common |= {"held-out-every": 25, "eval-tokens": 20_000, "eval-every": 10**9, "checkpoint-every": 0}
+    common |= {
+        "eval-dataset": out / "held-out.jsonl",
+        "eval-tokens": 20_000,
+        "eval-every": 10**9,
+        "checkpoint-every": 0,
+    }
 
     say(f"1. A T5 with {HEADS} heads learns span corruption")
     text = collect_text(out / "python.jsonl")
