@@ -30,10 +30,10 @@ def test_long_context():
 
 def test_hourly_forecast(tmp_path, capsys):
     script = load_script("examples/hourly_forecast.py")
-    prices = script.generated_market(1500)
+    prices = script.generated_market(1200)
     path = tmp_path / "prices.csv"
     path.write_text("hour,price\n" + "".join(f"{i},{float(p)}\n" for i, p in enumerate(prices)))
-    arguments = ["--csv", str(path), "--steps", "12", "--width", "32", "--layers", "1", "--output", str(tmp_path)]
+    arguments = ["--csv", str(path), "--steps", "3", "--width", "32", "--layers", "1", "--output", str(tmp_path)]
     errors = script.main([*arguments, "--device", "cpu"])
     assert set(errors) == {f"{c} {k}" for c in ("week", "month", "year") for k in ("MHA", "GQA 4:1", "MQA")}
     shown = capsys.readouterr().out
