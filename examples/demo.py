@@ -85,9 +85,14 @@ def main() -> None:
             options = {**common, "tokens": size.tokens // 20, "lr": size.lr / 3, "teacher": out / "mha"}
             run_uptrain(source, to, text, options)
 
+    say("4. All of them measured on held-out text")
+    models = [out / "mha", *(out / f"{m}-{k}{e}" for k in (2, 1) for m in METHODS for e in ("", "-uptrained"))]
+    measure = ["--text", held_out, "--source", out / "mha", "--context", size.sequence, "--tokens", size.eval_tokens]
+    hf_attn("evaluate", *models, *measure)
+
     rows = collect(out)
     figure = draw(rows, out / "quality_over_kv_bytes.png")
-    say("4. What came of it (held-out text)")
+    say("5. What came of it (held-out text)")
     print(table(rows))
     if figure:
         print(f"\nThe same as a figure: {figure}")

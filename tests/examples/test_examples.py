@@ -83,4 +83,5 @@ def test_demo(tmp_path):
     assert rows[0] == ("multi-head", "8", str(2 * 2 * 2 * 8 * 8))
     assert [row[1] for row in rows[1:]] == ["2", "2", "1", "1"]
     assert "With a model of your own" in out
+    assert "tokens scored" in out
     assert (tmp_path / "quality_over_kv_bytes.png").exists()
