@@ -13,8 +13,8 @@ from tiny_families import FAMILIES, tiny_config
 
 #: a norm between projection and scores knows the basis of K: there heads are made equal instead
 KEYS_HAVE_A_NORM = {
-    "qwen3", "qwen3_moe", "gemma3_text", "olmo2", "olmo3", "olmoe", "stablelm", "cohere", "exaone4", "exaone_moe", "apertus",
-    "flex_olmo", "hunyuan_v1_dense", "minimax_m2",
+    "qwen3", "qwen3_moe", "gemma3_text", "olmo2", "olmo3", "olmoe", "stablelm",
+    "cohere", "exaone4", "exaone_moe", "apertus", "flex_olmo", "hunyuan_v1_dense", "minimax_m2",
 }  # fmt: skip
 
 
