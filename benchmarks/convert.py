@@ -148,7 +148,17 @@ def main() -> None:
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
             total = pool.submit(generate, src, **shapes, shard_bytes=int(options.shard_gb * 1e9)).result()
         hf_attn = [sys.executable, "-c", "from hf_attn_patch.cli import main; main()"]
-        convert = [*hf_attn, "convert", str(src), str(dst), "--kv-heads", str(options.kv_heads), "--quiet"]
+        convert = [
+            *hf_attn,
+            "convert",
+            str(src),
+            str(dst),
+            "--kv-heads",
+            str(options.kv_heads),
+            "--method",
+            "mean",
+            "--quiet",
+        ]
         ways = {
             "cp -r": ["cp", "-r", str(src), str(dst)],
             "hf-attn convert": convert,

@@ -82,7 +82,7 @@ def command_line() -> str:
     "--method",
     metavar="NAME",
     help=f"{AUTO} (calibrated with --calibrate, otherwise aligned), {', '.join(METHODS)}.  "
-    "[default: auto with --calibrate, otherwise mean]",
+    "[default: auto: calibrated with --calibrate, otherwise aligned]",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="For methods that draw numbers or text.")
 @method_options

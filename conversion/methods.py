@@ -107,20 +107,20 @@ METHODS: dict[str, Method] = {
 
 #: the best that can be done with what is given: ``calibrated`` with a calibration text, ``aligned`` without
 AUTO = "auto"
-#: where no method is named and no calibration text is given
-PLAIN = "mean"
+#: where no method is named
+DEFAULT = AUTO
 
 
 def method_named(name: str | None, options: Mapping[str, Any]) -> Method:
     """The method of this name; what ``auto`` is depends on whether there is a calibration text among the options.
 
-    None: ``auto`` with a calibration text, ``mean`` without.
+    None: ``auto``.
 
     Raises:
         ConversionError: there is none.
     """
     if name is None:
-        name = AUTO if options.get("calibrate") else PLAIN
+        name = DEFAULT
     if name == AUTO:
         name = "calibrated" if options.get("calibrate") else "aligned"
     if name not in METHODS:

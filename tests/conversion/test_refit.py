@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from hf_attn_patch.conversion import ConversionError, convert, evaluate, plan, verify
+from hf_attn_patch.conversion import ConversionError, convert, evaluate, methods, plan, verify
 from hf_attn_patch.conversion.calibrated import Moments
 from hf_attn_patch.conversion.evaluation import windows
 from hf_attn_patch.conversion.families import Stack
@@ -200,3 +200,8 @@ def test_the_commands(folder: Path, tmp_path: Path) -> None:
     assert picture.read_bytes().startswith(b"\x89PNG")
     missing = run(main, ["evaluate", src, "--text", "nowhere.txt"])
     assert missing.exit_code == 2 and "no file" in missing.output
+
+
+def test_the_default_is_the_best_that_can_be_done_with_what_is_given() -> None:
+    assert methods.method_named(None, {}).name == "aligned"
+    assert methods.method_named(None, {"calibrate": "text"}).name == "calibrated"

@@ -26,7 +26,7 @@ def multi_head(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def grouped(multi_head: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its conversion to two KV heads."""
     folder = tmp_path_factory.mktemp("grouped") / "model"
-    convert(multi_head, folder, HKV)
+    convert(multi_head, folder, HKV, method="mean")
     return folder
 
 

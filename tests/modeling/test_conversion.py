@@ -24,7 +24,7 @@ def test_mean_is_the_mean_of_each_groups_heads(case, kv_heads, tmp_path):
     """The converted model is the stock model in which each group's K and V heads have become their mean."""
     stock = case.make(None)
     stock.save_pretrained(tmp_path / "stock")
-    convert(tmp_path / "stock", tmp_path / "new", kv_heads)
+    convert(tmp_path / "stock", tmp_path / "new", kv_heads, method="mean")
     auto = getattr(transformers, case.auto)
     ours, info = auto.from_pretrained(tmp_path / "new", output_loading_info=True)
     assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
@@ -41,9 +41,9 @@ def test_mean_is_the_mean_of_each_groups_heads(case, kv_heads, tmp_path):
 def test_a_grouped_checkpoint_is_merged_further(case, tmp_path):
     """4 -> 2 -> 1 is 4 -> 1, bit for bit but for the rounding between."""
     case.make(None).save_pretrained(tmp_path / "stock")
-    convert(tmp_path / "stock", tmp_path / "two", 2)
-    convert(tmp_path / "two", tmp_path / "one", 1)
-    convert(tmp_path / "stock", tmp_path / "straight", 1)
+    convert(tmp_path / "stock", tmp_path / "two", 2, method="mean")
+    convert(tmp_path / "two", tmp_path / "one", 1, method="mean")
+    convert(tmp_path / "stock", tmp_path / "straight", 1, method="mean")
     a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "straight"))
     assert a.keys() == b.keys()
     for name, x in a.items():
@@ -54,9 +54,9 @@ def test_a_grouped_checkpoint_is_merged_further(case, tmp_path):
 def test_conversion_while_loading_is_conversion_then_loading(stock, tmp_path):
     case = next(c for c in CASES if c.stock == stock)
     case.make(None).save_pretrained(tmp_path / "stock")
-    convert(tmp_path / "stock", tmp_path / "new", 2)
+    convert(tmp_path / "stock", tmp_path / "new", 2, method="mean")
     auto = getattr(transformers, case.auto)
-    loaded = convert_while_loading(auto, tmp_path / "stock", num_key_value_heads=2).eval()
+    loaded = convert_while_loading(auto, tmp_path / "stock", num_key_value_heads=2, method="mean").eval()
     feed = case.inputs()
     assert torch.equal(output(loaded, feed), output(auto.from_pretrained(tmp_path / "new").eval(), feed))
 
@@ -65,7 +65,7 @@ def test_conversion_while_loading_is_conversion_then_loading(stock, tmp_path):
 def test_the_decoder_alone_is_converted_as_in_the_paper(stock, tmp_path):
     case = next(c for c in CASES if c.stock == stock)
     case.make(None).save_pretrained(tmp_path / "stock")
-    convert(tmp_path / "stock", tmp_path / "new", {"decoder": 1, "cross": 2})
+    convert(tmp_path / "stock", tmp_path / "new", {"decoder": 1, "cross": 2}, method="mean")
     config = transformers.AutoConfig.from_pretrained(tmp_path / "new")
     assert (config.encoder_kv_heads, config.decoder_kv_heads, config.cross_kv_heads) == (HEADS, 1, 2)
     old, new = (load_file(tmp_path / name / "model.safetensors") for name in ("stock", "new"))
