@@ -14,7 +14,7 @@ import torch
 from hf_attn_patch.grouping import KVGrouping
 
 from .decode_kernel import LOG2E, combine_kernel, decode_kernel, mask_bounds_kernel
-from .decode_plan import Tuning, choose, merge_shape, plan, power_of_two, sm_count
+from .decode_plan import Tuning, choose, merge_shape, overlaps, plan, power_of_two, sm_count
 from .launcher import Launch, raw_stream
 
 MAX_QUERIES = 16
@@ -319,6 +319,7 @@ def _plan(
     span = Sk if window is None else min(Sk, window + Sq - 1)
     sms = sm_count(q.device)
     tuning = tuning or choose(q.dtype, D, DV, B * HKV, span, sms, varlen)
+    pdl = tuning.pdl and overlaps(q.device)
     block_m = tuning.block_m or min(64, max(16, power_of_two(G * Sq)))
     m_tiles = -(-G * Sq // block_m)
     slots = max(1, sms * tuning.per_sm * tuning.waves // m_tiles)
@@ -341,7 +342,7 @@ def _plan(
         "HAS_END": end is not None,
         "HAS_SINKS": sinks is not None,
         "HAS_LSE": return_lse,
-        "PDL": tuning.pdl and split,
+        "PDL": pdl and split,
     }
     decode = Launch(
         decode_kernel,
@@ -374,7 +375,7 @@ def _plan(
             (B * HQ * Sq, -(-DV // block_dv)),
             (B, HKV, G, Sq, Sk, window or 0, chunk, workers),
             {"BLOCK_P": block_p, "BLOCK_DV": block_dv, **common},
-            {"num_warps": 4, "launch_pdl": tuning.pdl},
+            {"num_warps": 4, "launch_pdl": pdl},
         )
     part = workers * 2 * G * Sq * (DV + 1) if split else 0
     out_strides = (Sq * HQ * DV, DV, HQ * DV, 1)  # [B, Sq, HQ, Dv] in memory

@@ -99,6 +99,12 @@ def power_of_two(n: int) -> int:
 
 
 @cache
+def overlaps(device: torch.device) -> bool:
+    """Whether one kernel may be set up while another still runs there (programmatic dependent launch: Hopper on)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@cache
 def sm_count(device: torch.device) -> int:
     if device.type != "cuda":
         return 4  # the interpreter: few enough that small tests split, and share workers between heads
