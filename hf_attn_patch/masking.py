@@ -95,6 +95,8 @@ def build_mask(
 def _outside(config_module: str) -> str | None:
     """The name of a model of this config's family, if its modeling file does not ask the attention interface."""
     name = config_module.replace(".configuration_", ".modeling_")
+    if name == config_module:  # a family of ours, or code of its own that transformers' heuristic was not made for
+        return None
     for value in vars(sys.modules[name]).values() if name in sys.modules else ():
         if inspect.isclass(value) and issubclass(value, PreTrainedModel) and value.__module__ == name:
             inside = value._can_set_attn_implementation()  # type: ignore[attr-defined]

@@ -39,7 +39,9 @@ def enable(model: torch.nn.Module, *, backend: str | None = None, cache: str | N
         {
             type(module).__name__
             for module in model.modules()
-            if isinstance(module, PreTrainedModel) and not module._can_set_attn_implementation()
+            if isinstance(module, PreTrainedModel)
+            and not module._can_set_attn_implementation()
+            and not type(module.config).__module__.startswith(__package__)  # stock parts of a grouped model
         }
     )
     if outside:

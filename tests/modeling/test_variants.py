@@ -12,6 +12,7 @@ from hf_attn_patch.modeling.gpt2 import GroupedGPT2LMHeadModel
 from transformers import AutoConfig, AutoModelForCausalLM
 from zoo_cases import BY_NAME, CASES, DIM, HEADS, E, gpt2_columns, output, separate
 
+import hf_attn_patch
 from hf_attn_patch import GroupingError
 
 FALCONS = {
@@ -147,3 +148,16 @@ def test_importing_the_package_imports_no_family():
 def test_a_stock_falcon_stays_a_stock_falcon(tmp_path):
     BY_NAME["falcon"].make(None).save_pretrained(tmp_path)
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path)).__module__.startswith("transformers.")
+
+
+def test_enable_takes_a_grouped_family_from_outside_the_interface():
+    from hf_attn_patch.modeling.bloom import GroupedBloomConfig, GroupedBloomForCausalLM
+
+    config = GroupedBloomConfig(hidden_size=32, n_head=4, n_layer=2, vocab_size=50, num_key_value_heads=2)
+    model = GroupedBloomForCausalLM(config).eval()
+    ids = torch.arange(7)[None]
+    with torch.no_grad():
+        expected = model(ids).logits
+        hf_attn_patch.enable(model)
+        assert model.config._attn_implementation == "hf_attn_patch"
+        torch.testing.assert_close(model(ids).logits, expected, atol=1e-5, rtol=1e-4)
