@@ -103,6 +103,11 @@ def linear_loss(
         raise ValueError("KL needs teacher_hidden and teacher_head")
     else:
         teacher = None
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):  # norms with fp32 weights make fp32 hidden states; the product is for bf16
+        hidden = hidden.to(torch.get_autocast_dtype(device))
+        if teacher is not None:
+            teacher = (teacher[0].to(hidden.dtype), teacher[1])
     rows = chunk or max(1, CHUNK_ELEMENTS // V)
     weights = (ce_weight, kl_weight, temperature)
     return LossSums(*_LinearLoss.apply(hidden, head.weight, head.bias, head, labels, teacher, weights, rows))

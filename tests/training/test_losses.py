@@ -76,6 +76,23 @@ def test_bf16_conforms():
         assert_conforms(out, low, ref, factor=3.0)
 
 
+def test_autocast_makes_the_products_low_precision_and_keeps_the_gradient_in_fp32():
+    # fp32 norms hand over fp32 hidden states; a product over the whole vocabulary in fp32 would cost most of a step
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(64, 32, requires_grad=True), torch.randn(100, 32).div(5).requires_grad_()
+    labels = torch.randint(0, 100, (64,))
+    with torch.autocast("cpu", torch.bfloat16):
+        sums = linear_loss(hidden, Head(weight), labels, chunk=9)
+    low = hidden.detach().bfloat16().requires_grad_(), weight.detach().bfloat16().requires_grad_()
+    expected = linear_loss(low[0], Head(low[1]), labels, chunk=9)
+    assert torch.equal(sums.loss, expected.loss)
+    got = torch.autograd.grad(sums.loss, (hidden, weight))
+    wanted = torch.autograd.grad(expected.loss, low)
+    for ours, theirs in zip(got, wanted, strict=True):
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours, theirs.float(), rtol=2e-2, atol=1e-2)
+
+
 def test_a_frozen_head_gets_no_gradient_and_logits_are_taken_as_they_are():
     hidden, weight = torch.randn(5, 4, requires_grad=True), torch.randn(9, 4)
     labels = torch.tensor([1, 2, IGNORE, 0, 8])
