@@ -1,4 +1,4 @@
-"""Who computes the rows of ``kernels.py``: ours, and every peer that can be had.
+"""Who computes the rows of ``kernel_speed.py``: ours, and every peer that can be had.
 
 A contender is a function of :class:`Inputs` that gives ``call(i) -> out [B, HQ, Sq, D]`` for input set i, or raises
 :class:`UnsupportedError` with its reason.

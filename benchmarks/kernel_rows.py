@@ -1,4 +1,4 @@
-"""The rows of ``kernels.py``: what is computed, on which inputs, and the truth that every kernel is held to."""
+"""The rows of ``kernel_speed.py``: what is computed, on which inputs, and the truth that every kernel is held to."""
 
 from __future__ import annotations
 

@@ -27,6 +27,7 @@ import statistics
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -186,9 +187,24 @@ def missing(row: str) -> str | None:
     return f"{absent[0]} is not installed" if absent else None
 
 
+def first_cause(error: BaseException) -> str:
+    """What went wrong first, and where: a lazy import, for one, reports only what came of it."""
+    seen = {id(error)}
+    while (earlier := error.__cause__ or error.__context__) is not None and id(earlier) not in seen:
+        seen.add(id(earlier))
+        error = earlier
+    places = traceback.extract_tb(error.__traceback__)
+    where = f" ({places[-1].filename}:{places[-1].lineno})" if places else ""
+    return f"{type(error).__name__}: {error}{where}"
+
+
 def one_row(row: str, args: argparse.Namespace) -> None:
     start = time.perf_counter()
-    found = run_trl(row, args) if row.startswith("trl") else run_ours(row, args)
+    try:
+        found = run_trl(row, args) if row.startswith("trl") else run_ours(row, args)
+    except Exception as error:
+        print("FAILED " + json.dumps(first_cause(error)))
+        raise
     peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
     print("RESULT " + json.dumps({**found, "peak_gib": peak, "seconds": time.perf_counter() - start}))
 
@@ -214,10 +230,13 @@ def main() -> None:
         if why is None:
             call = [sys.executable, __file__, *sys.argv[1:], "--row", row]
             done = subprocess.run(call, capture_output=True, text=True, check=False)
-            lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-            lasts = [line for line in done.stderr.strip().splitlines() if line.strip()]
-            why = None if lines else f"failed: {lasts[-1][-200:] if lasts else done.returncode}"
-        results[row] = {"why": why} if why else json.loads(lines[-1].removeprefix("RESULT "))
+            said = dict(
+                line.split(" ", 1) for line in done.stdout.splitlines() if line.startswith(("RESULT ", "FAILED "))
+            )
+            if "RESULT" not in said:
+                why = f"failed: {json.loads(said['FAILED'])[-300:] if 'FAILED' in said else done.returncode}"
+                print(done.stderr, file=sys.stderr)
+        results[row] = {"why": why} if why else json.loads(said["RESULT"])
         print(row, results[row], flush=True)
     report(results, args)
 

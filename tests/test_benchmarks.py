@@ -82,9 +82,9 @@ def test_the_table_and_medians(load: Any) -> None:
 
 
 def test_kernels(load: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert load("kernels").main(["--tiny", "--out", str(tmp_path)]) == 0
+    assert load("kernel_speed").main(["--tiny", "--out", str(tmp_path)]) == 0
     rows = json.loads((tmp_path / "kernels.json").read_text())["rows"]
-    assert {row["section"] for row in rows} == set(load("kernels").SECTIONS)
+    assert {row["section"] for row in rows} == set(load("kernel_speed").SECTIONS)
     for row in rows:
         if row["section"] != "paged":  # wants a GPU
             assert row["results"]["ours"]["us"] > 0
@@ -96,7 +96,7 @@ def test_kernels(load: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_kernels_that_are_wrong_are_not_timed(load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    kernels, peers = load("kernels"), load("kernel_peers")
+    kernels, peers = load("kernel_speed"), load("kernel_peers")
 
     def off(x: Any) -> Any:
         call = peers.ours(x)

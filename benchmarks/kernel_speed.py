@@ -1,8 +1,8 @@
 """Attention kernels side by side: ours (``hf_attn_patch.attention``) and its peers, row by row.
 
-    python benchmarks/kernels.py                                  # every section, about two minutes on an H200
-    python benchmarks/kernels.py --sections decode,paged --flex   # flex_attention compiles for every row: slow
-    python benchmarks/kernels.py --tiny                           # a smoke test on the CPU
+    python benchmarks/kernel_speed.py                                  # every section, about two minutes on an H200
+    python benchmarks/kernel_speed.py --sections decode,paged --flex   # flex_attention compiles for every row: slow
+    python benchmarks/kernel_speed.py --tiny                           # a smoke test on the CPU
 
 Every contender is held to the conformance rule (tests/helpers/conformance.py) against fp32 before its speed is
 printed. Times are medians: of the device, back to back, for prefill and training; of CUDA graph replays over rotating
