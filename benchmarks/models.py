@@ -73,8 +73,8 @@ class Row:
 ROWS = (
     Row("decode", 16, 8192, "padded", (8, 32, 1)),
     Row("decode", 16, 8192, "full", (8, 32, 1)),
-    Row("decode", 1, 65536, "full", (8, 32)),
-    Row("decode", 1, 512, "full", (8, 32)),
+    Row("decode", 1, 65536, "full", (8, 32, 1)),
+    Row("decode", 1, 512, "full", (8, 32, 1)),
     Row("prefill", 8, 4096, "padded", (8, 32)),
     Row("train", 8, 2048, "full", (8, 32)),
     Row("train", 8, 2048, "padded", (8, 32)),
@@ -88,6 +88,7 @@ class Variant:
 
     attention: str
     growing: bool = False
+    graphs: bool = False
     unpadded: bool = False
     static: bool = False
     compiled: bool = False
@@ -96,6 +97,7 @@ class Variant:
     def name(self) -> str:
         extras = (
             " + GrowingCache" * self.growing,
+            ", graphs" * self.graphs,
             " + StaticCache" * self.static,
             ", compiled" * self.compiled,
             " + unpadded" * self.unpadded,
@@ -106,7 +108,7 @@ class Variant:
 def variants(row: Row, peers: tuple[str, ...], static: bool) -> list[Variant]:
     theirs, ours = [Variant(name) for name in peers], [Variant(OURS)]
     if row.kind == "decode":
-        ours.append(Variant(OURS, growing=True))
+        ours += [Variant(OURS, growing=True), Variant(OURS, growing=True, graphs=True)]
         if static:  # as generate(cache_implementation="static") runs it on a GPU
             ours.append(Variant(OURS, static=True, compiled=True))
             theirs += [Variant("sdpa", static=True, compiled=True)] * ("sdpa" in peers)
@@ -127,7 +129,7 @@ def build(kv_heads: int, sizes: dict[str, int], dtype: torch.dtype, **changes: i
 def switch(model: Any, variant: Variant) -> Any:
     """The model with the variant's attention; a context within which it is unpadded or not."""
     if variant.attention == OURS:
-        hf_attn_patch.enable(model)
+        hf_attn_patch.enable(model, cuda_graphs=variant.graphs)  # enable(model, cache="growing") has them
     else:
         model.set_attn_implementation(variant.attention)
     return hf_attn_patch.unpadded(model) if variant.unpadded else nullcontext()

@@ -52,7 +52,7 @@ def _in_place_allowed() -> bool:
 class _Room:
     """K and V buffers ``[B, HKV, capacity, D]``, and the views of ``[start, end)`` that a layer's states are."""
 
-    __slots__ = ("buffers", "capacity", "end", "geometry", "inference", "shapes", "start", "views")
+    __slots__ = ("buffers", "capacity", "end", "geometry", "inference", "recorded", "shapes", "start", "views")
 
     def __init__(self, buffers: tuple[Tensor, Tensor], start: int, end: int) -> None:
         self.buffers = buffers
@@ -60,6 +60,7 @@ class _Room:
         self.inference = buffers[0].is_inference()
         self.geometry = tuple((*b.shape[:2], b.shape[3], b.stride(), b.storage_offset()) for b in buffers)
         self.shapes: tuple[torch.Size, torch.Size] | None = None  # of the states that were appended last
+        self.recorded = False  # a recorded step writes to this memory: better to stay in it
         self.keep(start, end)
 
     def span(self, start: int, end: int) -> tuple[Tensor, Tensor]:
@@ -98,6 +99,25 @@ class _Room:
             and key_states.device == k.device
             and self.has_room(key_states.shape[2])
         )
+
+    def move_to_front(self, stored: int) -> bool:
+        """Move the ``stored`` keys in use to the front of the same buffers, if that makes room and disturbs nobody."""
+        if self.start == 0 or self.shared():
+            return False
+        for buffer in self.buffers:
+            kept = buffer[:, :, self.start : self.end]
+            buffer[:, :, :stored].copy_(kept.clone() if self.start < stored else kept)
+        self.start, self.end = 0, stored
+        return True
+
+    def reorder(self, rows: Tensor) -> bool:
+        """Put the batch's ``rows [B]`` in this order, in the same buffers, if that is allowed and disturbs nobody."""
+        if len(rows) != self.geometry[0][0] or not _in_place_allowed() or not self.has_room(0) or self.shared():
+            return False
+        for buffer in self.buffers:
+            kept = buffer[:, :, self.start : self.end]
+            kept.copy_(kept.index_select(0, rows.to(buffer.device)))
+        return True
 
     def shared(self) -> bool:
         """True if someone holds a view of the buffers besides the layer."""
@@ -159,11 +179,42 @@ class GrowingMixin:
             if limit is not None and stored + new > limit:
                 return None
             if room is None or not room.has_room(new):
-                capacity = _capacity(stored + new, self.growth, self.expected_length, limit)
-                buffers = (_buffer(self.keys, key_states, capacity), _buffer(self.values, value_states, capacity))
-                room = _Room(buffers, 0, stored)
+                room = self._new_room(key_states, value_states, stored, limit)
         room.write(key_states, value_states)
         return room
+
+    def _new_room(self, like_keys: Tensor, like_values: Tensor, stored: int, limit: int | None) -> _Room:
+        """Larger buffers that start with the stored states and have room for one more ``like`` them."""
+        capacity = _capacity(stored + like_keys.shape[2], self.growth, self.expected_length, limit)
+        buffers = (_buffer(self.keys, like_keys, capacity), _buffer(self.values, like_values, capacity))
+        return _Room(buffers, 0, stored)
+
+    def _limit(self) -> int | None:
+        """The most keys that are ever kept in the buffers."""
+        return None
+
+    def reserve(self) -> _Room | None:
+        """The room behind the stored states, with space for one token that someone else writes; None if there is none
+        to be had in place."""
+        if not _in_place_allowed() or not self.is_initialized or self.keys.dim() != 4 or not self.keys.numel():
+            return None
+        room = self._held()
+        if room is None or not room.has_room(1):
+            if room is not None and room.has_room(0) and room.move_to_front(self.keys.shape[2]):
+                self._keep(room, room.start, room.end)
+                return room
+            stored, limit = self.keys.shape[2], self._limit()
+            if limit is not None and stored + 1 > limit:
+                return None
+            room = self._new_room(self.keys[:, :, :1], self.values[:, :, :1], stored, limit)
+            self._keep(room, 0, stored)
+        return room
+
+    def appended(self) -> None:
+        """One token was written into the room of :meth:`reserve`."""
+        room = self._held()
+        assert room is not None
+        self._keep(room, room.start, room.end + 1)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append ``[B, HKV, S, D]`` states; return all that is cached, ``[B, HKV, Sk, D]``, as views of the buffers."""
@@ -208,6 +259,9 @@ class GrowingMixin:
         self._keep(_Room((self.keys, self.values), room.start, room.end), room.start, room.end)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
+        room = self._held()
+        if room is not None and room.recorded and room.reorder(beam_idx):
+            return
         with self._whole_buffers():
             super().reorder_cache(beam_idx)  # type: ignore[misc]
 
@@ -253,14 +307,23 @@ class GrowingSlidingMixin(GrowingMixin):
     cumulative_length: int
     record_past: bool
 
+    def _limit(self) -> int | None:
+        # when the past is recorded nothing is dropped before `crop`, so the room is not bounded by the window
+        past = self.sliding_window - 1
+        return None if self.record_past else past + max(ROUND_TO, past // 4)
+
+    def appended(self) -> None:
+        room = self._held()
+        assert room is not None
+        self.cumulative_length += 1
+        self._keep(room, max(room.start, room.end + 2 - self.sliding_window), room.end + 1)
+
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append ``[B, HKV, S, D]`` states; return those before them in the window, and them."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)  # type: ignore[attr-defined]
         past, new = self.sliding_window - 1, key_states.shape[2]
-        # when the past is recorded nothing is dropped before `crop`, so the room is not bounded by the window
-        limit = None if self.record_past else past + max(ROUND_TO, past // 4)
-        room = self._append(key_states, value_states, limit)
+        room = self._append(key_states, value_states, self._limit())
         if room is None:
             self._room = None
             return super(GrowingMixin, self).update(key_states, value_states, *args, **kwargs)  # type: ignore[misc,no-any-return]

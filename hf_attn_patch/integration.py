@@ -18,6 +18,7 @@ NAME = "hf_attn_patch"
 UNKNOWN = frozenset({"indices", "block_indices", "head_mask", "block_mask", "score_mod", "mask_mod", "alibi", "sinks"})
 #: set on modules by :func:`enable` with a backend
 BACKEND_ATTRIBUTE = "_hf_attn_backend"
+_KEPT = "_hf_attn_layout"
 
 
 def attention_forward(
@@ -209,7 +210,7 @@ def _given(query: Tensor, key: Tensor, mask: Tensor, ids: Tensor | None, tracing
     """A mask that is the whole truth: the user's bool, or (uint8) ours from inside a compiled graph."""
     B, Sq, Sk = query.shape[0], query.shape[2], key.shape[2]
     if not tracing:
-        if (known := _remembered(mask, (B, Sq, Sk))) is not None:
+        if (known := _kept(mask, B, Sk) or _remembered(mask, (B, Sq, Sk))) is not None:
             return known
         if (pattern := of_carrier(mask)) is not None and pattern.kv_len == Sk:
             return pattern.resolve(ids if _usable(ids, query) else None)
@@ -272,9 +273,28 @@ def _usable(ids: Tensor | None, query: Tensor) -> bool:
     )
 
 
+def keep_layout(mask: Tensor, layout: Layout) -> None:
+    """Let all layers share the ``layout`` of a bool mask [B, 1, 1, Sk], and what it works out."""
+    setattr(mask, _KEPT, (_is_recorded(mask), layout))
+
+
+def _kept(mask: Tensor, B: int, Sk: int) -> Layout | None:
+    """What :func:`keep_layout` kept with the mask, unless the mask was written to since."""
+    kept: tuple[bool, Layout] | None = getattr(mask, _KEPT, None)
+    # a CUDA graph works out everything itself, whatever its inputs will hold when it runs again
+    if kept is None or (not kept[0] and _is_recorded(mask)) or not (mask.is_inference() or mask._version == 0):
+        return None
+    layout = kept[1]
+    return layout if (layout.batch, layout.kv_len) == (B, Sk) else None
+
+
+def _is_recorded(tensor: Tensor) -> bool:
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def _remembered(tensor: Tensor, key: Any) -> Layout | None:
     """What :func:`_remember` kept with the tensor, unless it was written to since."""
-    if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
+    if _is_recorded(tensor):
         return None  # a CUDA graph must work out everything from the tensor, whatever it will hold at replay
     kept = getattr(tensor, "_hf_attn_layouts", None)
     if kept is None or (not tensor.is_inference() and kept[0] != tensor._version):

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, masking_utils
 
-from .integration import NAME
+from .integration import NAME, keep_layout
+from .layout import DENSE, Layout
 from .pattern import Pattern
 from .request import AttentionError
 
@@ -22,7 +23,7 @@ def build_mask(
     q_length: int,
     kv_length: int,
     q_offset: int | Tensor = 0,
-    kv_offset: int = 0,
+    kv_offset: int | Tensor = 0,
     mask_function: Callable[..., Any] = masking_utils.causal_mask_function,
     attention_mask: Tensor | None = None,
     allow_is_causal_skip: bool = True,
@@ -68,9 +69,11 @@ def build_mask(
     may_skip = allow_is_bidirectional_skip if bidirectional else allow_is_causal_skip
     if parts is None or not (may_skip or packed_by_caller or static or q_length == 1):
         return masking_utils.sdpa_mask(**stock, allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
-    keys = _valid_keys(attention_mask, kv_length, kv_offset)
     if isinstance(q_offset, Tensor):
         q_offset = q_offset.clone() if q_offset.device.type != "cpu" else int(q_offset)
+    if isinstance(kv_offset, Tensor) and kv_offset.device.type == "cpu":
+        kv_offset = int(kv_offset)
+    keys = _valid_keys(attention_mask, kv_length, kv_offset)
     pattern = Pattern(
         batch_size,
         q_length,
@@ -85,7 +88,10 @@ def build_mask(
         device=torch.device(device),
     )
     if q_length == 1:
-        return _one_query(pattern, static and not may_skip)
+        mask = _one_query(pattern, static and not may_skip)
+        if mask is not None:
+            keep_layout(mask, Layout(DENSE, batch_size, 1, kv_length, mask=mask))
+        return mask
     # None leaves causality to the module's flag, which not every family sets: only "sees everything" may be None
     says_everything = bidirectional and getattr(kwargs.get("config"), "is_causal", None) is not False
     return None if says_everything and pattern.is_plain() else pattern.carrier()
@@ -117,10 +123,14 @@ def _one_query(pattern: Pattern, always: bool) -> Tensor | None:
     return pattern.dense().expand(pattern.batch, 1, 1, pattern.kv_len)
 
 
-def _valid_keys(attention_mask: Tensor | None, kv_length: int, kv_offset: int) -> Tensor | None:
+def _valid_keys(attention_mask: Tensor | None, kv_length: int, kv_offset: int | Tensor) -> Tensor | None:
     """Bool [B, Sk] of the keys in this call, or None if all are valid (asked only where asking is free)."""
     if attention_mask is None:
         return None
+    if isinstance(kv_offset, Tensor):  # nobody waits for it: the keys are picked on the device
+        index = torch.arange(kv_length, device=kv_offset.device) + kv_offset
+        last = attention_mask.shape[-1] - 1
+        return attention_mask.bool()[:, index.clamp(max=last)] & (index <= last)
     missing = kv_length + kv_offset - attention_mask.shape[-1]
     if missing > 0:
         attention_mask = torch.nn.functional.pad(attention_mask, (0, missing))

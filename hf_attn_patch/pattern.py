@@ -39,7 +39,7 @@ class Pattern:
     causal: bool
     window: tuple[int | None, int | None] = (None, None)
     offset: int | Tensor = 0
-    kv_offset: int = 0
+    kv_offset: int | Tensor = 0
     chunk: tuple[int, Tensor] | None = None
     keys: Tensor | None = None
     documents: Tensor | None = None

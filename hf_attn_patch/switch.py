@@ -16,7 +16,13 @@ from .registration import register
 from .request import AttentionError
 
 
-def enable(model: torch.nn.Module, *, backend: str | None = None, cache: str | None = None) -> Any:
+def enable(
+    model: torch.nn.Module,
+    *,
+    backend: str | None = None,
+    cache: str | None = None,
+    cuda_graphs: bool | None = None,
+) -> Any:
     """Switch a loaded transformers model to ``hf_attn_patch``.
 
     Args:
@@ -24,6 +30,8 @@ def enable(model: torch.nn.Module, *, backend: str | None = None, cache: str | N
         backend: insist on one backend (see :data:`hf_attn_patch.dispatch.BACKENDS`); None leaves the choice to each
             call.
         cache: "growing" makes ``generate`` use :class:`hf_attn_patch.GrowingCache`.
+        cuda_graphs: on a GPU, record decoding steps with a growing cache as CUDA graphs, one launch a token (see
+            :func:`hf_attn_patch.graphs.use_cuda_graphs`); False turns it off again, None leaves it as it is.
 
     Returns:
         The model.
@@ -67,6 +75,10 @@ def enable(model: torch.nn.Module, *, backend: str | None = None, cache: str | N
         from .cache import use_growing_cache
 
         use_growing_cache(model)
+    if cuda_graphs is not None:
+        from .graphs import leave_cuda_graphs, use_cuda_graphs
+
+        (use_cuda_graphs if cuda_graphs else leave_cuda_graphs)(model)
     return model
 
 
