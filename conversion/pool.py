@@ -98,9 +98,7 @@ def mean_norm(plan: Plan | None = None) -> Merge:
 
 
 def random(plan: Plan) -> Merge:
-    """Heads drawn from N(0, initializer_range), biases 0, gains averaged; seed and layer decide the numbers."""
-    deviation: Any = getattr(plan.text_config, "initializer_range", None)
-    deviation = 0.02 if deviation is None else float(deviation)
+    """Heads drawn as the architecture draws its own K and V, biases 0, gains averaged; seed and layer decide them."""
 
     def merge(weights: AttentionWeights) -> AttentionWeights:
         layer = weights.layer
@@ -111,7 +109,8 @@ def random(plan: Plan) -> Merge:
                 key = f"{plan.seed}/{layer.prefix}{name}".encode()
                 generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:8], "big") >> 1)
                 shape = (layer.new_kv_heads, *heads.shape[1:])
-                changed[name] = torch.randn(shape, generator=generator, dtype=heads.dtype) * deviation
+                drawn = torch.randn(shape, generator=generator, dtype=heads.dtype)
+                changed[name] = drawn * initial_deviation(plan.text_config, shape[-1])
             if bias is not None:
                 changed[f"{name}_bias"] = bias.new_zeros(layer.new_kv_heads, bias.shape[1])
         if weights.k_norm is not None:
@@ -119,3 +118,17 @@ def random(plan: Plan) -> Merge:
         return replace(weights, **changed)
 
     return merge
+
+
+def initial_deviation(config: Any, inputs: int) -> float:
+    """The standard deviation of an untrained K or V projection with ``inputs`` inputs.
+
+    T5 scales by the width (its scores are not divided by sqrt(D), so its queries are small instead); with the 0.02 of
+    others its new heads would be next to nothing.
+    """
+    for name in ("initializer_range", "init_std"):
+        value = getattr(config, name, None)
+        if value is not None:
+            return float(value)
+    factor = getattr(config, "initializer_factor", None)
+    return 0.02 if factor is None else float(factor * inputs**-0.5)

@@ -17,7 +17,6 @@ import ast
 import json
 import random
 import statistics
-import sys
 import sysconfig
 import tempfile
 import time
@@ -27,6 +26,7 @@ from typing import Any
 
 import click
 import torch
+import transformers
 from hf_attn_patch.conversion import convert
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
@@ -41,7 +41,8 @@ METHODS = ("mean", "first", "random")
 
 def functions(limit: int, seed: int = 0) -> Iterator[tuple[str, str]]:
     """(code without its docstring, the docstring's first paragraph) of functions in installed Python code."""
-    folders = {Path(sysconfig.get_path("stdlib")), *(Path(p) for p in sys.path if p.endswith("site-packages"))}
+    # where transformers is, other packages are too, whatever the environment is made of
+    folders = {Path(sysconfig.get_path("stdlib")), Path(transformers.__file__).parent.parent}
     files = sorted({file.resolve() for folder in folders for file in folder.rglob("*.py")})
     files = [file for file in files if not {"test", "tests"} & set(file.parts)]
     random.Random(seed).shuffle(files)

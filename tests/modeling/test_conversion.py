@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers
-from hf_attn_patch.conversion import convert, inspect_source, verify
+from hf_attn_patch.conversion import convert, inspect_source, plan, verify
 from hf_attn_patch.conversion import from_pretrained as convert_while_loading
 from hf_attn_patch.conversion.reader import open_source
 from safetensors.torch import load_file
@@ -87,3 +87,21 @@ def test_inspect_and_verify(stock, tmp_path):
     attentions = {"whisper": 2, "clip": 1, "bert": 0, "codegen": 1}[stock]
     assert facts["kv_bytes_per_token"] == attentions * 2 * 2 * 2 * DIM * 4
     assert {row["kv_heads"] for row in facts["attention"]} == {2}
+
+
+@pytest.mark.parametrize("stock", ["t5", "bart", "gpt2"])
+def test_random_heads_are_drawn_as_the_architecture_draws_them(stock, tmp_path):
+    """An untrained stock model of the same config says how large K and V begin (T5's: 1 / sqrt(E), not 0.02)."""
+    case = next(c for c in CASES if c.stock == stock)
+    model = case.make(None)
+    model.save_pretrained(tmp_path / "stock")
+    made = plan(tmp_path / "stock", 2, method="random")
+    convert(made, tmp_path / "new")
+    fresh = getattr(transformers, case.auto).from_config(model.config).state_dict()
+    drawn = load_file(tmp_path / "new" / "model.safetensors")
+    rows = slice(HEADS * DIM, None) if stock == "gpt2" else slice(None)  # there Q stands before K and V
+    changed = [n for n in drawn if n in fresh and fresh[n].ndim == 2 and drawn[n].shape != fresh[n].shape]
+    assert changed
+    for name in changed:
+        old, new = (x[name].T if stock == "gpt2" else x[name] for x in (fresh, drawn))
+        assert 0.75 < float(new[rows].std() / old[rows].std()) < 1.33
