@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -75,13 +76,16 @@ def _json_lines(path: Path) -> Iterator[str]:
 
 
 def calibration_ids(
-    tokenizer: Any, source: str, *, tokens: int, length: int, seed: int, whole: bool
+    tokenizer: Any, source: str, *, tokens: int, length: int | None, longest: int, seed: int, whole: bool
 ) -> tuple[Tensor, dict[str, Any], list[str]]:
     """Sequences of calibration text.
 
     Args:
         tokens: how many at most.
-        length: S, of each sequence; less where the text has fewer tokens than that.
+        length: S, of each sequence; less where the text has fewer tokens than that. None: ``longest``; with ``whole``
+            what a paragraph (a document of JSONL or a data set) has, if that is less: an encoder of sentences must
+            be shown sentences.
+        longest: what the model can read, or is of use.
         seed: chooses sequences where there are more than wanted.
         whole: every sequence gets the tokenizer's special tokens ([CLS] ... [SEP]), as encoders expect; otherwise
             documents follow one another with an end-of-text token between.
@@ -103,9 +107,11 @@ def calibration_ids(
             break
     limit = CHARACTERS * tokens
     if whole:
+        length = length or min(longest, typical_length(tokenizer, texts))
         joined = "\n\n".join(texts)[:limit]
         rows = _windows(tokenizer, joined, length)
     else:
+        length = length or longest
         rows = _stream(tokenizer, [text[:limit] for text in texts], length)
     found = sum(map(len, rows))
     if found < FEWEST:
@@ -128,6 +134,20 @@ def calibration_ids(
         "ids_sha256": hashlib.sha256(ids.numpy().tobytes()).hexdigest(),
     }
     return ids, about, notes
+
+
+def typical_length(tokenizer: Any, texts: list[str], sample: int = 1000) -> int:
+    """The median number of tokens, special ones included, of a paragraph; at least 8.
+
+    Paragraphs stand between blank lines; in one text without blank lines every line is one.
+    """
+    pieces = [piece for text in texts for piece in re.split(r"\n\s*\n", text)]
+    if len(pieces) == 1:
+        pieces = pieces[0].splitlines()
+    pieces = [piece for piece in pieces if piece.strip()]
+    pieces = pieces[:: max(1, len(pieces) // sample)]
+    counts = sorted(len(tokenizer(piece[: 1 << 14], verbose=False)["input_ids"]) for piece in pieces)
+    return max(8, counts[len(counts) // 2]) if counts else 8
 
 
 def _stream(tokenizer: Any, texts: list[str], length: int) -> list[list[int]]:

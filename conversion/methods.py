@@ -94,7 +94,11 @@ METHODS: dict[str, Method] = {
             options=(
                 Option("calibrate", "calibration text: a file, JSONL, a folder or a data set's id"),
                 Option("calibration_tokens", "tokens of calibration text  (default 500000)", int, 500_000),
-                Option("calibration_length", "tokens of a calibration sequence  (default 1024, encoders 128)", int),
+                Option(
+                    "calibration_length",
+                    "tokens of a calibration sequence  (default 1024, encoder-decoders 512, encoders: a paragraph)",
+                    int,
+                ),
                 Option("refit", "fit every layer to the original's after the merge  (default: yes)", bool, True),
                 GROUP,
                 Option("device", "where layers are fitted, such as cuda or cpu  (default: a GPU if there is one)"),

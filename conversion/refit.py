@@ -24,7 +24,10 @@ from torch import Tensor, nn
 
 #: what a layer is called with beside hidden states: positional and keyword arguments
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-Run = Callable[[Tensor], Tensor]
+#: which sequences of the calibration text
+Rows = slice | Tensor
+#: a layer: from hidden states [B, S, E] of those sequences to the next layer's
+Run = Callable[[Tensor, Rows], Tensor]
 
 
 @dataclass(frozen=True)
@@ -51,12 +54,15 @@ class StopForwardError(Exception):
 
 @torch.no_grad()
 def layer_inputs(
-    model: nn.Module, layers: Sequence[nn.Module], ids: Tensor, **inputs: Any
+    run: Callable[[Tensor], object], layers: Sequence[nn.Module], ids: Tensor
 ) -> tuple[Tensor, list[Arguments], list[Tensor]]:
     """What the first layer reads for ``ids`` [N, S], as [N, S, E]; every layer's other arguments; and, for the first
     sequence, what every layer reads [1, S, E].
 
     The other arguments (positions, masks) depend on S alone, so one sequence tells them for all.
+
+    Args:
+        run: sends ids [B, S] through the layers.
     """
     arguments: list[Arguments] = []
     seen: list[Tensor] = []
@@ -72,7 +78,7 @@ def layer_inputs(
 
     hooks = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
     try:
-        model(input_ids=ids[:1], **inputs)
+        run(ids[:1])
     finally:
         for hook in hooks:
             hook.remove()
@@ -80,7 +86,7 @@ def layer_inputs(
     try:
         for block in ids.split(16):
             with contextlib.suppress(StopForwardError):
-                model(input_ids=block, **inputs)
+                run(block)
     finally:
         handle.remove()
     return torch.cat(hidden), arguments, seen
@@ -129,7 +135,7 @@ class TwoStreams:
         for rows in self._blocks():
             before = self.theirs[rows].to(self.device)
             with self.autocast():
-                after = layer(before)
+                after = layer(before, rows)
             total += float((after.float() - before.float()).square().mean()) * len(before)
             self.theirs[rows] = after.to(self.theirs)
         return total / len(self.theirs)
@@ -139,7 +145,7 @@ class TwoStreams:
         """Send the converted model's stream through its next layer."""
         for rows in self._blocks():
             with self.autocast():
-                out = layer(self.ours[rows].to(self.device))
+                out = layer(self.ours[rows].to(self.device), rows)
             self.ours[rows] = out.to(self.ours)
 
     def _blocks(self) -> Iterator[slice]:
@@ -173,11 +179,13 @@ class TwoStreams:
 
     @torch.no_grad()
     def _error(self, layer: Run, size: float) -> float:
-        rows = slice(0, self.unseen) if self.unseen else slice(0, len(self.ours))
+        last = self.unseen or len(self.ours)
         total, count = 0.0, 0
-        for x, y in zip(self.ours[rows].split(self.batch), self.theirs[rows].split(self.batch), strict=True):
+        for start in range(0, last, self.batch):
+            rows = slice(start, min(start + self.batch, last))
+            x, y = self.ours[rows], self.theirs[rows]
             with self.autocast():
-                out = layer(x.to(self.device))
+                out = layer(x.to(self.device), rows)
             total += float((out.float() - y.to(self.device).float()).square().sum())
             count += y.numel()
         return total / count / max(size, torch.finfo(torch.float32).tiny)
@@ -198,7 +206,7 @@ class TwoStreams:
             for group in optimizer.param_groups:
                 group["lr"] = lr * min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * done))
             with self.autocast():
-                out = layer(self.ours[rows].to(self.device))
+                out = layer(self.ours[rows].to(self.device), rows)
             loss = (out.float() - self.theirs[rows].to(self.device).float()).square().mean() / size
             gradients = torch.autograd.grad(loss, list(parameters))
             for p, gradient in zip(parameters, gradients, strict=True):
@@ -229,12 +237,13 @@ def refit(
         For each layer its error before and after, relative to the size of the layer's own contribution.
     """
     with autocast():
-        hidden, arguments, _ = layer_inputs(teacher, teacher_layers, ids, use_cache=False)
+        run = lambda block: teacher(input_ids=block, use_cache=False)  # noqa: E731
+        hidden, arguments, _ = layer_inputs(run, teacher_layers, ids)
     streams = TwoStreams(hidden, recipe, device=ids.device, autocast=autocast, noise=noise)
     errors = []
     for layer, truth, given in zip(student_layers, teacher_layers, arguments, strict=True):
-        size = streams.original(lambda x, truth=truth, given=given: run_layer(truth, x, given))  # type: ignore[misc]
-        ours: Run = lambda x, layer=layer, given=given: run_layer(layer, x, given)  # type: ignore[misc]  # noqa: E731
+        size = streams.original(lambda x, _, truth=truth, given=given: run_layer(truth, x, given))  # type: ignore[misc]
+        ours: Run = lambda x, _, layer=layer, given=given: run_layer(layer, x, given)  # type: ignore[misc]  # noqa: E731
         errors.append(streams.fit(ours, trained(layer), size))
         streams.converted(ours)
     return errors

@@ -9,10 +9,10 @@ import pytest
 import torch
 from click.testing import CliRunner
 from hf_attn_patch.conversion import ConversionError, convert, evaluate, methods, plan, verify
-from hf_attn_patch.conversion.calibrated import Moments
 from hf_attn_patch.conversion.evaluation import windows
 from hf_attn_patch.conversion.families import Stack
 from hf_attn_patch.conversion.heads import stack_layers
+from hf_attn_patch.conversion.moments import Moments
 from hf_attn_patch.conversion.refit import RefitRecipe, refit
 from safetensors.torch import load_file
 from tiny import python_sources, save_tiny, tiny_llama, trained_tokenizer
@@ -119,7 +119,7 @@ def test_moments_in_parts_are_moments_at_once() -> None:
     with Moments(attention, layer) as moments:
         for part in x.split(3):
             attention.q_proj(part)
-    moment, note = moments.result()
+    ((moment, note),) = moments.results()
     rows = torch.cat([x, torch.ones(10, 7, 1)], -1).flatten(0, 1).double()
     rows = rows[rows.isfinite().all(-1)]
     assert note is not None and "1 of 70" in note
