@@ -394,7 +394,8 @@ class Work:
 
     def uptrain(self, record: dict[str, Any]) -> None:
         options, seed, method = self.options, record["seed"], record["method"]
-        if seed not in options.seeds or (options.uptrain and method not in options.uptrain):
+        asked = seed in options.seeds and method in (options.uptrain or options.methods)
+        if not asked or record["kv_heads"] not in options.kv_heads:  # the folder also holds what others asked for
             return
         for share in options.shares:
             for loss in options.losses:

@@ -71,6 +71,26 @@ def test_other_seeds_run_what_the_first_chose(load: Any, tmp_path: Path, monkeyp
     assert any("**b** (4: 1.500, 2: 1.500)" in line for line in lines)
 
 
+def test_what_another_run_left_is_kept_and_not_gone_on_with(
+    load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quality = load("quality")
+    monkeypatch.setattr(quality, "corpus", lambda *_: None)
+    monkeypatch.setattr(quality, "_begin", lambda *_: None)
+    monkeypatch.setattr(quality, "Inline", FakePool)
+    options = argparse.Namespace(
+        out=tmp_path, cache=tmp_path, device="cpu", compile=False, workers=0, seeds=[0], kv_heads=[2],
+        methods=["mean"], uptrain=[], shares=[0.01], losses=["kd"], recipes=["a"], control=False, seconds=100.0,
+    )  # fmt: skip
+    quality.Work(options, quality.SMALL).run()
+    other = argparse.Namespace(**vars(options) | {"methods": ["aligned"], "kv_heads": [4]})
+    work = quality.Work(other, quality.SMALL)
+    work.run()
+    runs = {(r["kv_heads"], r["method"]) for r in work.records if r["kind"] == "uptrained"}
+    assert runs == {(2, "mean"), (4, "aligned")}
+    assert len(work.records) == 5
+
+
 def test_conversions_at_a_toy_size(load: Any) -> None:
     quality = load("quality")
     torch.manual_seed(0)
