@@ -15,6 +15,8 @@ from hf_attn_patch.request import AttentionRequest, Operands
 from ._common import cut, cut_bias, rescale_by_sinks, without_dead_keys
 
 _BLOCK = 128
+#: shapes that are compiled; past dynamo's own limit of 8 flex would run unfused, with all scores in memory
+_SHAPES = 1024
 
 
 def refuses(request: AttentionRequest) -> str | None:
@@ -40,9 +42,16 @@ def refuses(request: AttentionRequest) -> str | None:
 
 @functools.cache
 def _compiled() -> Callable[..., Any]:
+    import torch._dynamo
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=False)
+    compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with torch._dynamo.config.patch(recompile_limit=_SHAPES, accumulated_recompile_limit=_SHAPES):
+            return compiled(*args, **kwargs)
+
+    return call
 
 
 def run(q: Tensor, k: Tensor, v: Tensor, request: AttentionRequest, operands: Operands) -> tuple[Tensor, None]:

@@ -6,6 +6,7 @@ Run with ``pytest -m gpu``. A backend that refuses a request is skipped with its
 from __future__ import annotations
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -214,6 +215,20 @@ def test_strange_strides(name):
     args = q, k, v
     ref = plain(*(t.float() for t in args), layout, 0.125)
     assert_conforms(out, plain(*args, layout, 0.125), ref)
+
+
+def test_flex_is_compiled_for_every_shape(monkeypatch):
+    import torch._dynamo
+
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # flex warns where it runs unfused
+        for S in (130, 390):
+            q, k = (torch.randn(1, heads, S, 64, device="cuda", dtype=torch.bfloat16) for heads in (4, 2))
+            out = attend(q, k, k, layout=full(S, S, True, (None, None)), softcap=20.0, name="flex")[0]
+            args = full(S, S, True, (None, None)), 0.125
+            wide = plain(q.float(), k.float(), k.float(), *args, softcap=20.0)
+            assert_conforms(out, plain(q, k, k, *args, softcap=20.0), wide)
 
 
 def test_dropout_on_the_gpu():
