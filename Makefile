@@ -14,6 +14,9 @@ $(VENV)/.ready: pyproject.toml requirements/tested.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -c requirements/tested.txt torch 'setuptools>=77'
 	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -c requirements/tested.txt -e '.[dev]'
+	touch $@
+
+$(VENV)/.tools: $(VENV)/.ready
 	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -c requirements/tested.txt --no-deps $(TOOLS)
 	touch $@
 
@@ -32,10 +35,10 @@ lint: $(VENV)/.ready  ## ruff and mypy --strict
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-unit: $(VENV)/.ready  ## the tests that need no GPU
+unit: $(VENV)/.tools  ## the tests that need no GPU
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(JOBS) -m 'not gpu and not slow'
 
-slow: $(VENV)/.ready  ## the long tests: the demo, distillation, torch.compile of every family
+slow: $(VENV)/.tools  ## the long tests: the demo, distillation, torch.compile of every family
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(JOBS) -m 'slow and not gpu'
 
 test: lint docs unit test-oldest  ## everything: lint, types, docs, tests, tests with the oldest transformers
@@ -47,7 +50,7 @@ docs: $(VENV)/.ready  ## build the documentation, warnings as errors
 	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -c requirements/tested.txt -e '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict -q
 
-works-with: $(VENV)/.ready  ## run the works-with tests and write docs/works-with.md
+works-with: $(VENV)/.tools  ## run the works-with tests and write docs/works-with.md
 	$(VENV)/bin/python docs/works_with.py
 
 gpu:  ## the tests that need a CUDA device, with the Python at hand

@@ -130,7 +130,7 @@ class Calibrated:
         side, theirs = self._current, self.memory[0]
         like = next(side.blocks[0].original.parameters())
         side.look(self.texts[self.side], None if theirs is None else theirs[:1].to("cpu", like.dtype))
-        self.streams = TwoStreams(
+        self.streams: TwoStreams = TwoStreams(
             self._placed(side.hidden),
             RefitRecipe(seed=self.plan.seed),
             device=self.device,
@@ -282,5 +282,6 @@ def longest(plan: Plan, at_most: int) -> int:
 
 
 def on(weights: AttentionWeights, device: torch.device) -> AttentionWeights:
-    tensors = {f.name: getattr(weights, f.name) for f in fields(weights)}
-    return replace(weights, **{n: t.to(device) for n, t in tensors.items() if isinstance(t, Tensor)})
+    values = {f.name: getattr(weights, f.name) for f in fields(weights)}
+    moved: dict[str, Any] = {n: t.to(device) for n, t in values.items() if isinstance(t, Tensor)}
+    return replace(weights, **moved)

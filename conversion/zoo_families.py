@@ -172,6 +172,7 @@ ZOO = [
         prefixes=("gpt_neox.", ""),
     ),
     _grouped("opt", replace(_DECODER, layer="decoder.layers.{i}.self_attn."), prefixes=("model.", "")),
+    _grouped("biogpt", replace(_DECODER, layer="layers.{i}.self_attn."), prefixes=("biogpt.", "")),
     _grouped("bert", _BERT, _BERT_CROSS, prefixes=("bert.", "")),
     _grouped("roberta", _BERT, _BERT_CROSS, prefixes=("roberta.", "")),
     _grouped(

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, masking_utils
+from transformers import masking_utils
 
 from .integration import NAME, keep_layout
 from .layout import DENSE, Layout
@@ -100,6 +100,8 @@ def build_mask(
 @cache
 def _outside(config_module: str) -> str | None:
     """The name of a model of this config's family, if its modeling file does not ask the attention interface."""
+    from transformers.modeling_utils import PreTrainedModel  # not above: its import is what imports this module
+
     name = config_module.replace(".configuration_", ".modeling_")
     if name == config_module:  # a family of ours, or code of its own that transformers' heuristic was not made for
         return None

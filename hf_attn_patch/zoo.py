@@ -20,6 +20,7 @@ PREFIX = "gqa_"
 FAMILIES: dict[str, tuple[str, ...]] = {
     "bart": ("bart",),
     "bert": ("bert",),
+    "biogpt": ("biogpt",),
     "bloom": ("bloom",),
     "clip": ("clip", "clip_text_model", "clip_vision_model"),
     "codegen": ("codegen",),

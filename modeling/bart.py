@@ -26,7 +26,7 @@ class GroupedBartAttention(Seq2SeqGroupedAttention, stock.BartAttention):
 
 class GroupedBart(GroupedModel):
     config_class = GroupedBartConfig
-    replaced: ClassVar = {stock.BartAttention: GroupedBartAttention}
+    replaced: ClassVar[dict[type, type]] = {stock.BartAttention: GroupedBartAttention}
 
 
 class GroupedBartModel(GroupedBart, stock.BartModel): ...

@@ -36,7 +36,7 @@ class GroupedBertCrossAttention(GroupedAttention, stock.BertCrossAttention):
 
 class GroupedBert(GroupedModel):
     config_class = GroupedBertConfig
-    replaced: ClassVar = {
+    replaced: ClassVar[dict[type, type]] = {
         stock.BertSelfAttention: GroupedBertSelfAttention,
         stock.BertCrossAttention: GroupedBertCrossAttention,
     }

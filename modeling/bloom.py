@@ -82,7 +82,7 @@ class GroupedBloomAttention(GroupedAttention, stock.BloomAttention):
 
 class GroupedBloom(GroupedModelOutsideInterface):
     config_class = GroupedBloomConfig
-    replaced: ClassVar = {stock.BloomAttention: GroupedBloomAttention}
+    replaced: ClassVar[dict[type, type]] = {stock.BloomAttention: GroupedBloomAttention}
 
 
 class GroupedBloomModel(GroupedBloom, stock.BloomModel): ...

@@ -30,8 +30,14 @@ class GroupedCLIPConfig(CLIPConfig):
     """CLIP's config; ``text_config`` and ``vision_config`` each have their ``num_key_value_heads``."""
 
     model_type = "gqa_clip"
-    sub_configs_defaults: ClassVar = {"vision_config": GroupedCLIPVisionConfig, "text_config": GroupedCLIPTextConfig}
-    sub_configs: ClassVar = {"vision_config": GroupedCLIPVisionConfig, "text_config": GroupedCLIPTextConfig}
+    sub_configs_defaults: ClassVar[dict[str, type]] = {
+        "vision_config": GroupedCLIPVisionConfig,
+        "text_config": GroupedCLIPTextConfig,
+    }
+    sub_configs: ClassVar[dict[str, type]] = {
+        "vision_config": GroupedCLIPVisionConfig,
+        "text_config": GroupedCLIPTextConfig,
+    }
 
 
 class GroupedCLIPAttention(GroupedAttention, stock.CLIPAttention):
@@ -40,7 +46,7 @@ class GroupedCLIPAttention(GroupedAttention, stock.CLIPAttention):
 
 class GroupedCLIP(GroupedModel):
     config_class = GroupedCLIPConfig
-    replaced: ClassVar = {stock.CLIPAttention: GroupedCLIPAttention}
+    replaced: ClassVar[dict[type, type]] = {stock.CLIPAttention: GroupedCLIPAttention}
 
 
 class GroupedCLIPTextModel(GroupedCLIP, stock.CLIPTextModel):

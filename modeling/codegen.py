@@ -78,7 +78,7 @@ class GroupedCodeGenAttention(GroupedAttention, stock.CodeGenAttention):
 
 class GroupedCodeGen(GroupedModelOutsideInterface):
     config_class = GroupedCodeGenConfig
-    replaced: ClassVar = {stock.CodeGenAttention: GroupedCodeGenAttention}
+    replaced: ClassVar[dict[type, type]] = {stock.CodeGenAttention: GroupedCodeGenAttention}
 
 
 class GroupedCodeGenModel(GroupedCodeGen, stock.CodeGenModel): ...

@@ -26,7 +26,7 @@ class GroupedDistilBertSelfAttention(GroupedAttention, stock.DistilBertSelfAtten
 
 class GroupedDistilBert(GroupedModel):
     config_class = GroupedDistilBertConfig
-    replaced: ClassVar = {stock.DistilBertSelfAttention: GroupedDistilBertSelfAttention}
+    replaced: ClassVar[dict[type, type]] = {stock.DistilBertSelfAttention: GroupedDistilBertSelfAttention}
 
 
 class GroupedDistilBertModel(GroupedDistilBert, stock.DistilBertModel): ...

@@ -41,7 +41,7 @@ class GroupedGPT2Attention(GroupedAttention, stock.GPT2Attention):
 
 class GroupedGPT2(GroupedModel):
     config_class = GroupedGPT2Config
-    replaced: ClassVar = {stock.GPT2Attention: GroupedGPT2Attention}
+    replaced: ClassVar[dict[type, type]] = {stock.GPT2Attention: GroupedGPT2Attention}
 
 
 class GroupedGPT2Model(GroupedGPT2, stock.GPT2Model): ...

@@ -61,7 +61,7 @@ class GroupedGPTNeoXAttention(GroupedAttention, stock.GPTNeoXAttention):
 
 class GroupedGPTNeoX(GroupedModel):
     config_class = GroupedGPTNeoXConfig
-    replaced: ClassVar = {stock.GPTNeoXAttention: GroupedGPTNeoXAttention}
+    replaced: ClassVar[dict[type, type]] = {stock.GPTNeoXAttention: GroupedGPTNeoXAttention}
 
 
 class GroupedGPTNeoXModel(GroupedGPTNeoX, stock.GPTNeoXModel): ...

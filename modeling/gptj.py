@@ -66,7 +66,7 @@ class GroupedGPTJAttention(GroupedAttention, stock.GPTJAttention):
 
 class GroupedGPTJ(GroupedModelOutsideInterface):
     config_class = GroupedGPTJConfig
-    replaced: ClassVar = {stock.GPTJAttention: GroupedGPTJAttention}
+    replaced: ClassVar[dict[type, type]] = {stock.GPTJAttention: GroupedGPTJAttention}
 
 
 class GroupedGPTJModel(GroupedGPTJ, stock.GPTJModel): ...

@@ -26,7 +26,7 @@ class GroupedMarianAttention(Seq2SeqGroupedAttention, stock.MarianAttention):
 
 class GroupedMarian(GroupedModel):
     config_class = GroupedMarianConfig
-    replaced: ClassVar = {stock.MarianAttention: GroupedMarianAttention}
+    replaced: ClassVar[dict[type, type]] = {stock.MarianAttention: GroupedMarianAttention}
 
 
 class GroupedMarianModel(GroupedMarian, stock.MarianModel): ...

@@ -26,7 +26,7 @@ class GroupedMBartAttention(Seq2SeqGroupedAttention, stock.MBartAttention):
 
 class GroupedMBart(GroupedModel):
     config_class = GroupedMBartConfig
-    replaced: ClassVar = {stock.MBartAttention: GroupedMBartAttention}
+    replaced: ClassVar[dict[type, type]] = {stock.MBartAttention: GroupedMBartAttention}
 
 
 class GroupedMBartModel(GroupedMBart, stock.MBartModel): ...

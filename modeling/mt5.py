@@ -31,7 +31,7 @@ class GroupedMT5Attention(Seq2SeqGroupedAttention, stock.MT5Attention):
 
 class GroupedMT5(GroupedModel):
     config_class = GroupedMT5Config
-    replaced: ClassVar = {stock.MT5Attention: GroupedMT5Attention}
+    replaced: ClassVar[dict[type, type]] = {stock.MT5Attention: GroupedMT5Attention}
 
 
 class GroupedMT5Model(GroupedMT5, stock.MT5Model): ...

@@ -39,7 +39,7 @@ class GroupedOPTAttention(GroupedAttention, stock.OPTAttention):
 
 class GroupedOPT(GroupedModel):
     config_class = GroupedOPTConfig
-    replaced: ClassVar = {stock.OPTAttention: GroupedOPTAttention}
+    replaced: ClassVar[dict[type, type]] = {stock.OPTAttention: GroupedOPTAttention}
 
 
 class GroupedOPTModel(GroupedOPT, stock.OPTModel): ...

@@ -36,7 +36,7 @@ class GroupedRobertaCrossAttention(GroupedAttention, stock.RobertaCrossAttention
 
 class GroupedRoberta(GroupedModel):
     config_class = GroupedRobertaConfig
-    replaced: ClassVar = {
+    replaced: ClassVar[dict[type, type]] = {
         stock.RobertaSelfAttention: GroupedRobertaSelfAttention,
         stock.RobertaCrossAttention: GroupedRobertaCrossAttention,
     }

@@ -31,7 +31,7 @@ class GroupedT5Attention(Seq2SeqGroupedAttention, stock.T5Attention):
 
 class GroupedT5(GroupedModel):
     config_class = GroupedT5Config
-    replaced: ClassVar = {stock.T5Attention: GroupedT5Attention}
+    replaced: ClassVar[dict[type, type]] = {stock.T5Attention: GroupedT5Attention}
 
 
 class GroupedT5Model(GroupedT5, stock.T5Model): ...

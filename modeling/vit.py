@@ -25,7 +25,7 @@ class GroupedViTAttention(GroupedAttention, stock.ViTAttention):
 
 class GroupedViT(GroupedModel):
     config_class = GroupedViTConfig
-    replaced: ClassVar = {stock.ViTAttention: GroupedViTAttention}
+    replaced: ClassVar[dict[type, type]] = {stock.ViTAttention: GroupedViTAttention}
 
 
 class GroupedViTModel(GroupedViT, stock.ViTModel): ...

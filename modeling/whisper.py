@@ -33,7 +33,7 @@ class GroupedWhisperAttention(Seq2SeqGroupedAttention, stock.WhisperAttention):
 
 class GroupedWhisper(GroupedModel):
     config_class = GroupedWhisperConfig
-    replaced: ClassVar = {stock.WhisperAttention: GroupedWhisperAttention}
+    replaced: ClassVar[dict[type, type]] = {stock.WhisperAttention: GroupedWhisperAttention}
 
 
 class GroupedWhisperModel(GroupedWhisper, stock.WhisperModel): ...

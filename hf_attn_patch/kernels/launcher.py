@@ -97,7 +97,8 @@ class Launch:
         if compiled is None:
             self.kernel[self.grid](*tensors, *self.scalars, **self.constants, **self.options)
         elif compiled.call is None or _hooked():
-            compiled.kernel[(*self.grid, 1)](*pointers, *self.scalars, *compiled.constants, stream=stream)
+            grid = (*self.grid, 1)
+            compiled.kernel[grid](*pointers, *self.scalars, *compiled.constants, stream=stream)
         else:
             x, y = self.grid
             compiled.call(

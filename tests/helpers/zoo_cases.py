@@ -227,6 +227,7 @@ CASES = [
         {**_TEXT, **QUIET, "ffn_dim": 40, "word_embed_proj_dim": E, "dropout": 0.0},
         _PROJ,
     ),
+    Case("biogpt", "AutoModelForCausalLM", {**_TEXT, **_NO_DROP, **QUIET, "max_position_embeddings": 64}, _PROJ),
     Case("bert", "AutoModelForMaskedLM", {**_TEXT, **_NO_DROP}, _KV, "encoder"),
     Case("roberta", "AutoModelForMaskedLM", {**_TEXT, **_NO_DROP}, _KV, "encoder"),
     Case(
