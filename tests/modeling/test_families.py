@@ -1,6 +1,7 @@
-"""Every grouped family against the stock one (``family_table.py`` beside this makes the README's table of them)."""
+"""Every grouped family against the stock one (``make families-tested`` writes docs/families-tested.md)."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -229,3 +230,10 @@ def test_copies_and_attention_switches(case):
     twin.set_attn_implementation("sdpa")
     torch.testing.assert_close(output(twin, feed), want, atol=1e-5, rtol=1e-5)
     assert model.config._attn_implementation == "eager"
+
+
+def test_the_page_of_families_has_every_family():
+    page = (Path(__file__).parents[2] / "docs/families-tested.md").read_text(encoding="utf-8")
+    rows = [line.split(" | ")[0].strip("| ") for line in page.splitlines() if line.startswith("| ")][1:]
+    assert rows == [case.stock for case in CASES], "make families-tested"
+    assert "NO" not in page
