@@ -19,8 +19,8 @@ from xml.etree import ElementTree
 FOLDER = Path(__file__).parent
 PAGE = """# Families with configurable KV heads
 
-Made by `make families-tested` from a run of the tests (transformers {version}, CPU). "-": nothing to test (an encoder does
-not generate; Falcon converts to transformers' own Falcon, which needs no code of ours).
+Made by `make families-tested` from a run of the tests (transformers {version}, CPU). "-": nothing to test (an encoder
+does not generate; Falcon converts to transformers' own Falcon, which needs no code of ours).
 
 | family | {header} |
 |---{rules}|
