@@ -21,13 +21,6 @@ def _side(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-@cache
-def _pool(device: torch.device, stream: int) -> Any:
-    """Memory for what recordings hold between their kernels. Those that run on one stream can share it."""
-    with torch.cuda.device(device):
-        return torch.cuda.MemPool()
-
-
 @contextlib.contextmanager
 def _aside(device: torch.device) -> Iterator[None]:
     """On the side stream, after all that was started before; what is started afterwards waits for it."""
@@ -68,6 +61,77 @@ def rehearse(work: Work, device: torch.device) -> Any:
     return result
 
 
+class _Pool:
+    """Memory for what recordings hold between their kernels; those that run on one stream share it.
+
+    It is held by a recording of its own: an id that no recording uses any more must not be used again (the allocator
+    of pinned memory says so with an internal error).
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.id = torch.cuda.graph_pool_handle()
+        # the first recording of a process makes tensors for the random generator: not under inference_mode
+        with torch.inference_mode(False):
+            self.one = torch.zeros(1, device=device)
+            self.holder = _captured(lambda: self.one.zero_(), device, self.id)[0]
+
+
+_pools: dict[tuple[torch.device, int], _Pool] = {}
+#: what failed must live on: allocators go on asking it whether a stream is its own
+_failed: list[torch.cuda.CUDAGraph] = []
+
+
+def _pool(device: torch.device) -> _Pool:
+    key = device, torch.cuda.current_stream(device).cuda_stream
+    if key not in _pools:
+        _pools[key] = _Pool(device)
+    return _pools[key]
+
+
+def _captured(work: Work, device: torch.device, pool: Any) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """``work`` as a CUDA graph with its result; after an error the device is as it was before."""
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize(device)
+    collecting = gc.isenabled()
+    gc.disable()  # what is destroyed in the middle may be a graph, or an event
+    try:
+        with torch.cuda.device(device), _aside(device):
+            try:
+                graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+                result = work()
+                graph.capture_end()
+            except BaseException:
+                _abandon(graph, device, pool)
+                raise
+    finally:
+        if collecting:
+            gc.enable()
+    return graph, result
+
+
+def _abandon(graph: torch.cuda.CUDAGraph, device: torch.device, pool: Any) -> None:
+    """Come back from a recording that failed, on its stream; the error to tell is the one that brought us here."""
+    try:
+        graph.capture_end()
+        graph.reset()
+        return  # the error was not one of CUDA's: the recording ended as it should
+    except RuntimeError:  # the driver has dropped the recording, and PyTorch did not notice
+        _failed.append(graph)
+    with contextlib.suppress(RuntimeError):  # not begun, or ended already
+        torch._C._cuda_endAllocateToPool(device.index, pool)
+        torch._C._cuda_releasePool(device.index, pool)
+    graph.reset()
+    for key in [key for key, known in _pools.items() if known.id == pool]:
+        del _pools[key]
+    # the random generator goes on believing that it is recorded, until a recording ends well
+    with torch.inference_mode(False):
+        one = torch.zeros(1, device=device)
+        ends_well = torch.cuda.CUDAGraph()
+        ends_well.capture_begin(pool=torch.cuda.graph_pool_handle(), capture_error_mode="thread_local")
+        one.zero_()
+        ends_well.capture_end()
+
+
 class Recording:
     """``work`` recorded on ``device``; nothing runs before :meth:`replay`.
 
@@ -79,34 +143,8 @@ class Recording:
     """
 
     def __init__(self, work: Work, device: torch.device) -> None:
-        self.graph = torch.cuda.CUDAGraph()
-        pool = _pool(device, torch.cuda.current_stream(device).cuda_stream)
-        random = torch.cuda.default_generators[device.index].clone_state()
-        torch.cuda.synchronize(device)
-        collecting = gc.isenabled()
-        gc.disable()  # what is destroyed in the middle may be a graph, or an event
-        try:
-            with _aside(device):
-                self.graph.capture_begin(pool=pool.id, capture_error_mode="thread_local")
-                try:
-                    self.result = work()
-                except BaseException:
-                    self._abandon(device, pool, random)
-                    raise
-                self.graph.capture_end()
-        finally:
-            if collecting:
-                gc.enable()
-
-    def _abandon(self, device: torch.device, pool: Any, random: torch.Generator) -> None:
-        """After an error within: the reason is that error, whatever these say."""
-        with contextlib.suppress(RuntimeError):
-            self.graph.capture_end()
-        with contextlib.suppress(RuntimeError, AttributeError):  # or else the allocator waits for the end forever
-            torch._C._cuda_endAllocateToPool(device.index, pool.id)
-        self.graph.reset()
-        # the generator would go on believing that it is recorded
-        torch.cuda.default_generators[device.index].graphsafe_set_state(random)
+        self.pool = _pool(device)
+        self.graph, self.result = _captured(work, device, self.pool.id)
 
     def replay(self) -> Any:
         """Start it on the current stream; the result is the memory that it writes to."""
