@@ -1,8 +1,7 @@
 """The ladder: the first backend that can run a request exactly, and why the others can't.
 
-The order is what was measured (see docs and ``benchmarks/``): on Hopper FlashAttention-4, then 3, then cuDNN for
-prefill and training, cuDNN for decoding without padding; on Ampere and Ada FlashAttention-2 code; on the CPU torch's
-flash kernel. The choice for a request is remembered.
+The order is ``ladder.py``'s, by what was measured. The choice for a request is remembered, and calls of one kind find
+it by their shapes and options alone.
 """
 
 from __future__ import annotations
@@ -10,12 +9,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .backends import flash2, flash3, flash4, flex, reference, torch_sdpa, torch_varlen, triton_decode
+from .ladder import order
 from .layout import DENSE, FULL, Layout, remembered_full
 from .request import AttentionError, AttentionRequest, Operands
 
@@ -45,18 +45,6 @@ def backend(name: str) -> Any:
     if name not in _MODULES:
         raise AttentionError(f"there is no backend {name!r}; choose one of {', '.join(BACKENDS)}")
     return _MODULES[name]
-
-
-def order(request: AttentionRequest) -> tuple[str, ...]:
-    """All backends, the one that was measured fastest for this kind of request first."""
-    if request.device != "cuda":
-        return ("torch_sdpa", "reference", "triton_decode", "torch_varlen", "flex", "flash4", "flash3", "flash2")
-    if request.q_class < 17 and not request.grad:  # decoding: bytes, not arithmetic
-        rest = ("flash3", "torch_sdpa", "flash4", "torch_varlen", "flash2", "flex", "reference")
-        return ("triton_decode", *rest)
-    if request.visibility == FULL and not request.windowed:
-        return ("flash4", "flash3", "torch_sdpa", "flash2", "torch_varlen", "flex", "reference", "triton_decode")
-    return ("flash4", "flash3", "flash2", "torch_varlen", "flex", "torch_sdpa", "reference", "triton_decode")
 
 
 def reasons(request: AttentionRequest) -> list[tuple[str, str | None]]:
@@ -102,6 +90,7 @@ def _first(request: AttentionRequest) -> tuple[str, Run]:
 def forget() -> None:
     """Forget remembered choices (after installing a package, say)."""
     _chosen.clear()
+    known_calls.clear()
     remembered_full.cache_clear()
 
 
@@ -126,6 +115,83 @@ def use_backend(name: str) -> Iterator[None]:
         yield
     finally:
         _forced.pop()
+
+
+class Known(NamedTuple):
+    """What was worked out for a kind of call: the layout, the request, and the function that runs it."""
+
+    layout: Layout
+    request: AttentionRequest
+    run: Run
+    operands: Operands | None = None  # where they are only numbers
+
+
+#: calls of one kind, found again by the numbers alone: no mask, no padding, nothing that could hold a large tensor
+known_calls: dict[Any, Known] = {}
+_MOST_KNOWN = 1024  # a growing cache makes a new kind at each token
+
+
+def remember_call(key: Any, known: Known) -> None:
+    """Keep what was worked out for calls of one kind, unless its layout may come to hold a mask of many queries."""
+    layout = known.layout
+    needs_mask = layout.window != (None, None) or (layout.causal and layout.q_len != layout.keys)
+    if layout.kind != FULL or (needs_mask and layout.q_len > 1024):
+        return
+    if len(known_calls) >= _MOST_KNOWN:
+        known_calls.clear()
+    known_calls[key] = known
+
+
+def facts_of(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    bias: Tensor | None = None,
+    dropout: float = 0.0,
+    weights: bool = False,
+    deterministic: bool = False,
+    name: str | None = None,
+) -> tuple[Any, ...]:
+    """The facts of a call that decide who runs it, but for its layout: hashable, and cheap to make."""
+    bias_grad = grad = False
+    if torch.is_grad_enabled():
+        bias_grad = bias is not None and bias.requires_grad
+        grad = bias_grad or q.requires_grad or k.requires_grad or v.requires_grad
+        grad = grad or (sinks is not None and sinks.requires_grad)
+    return (
+        q.shape,
+        k.shape,
+        v.shape,
+        q.dtype,
+        q.device,
+        softcap is None,
+        sinks is None,
+        bias is None,
+        bias_grad,
+        dropout > 0.0,
+        grad,
+        weights,
+        deterministic or _deterministic(),
+        name if name is not None or not _forced else _forced[-1],
+    )
+
+
+def prepare(facts: tuple[Any, ...], layout: Layout) -> Known:
+    """Choose the backend for a kind of call (remembered with the layout).
+
+    Raises:
+        AttentionError: no backend can run it exactly, or the one asked for by name cannot.
+    """
+    known: Known | None = layout.chosen.get(facts)
+    if known is None:
+        request = _request(*facts[:5], layout, facts[5:-1], False)
+        name, run = choose(request, facts[-1])
+        shorter = getattr(_MODULES[name], "shorter", None)  # a backend's way for the commonest calls
+        run = run if shorter is None else shorter(request, layout) or run
+        known = layout.chosen[facts] = Known(layout, request, run)
+    return known
 
 
 def attend(
@@ -155,51 +221,44 @@ def attend(
     Returns:
         out [B, HQ, Sq, Dv], and the weights [B, HQ, Sq, Sk] if asked for.
     """
-    if tracing is None:
-        tracing = torch.compiler.is_compiling()
-    grad = torch.is_grad_enabled() and (
-        q.requires_grad
-        or k.requires_grad
-        or v.requires_grad
-        or (bias is not None and bias.requires_grad)
-        or (sinks is not None and sinks.requires_grad)
-    )
-    bias_grad = grad and bias is not None and bias.requires_grad
-    deterministic = deterministic or (torch.are_deterministic_algorithms_enabled() if tracing else _deterministic())
-    options = (softcap is None, sinks is None, bias is None, bias_grad, dropout > 0.0, grad, weights, deterministic)
-    if name is None and _forced:
-        name = _forced[-1]
-    facts = None if tracing else (q.shape, k.shape, v.shape, q.dtype, q.device, options, name)
-    known = None if tracing else layout.chosen.get(facts)
-    if known is None:
-        request = _request(q, k, v, layout, options, tracing)
-        run = choose(request, name)[1]
-        if not tracing:
-            layout.chosen[facts] = request, run
+    if torch.compiler.is_compiling() if tracing is None else tracing:
+        deterministic = deterministic or torch.are_deterministic_algorithms_enabled()  # which can be traced
+        facts = facts_of(q, k, v, softcap, sinks, bias, dropout, weights, True, name)
+        request = _request(q.shape, k.shape, v.shape, q.dtype, q.device, layout, (*facts[5:-2], deterministic), True)
+        run = choose(request, facts[-1])[1]
     else:
-        request, run = known
+        facts = facts_of(q, k, v, softcap, sinks, bias, dropout, weights, deterministic, name)
+        _, request, run, _ = layout.chosen.get(facts) or prepare(facts, layout)
     operands = Operands(layout, q.shape[-1] ** -0.5 if scale is None else scale, softcap, sinks, bias, dropout)
     return run(q, k, v, request, operands)
 
 
 def _request(
-    q: Tensor, k: Tensor, v: Tensor, layout: Layout, options: tuple[bool, ...], tracing: bool
+    q_shape: torch.Size,
+    k_shape: torch.Size,
+    v_shape: torch.Size,
+    dtype: torch.dtype,
+    device: torch.device,
+    layout: Layout,
+    options: tuple[bool, ...],
+    tracing: bool,
 ) -> AttentionRequest:
-    B, HQ, Sq, D = q.shape
-    _, HKV, Sk, Dv = v.shape
+    B, HQ, Sq, D = q_shape
+    _, HKV, Sk, Dv = v_shape
     no_softcap, no_sinks, no_bias, bias_grad, dropout, grad, weights, deterministic = options
     mask = layout.mask if layout.kind == DENSE else None
     return AttentionRequest(
-        device=q.device.type,
-        capability=_capability(q.device) if q.device.type == "cuda" else 0,
-        dtype=q.dtype,
+        device=device.type,
+        capability=_capability(device) if device.type == "cuda" else 0,
+        dtype=dtype,
         heads=HQ,
         kv_heads=HKV,
         head_dim=D,
         value_dim=Dv,
         q_class=1 if Sq == 1 else (16 if Sq <= 16 else 17),
-        kv_bits=-1 if tracing else (B * HKV * Sk * D).bit_length(),
-        batch_is_one=B == 1,
+        work_bits=-1 if tracing else (B * HQ * Sq * Sk * D).bit_length(),
+        streams=-1 if tracing else B * HKV,
+        rows=0 if tracing or Sq > 16 else HQ // HKV * Sq,
         square=Sq == layout.keys,
         visibility=layout.kind,
         causal=layout.causal,

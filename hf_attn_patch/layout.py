@@ -59,10 +59,10 @@ class Layout:
     _segments: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
     _dead: Tensor | None = field(default=None, repr=False)
     _key_bounds: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
-    chosen: dict[Any, Any] = field(
-        default_factory=dict, repr=False
-    )  # dispatch's: facts of a call -> request and backend
+    chosen: dict[Any, Any] = field(default_factory=dict, repr=False)  # dispatch's: facts of a call -> who runs it
     block_mask: Any = field(default=None, repr=False)  # flex_attention's form, built on demand
+    scores: dict[Any, Any] = field(default_factory=dict, repr=False)  # the form of kernels that add a float mask
+    _any_dead: bool | None = field(default=None, repr=False)
 
     @property
     def keys(self) -> int:
@@ -162,6 +162,13 @@ class Layout:
             elif (mask := self.dense(device)) is not None:
                 self._dead = ~mask.flatten(1, 2).any(1)
         return self._dead
+
+    def has_dead_keys(self) -> bool:
+        """Whether there are :meth:`dead_keys`. Read back, once."""
+        if self._any_dead is None:
+            dead = self.dead_keys(torch.device("cpu")) if self.first is None else self.dead_keys(self.first.device)
+            self._any_dead = dead is not None and bool(dead.any())
+        return self._any_dead
 
 
 def _band(q: Tensor, k: Tensor, causal: bool, window: tuple[int | None, int | None]) -> Tensor:

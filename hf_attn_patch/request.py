@@ -17,7 +17,7 @@ class AttentionRequest(NamedTuple):
     """The facts of a call, hashable: two calls with equal requests take the same backend.
 
     Lengths are classes, not numbers, so that a growing cache does not ask anew at each token: ``q_class`` is 1, 16
-    (2 to 16 queries) or 17 (more); ``kv_bits`` is the bit length of B * HKV * Sk * D.
+    (2 to 16 queries) or 17 (more); ``work_bits`` is the bit length of B * HQ * Sq * Sk * D.
     """
 
     device: str
@@ -28,8 +28,9 @@ class AttentionRequest(NamedTuple):
     head_dim: int
     value_dim: int
     q_class: int
-    kv_bits: int
-    batch_is_one: bool
+    work_bits: int  # -1 where the lengths are not known (torch.compile)
+    streams: int  # B * HKV, the K and V to read; -1 where it is not known
+    rows: int  # G * Sq, the queries that share a KV head, of 1 to 16 queries; else 0
     square: bool  # as many queries as keys, after the layout's cut
     visibility: str  # Layout.kind
     causal: bool

@@ -6,18 +6,27 @@ K and V are never repeated: where a kernel knows no grouping, it is called once 
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hf_attn_patch.layout import FULL, PACKED, full
+from hf_attn_patch.crossovers import is_small
+from hf_attn_patch.layout import DENSE, FULL, PACKED, Layout, full
 from hf_attn_patch.request import AttentionRequest, Operands
 
-from ._common import cut, cut_bias, rescale_by_sinks, without_dead_keys
+from ._common import cut, cut_bias, rescale_by_sinks
+from ._scores import scores_of
 
 aten = torch.ops.aten
+# torch's own bindings: a microsecond or two less of Python than the same operators in torch.ops
+_sdpa = F.scaled_dot_product_attention
+_cudnn = torch._scaled_dot_product_cudnn_attention
+_flash = torch._scaled_dot_product_flash_attention
+_NOTHING = torch.empty(0, 0, 0, 0)
 _CPU_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -28,12 +37,15 @@ def kernel(request: AttentionRequest) -> str | None:
         return "cpu"
     if request.device != "cuda" or request.head_dim > 1024:
         return None
-    if masked or not request.half:
-        return "efficient" if request.dtype != torch.float64 else None
     same = request.head_dim == request.value_dim
-    fits = same and request.head_dim <= 128 and request.head_dim % 8 == 0
+    by_cudnn = same and request.half and request.head_dim <= 128 and request.head_dim % 8 == 0
+    by_cudnn = by_cudnn and request.capability >= 90 and not request.deterministic
+    if masked or not request.half:
+        # cuDNN gives no gradient to what is added, and plans anew for each length: not at each token of a generation
+        scored = by_cudnn and request.q_class > 16 and not (request.grad or request.sinks or request.tracing)
+        return "cudnn" if scored else "efficient" if request.dtype != torch.float64 else None
     trainable = not request.grad or request.q_class > 1  # cuDNN's backward refuses one query with one key
-    if fits and trainable and not request.deterministic and request.capability >= 90:
+    if by_cudnn and trainable and not is_small(request):
         return "cudnn"
     return "flash" if same and request.head_dim <= 256 else "efficient"
 
@@ -72,12 +84,78 @@ def run(q: Tensor, k: Tensor, v: Tensor, request: AttentionRequest, operands: Op
     k, v = cut(layout, k, v)
     causal = layout.causal and layout.kind == FULL and operands.bias is None and layout.window == (None, None)
     causal = causal and q.shape[2] == k.shape[2]
+    if request.device == "cuda" and kernel(request) == "cudnn" and not causal:
+        scored = operands.bias is not None or layout.kind != FULL or layout.causal or layout.window != (None, None)
+        if scored:
+            return _cudnn_scored(q, k, v, operands), None
     mask = None if causal else layout.dense(q.device)
     if operands.bias is not None:
         mask = _additive(mask, cut_bias(layout, operands.bias), q.dtype)
     if request.device == "cpu":
         return _cpu(q, k, v, mask, causal, request, operands), None
     return _cuda(q, k, v, mask, causal, request, operands), None
+
+
+def shorter(request: AttentionRequest, layout: Layout) -> Callable[..., tuple[Tensor, None]] | None:
+    """:func:`run` for the commonest calls, with everything decided that is known of them; None for all others."""
+    if request.bias or request.sinks or request.head_dim != request.value_dim or cut(layout, _NOTHING) != (_NOTHING,):
+        return None
+    rows = request.q_class == 1 and request.heads != request.kv_heads
+    if request.device == "cpu" and layout.kind == DENSE and not request.per_head_mask and not layout.has_dead_keys():
+        return functools.partial(_cpu_rows if rows else _cpu_plain, layout.mask, False)
+    if layout.kind != FULL or layout.window != (None, None) or (layout.causal and not request.square):
+        return None
+    if request.device == "cpu":
+        return functools.partial(_cpu_rows if rows else _cpu_plain, None, layout.causal)
+    if kernel(request) == "cudnn":
+        return functools.partial(_cudnn_plain, layout.causal)
+    if kernel(request) == "flash" and request.head_dim % 8 == 0:
+        return functools.partial(_flash_plain, layout.causal)
+    return None
+
+
+def _cpu_plain(
+    mask: Tensor | None, causal: bool, q: Tensor, k: Tensor, v: Tensor, request: AttentionRequest, operands: Operands
+) -> tuple[Tensor, None]:
+    gqa = request.heads != request.kv_heads
+    return _sdpa(q, k, v, mask, 0.0, causal, scale=operands.scale, enable_gqa=gqa), None
+
+
+def _cpu_rows(
+    mask: Tensor | None, causal: bool, q: Tensor, k: Tensor, v: Tensor, request: AttentionRequest, operands: Operands
+) -> tuple[Tensor, None]:
+    """One query: the group as the rows of one head."""
+    B, HQ, _, D = q.shape
+    HKV = request.kv_heads
+    out = _sdpa(q.reshape(B, HKV, HQ // HKV, D), k, v, mask, scale=operands.scale)
+    return out.reshape(B, HQ, 1, D), None
+
+
+def _cudnn_plain(
+    causal: bool, q: Tensor, k: Tensor, v: Tensor, request: AttentionRequest, operands: Operands
+) -> tuple[Tensor, None]:
+    q, k, v = _rows(q), _rows(k), _rows(v)
+    return _cudnn(q, k, v, None, request.grad, operands.dropout, causal, False, scale=operands.scale)[0], None
+
+
+def _flash_plain(
+    causal: bool, q: Tensor, k: Tensor, v: Tensor, request: AttentionRequest, operands: Operands
+) -> tuple[Tensor, None]:
+    q, k, v = _rows(q), _rows(k), _rows(v)
+    return _flash(q, k, v, operands.dropout, causal, False, scale=operands.scale)[0], None
+
+
+def _rows(t: Tensor) -> Tensor:
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def _cudnn_scored(q: Tensor, k: Tensor, v: Tensor, operands: Operands) -> Tensor:
+    """cuDNN with a mask or bias as scores to add; queries that see nothing come out as zeros. No gradients."""
+    scores = scores_of(operands.layout, operands.bias, q.dtype, q.device)
+    k, v = scores.clean(k, v)
+    q, k, v = _rows(q), _rows(k), _rows(v)
+    out = _cudnn(q, k, v, scores.values, False, operands.dropout, False, False, scale=operands.scale)[0]
+    return out if scores.blind is None else out.masked_fill_(scores.blind, 0)
 
 
 def _documents(q: Tensor, k: Tensor, v: Tensor, request: AttentionRequest, operands: Operands) -> Tensor:
@@ -96,7 +174,7 @@ def _documents(q: Tensor, k: Tensor, v: Tensor, request: AttentionRequest, opera
         )
         inside = operands._replace(layout=one)
         parts.append(run(q[:, :, q0:q1], k[:, :, k0:k1], v[:, :, k0:k1], part, inside)[0])
-    out = torch.cat(parts, 2)[0].unflatten(1, (layout.batch, layout.q_len)).transpose(0, 1)
+    out = torch.cat(parts, 2).squeeze(0).unflatten(1, (layout.batch, layout.q_len)).transpose(0, 1)
     return out if layout.padding is None else out.masked_fill(layout.padding[:, None, :, None], 0)
 
 
@@ -113,9 +191,11 @@ def _cpu(
     if width != q.shape[-1]:
         q, k, v = _same_width(q, k, v)
     out = _cpu_kernel(q, k, v, mask, causal, operands)
+    if mask is None or request.tracing or not (request.bias or operands.layout.has_dead_keys()):
+        return out[..., :width] if width < q.shape[-1] else out
     # a masked key still meets the arithmetic (0 * NaN): where that shows, padding is zeroed and the work done again
-    if mask is not None and not request.tracing and math.isnan(out.sum().item()):
-        k, v = _blank(mask, k, v) if mask.dtype == torch.bool else without_dead_keys(operands.layout, k, v)
+    if math.isnan(out.sum().item()):
+        k, v = _blank(mask if mask.dtype == torch.bool else mask != -torch.inf, k, v)
         out = _cpu_kernel(q, k, v, mask, causal, operands)
     return out[..., :width] if width < q.shape[-1] else out
 
@@ -157,7 +237,7 @@ def _same_width(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor
 def _cuda(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, request: AttentionRequest, operands: Operands
 ) -> Tensor:
-    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
+    q, k, v = _rows(q), _rows(k), _rows(v)
     which = kernel(request)
     lse: Tensor | None = None
     if which == "cudnn":
