@@ -69,6 +69,11 @@ class Layout:
         """Length of the key axis that is left after ``start`` and ``stop``."""
         return (self.kv_len if self.stop is None else self.stop) - self.start
 
+    @property
+    def whole(self) -> bool:
+        """Whether ``start`` and ``stop`` leave all keys."""
+        return self.start == 0 and (self.stop is None or self.stop == self.kv_len)
+
     def dense(self, device: torch.device) -> Tensor | None:
         """Bool [B or 1, 1, Sq, keys], True where a query may see a key; None if it may see all. Built once."""
         if self.mask is None and not (self.kind == FULL and not self.causal and self.window == (None, None)):

@@ -12,14 +12,14 @@ from hf_attn_patch.layout import Layout
 
 def cut(layout: Layout, *tensors: Tensor) -> tuple[Tensor, ...]:
     """K and V [B, HKV, Sk, D] without the keys outside ``layout.start`` and ``layout.stop`` (views)."""
-    if layout.start == 0 and (layout.stop is None or layout.stop == layout.kv_len):
+    if layout.whole:
         return tensors
     return tuple(t[:, :, layout.start : layout.stop] for t in tensors)
 
 
 def cut_bias(layout: Layout, bias: Tensor) -> Tensor:
     """The bias [..., Sk] for the keys that :func:`cut` leaves."""
-    if bias.shape[-1] == 1 or (layout.start == 0 and layout.stop in (None, layout.kv_len)):
+    if bias.shape[-1] == 1 or layout.whole:
         return bias
     return bias[..., layout.start : layout.stop]
 

@@ -26,7 +26,6 @@ aten = torch.ops.aten
 _sdpa = F.scaled_dot_product_attention
 _cudnn = torch._scaled_dot_product_cudnn_attention
 _flash = torch._scaled_dot_product_flash_attention
-_NOTHING = torch.empty(0, 0, 0, 0)
 _CPU_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -98,7 +97,7 @@ def run(q: Tensor, k: Tensor, v: Tensor, request: AttentionRequest, operands: Op
 
 def shorter(request: AttentionRequest, layout: Layout) -> Callable[..., tuple[Tensor, None]] | None:
     """:func:`run` for the commonest calls, with everything decided that is known of them; None for all others."""
-    if request.bias or request.sinks or request.head_dim != request.value_dim or cut(layout, _NOTHING) != (_NOTHING,):
+    if request.bias or request.sinks or request.head_dim != request.value_dim or not layout.whole:
         return None
     rows = request.q_class == 1 and request.heads != request.kv_heads
     if request.device == "cpu" and layout.kind == DENSE and not request.per_head_mask and not layout.has_dead_keys():
