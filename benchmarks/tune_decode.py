@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))
 from conformance import assert_conforms
 from gpu_timing import called, copy_bandwidth, replayed
 
-from hf_attn_patch.kernels import decode
+from hf_attn_patch.kernels import decode, decode_launch
 from hf_attn_patch.kernels.decode_plan import Tuning, choose
 from hf_attn_patch.kernels.decode_reference import grouped_decode_reference
 
@@ -242,7 +242,7 @@ def eager_latency() -> None:
         }
         texts = []
         for name, call in calls.items():
-            decode._calls.clear()
+            decode_launch._calls.clear()
             sets = len(lengths) if "length" in name else 1
             texts.append(f"{name} {called(call, sets):.1f} (graph {replayed(call, sets):.1f})")
         print(f"eager us a call, B {B} S {S} {HQ}/{HKV}:", ", ".join(texts), flush=True)

@@ -186,8 +186,9 @@ def prepare(facts: tuple[Any, ...], layout: Layout) -> Known:
     """
     known: Known | None = layout.chosen.get(facts)
     if known is None:
-        request = _request(*facts[:5], layout, facts[5:-1], False)
-        name, run = choose(request, facts[-1])
+        q, k, v, dtype, device, *options, name = facts
+        request = _request(q, k, v, dtype, device, layout, tuple(options), False)
+        name, run = choose(request, name)
         shorter = getattr(_MODULES[name], "shorter", None)  # a backend's way for the commonest calls
         run = run if shorter is None else shorter(request, layout) or run
         known = layout.chosen[facts] = Known(layout, request, run)

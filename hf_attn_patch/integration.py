@@ -88,7 +88,10 @@ def attention_forward(
             call = (facts, key.dtype, value.dtype, bool(causal), sliding_window, scaling, softcap, dropout)
             known = known_calls.get(call)
             if known is not None:
-                operands = known.operands if s_aux is None else known.operands._replace(sinks=s_aux)
+                operands = known.operands
+                assert operands is not None
+                if s_aux is not None:
+                    operands = operands._replace(sinks=s_aux)
                 out, found = known.run(query, key, value, known.request, operands)
                 return out.transpose(1, 2).contiguous(), found
     if not query.dtype == key.dtype == value.dtype or (

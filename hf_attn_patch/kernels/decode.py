@@ -6,22 +6,21 @@ waits for the GPU. The plain truth is ``decode_reference.py``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 
-from hf_attn_patch.grouping import KVGrouping
+from .decode_launch import DTYPES, MAX_HEAD_DIM, MAX_QUERIES, SHORT, launch
+from .mask_bounds import mask_bounds
 
-from .decode_kernel import LOG2E, combine_kernel, decode_kernel, mask_bounds_kernel
-from .decode_plan import Tuning, choose, merge_shape, overlaps, plan, power_of_two, sm_count
-from .launcher import Launch, raw_stream
-
-MAX_QUERIES = 16
-MAX_HEAD_DIM = 512
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-SHORT = 1024  # keys: for no more, finding where a mask begins and ends costs more than it saves
-_LOG2E = float(LOG2E.value)
+__all__ = [
+    "DTYPES",
+    "MAX_HEAD_DIM",
+    "MAX_QUERIES",
+    "SHORT",
+    "grouped_decode",
+    "grouped_decode_paged",
+    "launch",
+    "mask_bounds",
+]
 
 
 def grouped_decode(
@@ -113,273 +112,9 @@ def grouped_decode_paged(
     return (out, lse) if return_lse else out
 
 
-def mask_bounds(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """First, and one past the last, key that some query of each batch row may see, found on the device.
-
-    Args:
-        mask: [B, H, Sq, Sk] bool, any strides (0 where it is broadcast).
-
-    Returns:
-        Two [B] int32 tensors; equal (and so an empty range) where a row sees nothing.
-    """
-    B, H, Sq, Sk = mask.shape
-    strides = mask.stride()
-    first = torch.empty(B, dtype=torch.int32, device=mask.device)
-    end = torch.empty_like(first)
-    sizes = (1 if strides[1] == 0 else H, 1 if strides[2] == 0 else Sq, Sk)
-    block = min(8192, max(128, power_of_two(Sk)))
-    launch = Launch(mask_bounds_kernel, (B, 1), (*strides, *sizes), {"BLOCK": block}, {"num_warps": 8})
-    with torch.cuda.device_of(mask):
-        pointers = (mask.data_ptr(), first.data_ptr(), end.data_ptr())
-        launch.first(strides, (mask, first, end), pointers, raw_stream(mask.device))
-    return first, end
-
-
 def _no_gradients(*tensors: torch.Tensor | None) -> None:
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         raise RuntimeError("grouped_decode has no backward: call it under torch.no_grad(), or use another backend")
-
-
-@dataclass(slots=True)
-class _Call:
-    """All that is worked out once for calls of the same shapes, strides, dtypes, devices and options."""
-
-    shape: tuple[int, ...]  # of the output, [B, HQ, Sq, Dv]
-    strides: tuple[int, ...]
-    part: int  # floats of partial results
-    lse: bool
-    dtype: torch.dtype
-    device: torch.device
-    decode: Launch
-    combine: Launch | None
-
-
-_calls: dict[Any, _Call] = {}
-_MOST_CALLS = 4096  # a growing cache makes a new kind at each token
-
-
-def launch(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    block_table: torch.Tensor | None,
-    first: torch.Tensor | None,
-    end: torch.Tensor | None,
-    mask: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-    scale: float,
-    causal: bool,
-    window: int | None,
-    softcap: float | None,
-    return_lse: bool,
-    tuning: Tuning | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Check the arguments, plan the split and start the kernels; for a kind of call that is known, only the last."""
-    if mask is not None and mask.shape[-1] > SHORT and end is None and first is None and not causal:
-        B, HQ, Sq, _ = q.shape
-        first, end = mask_bounds(mask.expand(B, HQ, Sq, -1))  # so that the split counts only keys that are seen
-    tensors = (q, k, v, block_table, first, end, mask, bias, sinks)
-    kinds = tuple([None if t is None else (t.shape, t.stride(), t.dtype, t.get_device()) for t in tensors])
-    pointers = [None if t is None else t.data_ptr() for t in tensors]
-    low = 0
-    for p in pointers:
-        low |= p or 0
-    aligned = low % 16 == 0 or tuple([p is None or p % 16 == 0 for p in pointers])
-    key = (kinds, aligned, scale, causal, window, softcap, return_lse, tuning)
-    call = _calls.get(key)
-    if call is not None:
-        return _start(call, tensors, pointers)
-
-    ready = tuple(_contiguous_rows(t) if i not in (6, 7) else t for i, t in enumerate(tensors))
-    if any(new is not old for new, old in zip(ready, tensors, strict=True)):
-        return launch(*ready, scale, causal, window, softcap, return_lse, tuning)  # type: ignore[call-arg, arg-type]
-    call, strides = _plan(*tensors, scale, causal, window, softcap, return_lse, tuning)
-    if 0 in call.shape:
-        return _outputs(call)
-    result = _start(call, tensors, pointers, strides)
-    if len(_calls) >= _MOST_CALLS:
-        _calls.clear()
-    _calls[key] = call  # only now: of a launch that failed nothing is remembered
-    return result
-
-
-def _start(
-    call: _Call,
-    tensors: tuple[torch.Tensor | None, ...],
-    pointers: list[int | None],
-    strides: tuple[int, ...] | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Start the kernels of ``call``; for the first time where the strides are given."""
-    device = call.device
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):  # kernels start on the current device; a model on several GPUs does not switch
-            return _start(call, tensors, pointers, strides)
-    out, lse = _outputs(call)
-    part = torch.empty(call.part, dtype=torch.float32, device=device) if call.part else None
-    q, k, v, table, first, end, mask, bias, sinks = tensors
-    p_q, p_k, p_v, p_table, p_first, p_end, p_mask, p_bias, p_sinks = pointers
-    p_out, p_lse, p_part = (
-        out.data_ptr(),
-        None if lse is None else lse.data_ptr(),
-        None if part is None else part.data_ptr(),
-    )
-    ts = (q, k, v, out, lse, part, first, end, mask, bias, sinks, table)
-    ps = (p_q, p_k, p_v, p_out, p_lse, p_part, p_first, p_end, p_mask, p_bias, p_sinks, p_table)
-    merged_ts, merged_ps = (out, lse, part, first, end, sinks), (p_out, p_lse, p_part, p_first, p_end, p_sinks)
-    stream = raw_stream(device)
-    if strides is None:
-        call.decode(stream, ts, ps)
-    else:
-        call.decode.first(strides, ts, ps, stream)
-    if call.combine is not None:
-        if strides is None:
-            call.combine(stream, merged_ts, merged_ps)
-        else:
-            call.combine.first((), merged_ts, merged_ps, stream)
-    return out, lse
-
-
-def _outputs(call: _Call) -> tuple[torch.Tensor, torch.Tensor | None]:
-    out = torch.empty_strided(call.shape, call.strides, dtype=call.dtype, device=call.device)
-    return out, torch.empty(call.shape[:3], dtype=torch.float32, device=call.device) if call.lse else None
-
-
-def _contiguous_rows(t: torch.Tensor | None) -> torch.Tensor | None:
-    if t is None or t.dim() == 0 or t.stride(-1) == 1 or t.shape[-1] == 1:
-        return t
-    return t.contiguous()
-
-
-def _plan(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    block_table: torch.Tensor | None,
-    first: torch.Tensor | None,
-    end: torch.Tensor | None,
-    mask: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-    scale: float,
-    causal: bool,
-    window: int | None,
-    softcap: float | None,
-    return_lse: bool,
-    tuning: Tuning | None,
-) -> tuple[_Call, tuple[int, ...]]:
-    """What to start for such arguments, and the strides, which the decode kernel is specialised on."""
-    B, HQ, Sq, D = q.shape
-    if block_table is None:
-        _, HKV, Sk, DV = v.shape
-        page = 1
-        if k.shape != (B, HKV, Sk, D) or v.shape[0] != B:
-            raise ValueError(f"q {list(q.shape)}, k {list(k.shape)} and v {list(v.shape)} do not go together")
-    else:
-        _, page, HKV, DV = v.shape
-        Sk = page * block_table.shape[1]
-        if k.shape != (v.shape[0], page, HKV, D) or block_table.shape[0] != B or end is None:
-            raise ValueError(
-                f"q {list(q.shape)}, k_pages {list(k.shape)}, v_pages {list(v.shape)} and block_table "
-                f"{list(block_table.shape)} do not go together"
-            )
-    if HQ % HKV:
-        KVGrouping(HQ, HKV)  # raises, and says which numbers would do
-    if not (1 <= Sq <= MAX_QUERIES and D <= MAX_HEAD_DIM and DV <= MAX_HEAD_DIM):
-        raise ValueError(
-            f"{Sq} query tokens and head dimensions {D} and {DV}: grouped_decode takes 1 to {MAX_QUERIES} "
-            f"tokens and dimensions up to {MAX_HEAD_DIM}"
-        )
-    if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
-        raise ValueError(f"q, k and v must share one dtype of fp16, bf16 and fp32, not {q.dtype}, {k.dtype}, {v.dtype}")
-    if window is not None and (not causal or window < 1):
-        raise ValueError(f"window={window} needs causal=True and at least one key")
-    others = {"first": first, "end": end, "sinks": sinks}
-    for name, t in others.items():
-        if t is not None and t.shape != ((HQ if name == "sinks" else B),):
-            raise ValueError(f"{name} has the shape {list(t.shape)}, not [{HQ if name == 'sinks' else B}]")
-    others |= {"k": k, "v": v, "block_table": block_table, "mask": mask, "bias": bias}
-    if elsewhere := [name for name, t in others.items() if t is not None and t.device != q.device]:
-        raise ValueError(f"q is on {q.device}, but {', '.join(elsewhere)} is not: they must share one device")
-
-    mask_strides: tuple[int, ...] = (0, 0, 0, 0)
-    bias_strides = mask_strides
-    mask_kind = bias_kind = 0
-    if mask is not None:
-        if mask.dtype != torch.bool:
-            raise ValueError(f"mask must be bool, not {mask.dtype}; additive masks are given as bias")
-        mask_strides = mask.expand(B, HQ, Sq, Sk).stride()
-        mask_kind = 1 if mask_strides[1] == 0 and (Sq == 1 or mask_strides[2] == 0) else 2
-    if bias is not None:
-        bias_strides = bias.expand(B, HQ, Sq, Sk).stride()
-        bias_kind = 1 if bias_strides[1] == 0 and (Sq == 1 or bias_strides[2] == 0) else 2
-
-    G = HQ // HKV
-    varlen = first is not None or end is not None
-    span = Sk if window is None else min(Sk, window + Sq - 1)
-    sms = sm_count(q.device)
-    tuning = tuning or choose(q.dtype, D, DV, B * HKV, span, sms, varlen)
-    pdl = tuning.pdl and overlaps(q.device)
-    block_m = tuning.block_m or min(64, max(16, power_of_two(G * Sq)))
-    m_tiles = -(-G * Sq // block_m)
-    slots = max(1, sms * tuning.per_sm * tuning.waves // m_tiles)
-    split, workers, chunk = plan(B * HKV, -(-span // tuning.block_n), slots, tuning, varlen)
-
-    if block_table is None:
-        kv_strides = (*k.stride()[:3], *v.stride()[:3])
-    else:
-        (k_b, k_s, k_h, _), (v_b, v_s, v_h, _) = k.stride(), v.stride()
-        kv_strides = (k_b, k_h, k_s, v_b, v_h, v_s)
-    strides = (*q.stride()[:3], *kv_strides, *mask_strides, *bias_strides)
-    strides += (0 if block_table is None else block_table.stride(0),)
-    qk_scale, cap = (scale * _LOG2E, 0.0) if softcap is None else (scale / softcap, softcap * _LOG2E)
-    common = {
-        "DV": DV,
-        "BLOCK_N": tuning.block_n,
-        "BLOCK_B": max(16, power_of_two(B)),
-        "WINDOW": window is not None,
-        "HAS_FIRST": first is not None,
-        "HAS_END": end is not None,
-        "HAS_SINKS": sinks is not None,
-        "HAS_LSE": return_lse,
-        "PDL": pdl and split,
-    }
-    decode = Launch(
-        decode_kernel,
-        (workers * m_tiles, 1),
-        (*strides, B, HKV, G, Sq, Sk, page, window or 0, chunk, workers, qk_scale, cap),
-        {
-            "D": D,
-            "BLOCK_M": block_m,
-            "BLOCK_D": max(16, power_of_two(D)),
-            "BLOCK_DV": max(16, power_of_two(DV)),
-            "M_TILES": m_tiles,
-            "SPLIT": split,
-            "CAUSAL": causal and Sq > 1,
-            "SOFTCAP": softcap is not None,
-            "MASK": mask_kind,
-            "BIAS": bias_kind,
-            "PAGED": block_table is not None,
-            "LAZY_SUM": tuning.lazy_sum,
-            "EVICT": tuning.evict,
-            "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
-            **common,
-        },
-        {"num_warps": tuning.warps, "num_stages": tuning.stages, "maxnreg": tuning.registers},
-    )
-    combine = None
-    if split:
-        block_p, block_dv = merge_shape(-(-workers // max(1, B * HKV)) + 1, DV)
-        combine = Launch(
-            combine_kernel,
-            (B * HQ * Sq, -(-DV // block_dv)),
-            (B, HKV, G, Sq, Sk, window or 0, chunk, workers),
-            {"BLOCK_P": block_p, "BLOCK_DV": block_dv, **common},
-            {"num_warps": 4, "launch_pdl": pdl},
-        )
-    part = workers * 2 * G * Sq * (DV + 1) if split else 0
-    out_strides = (Sq * HQ * DV, DV, HQ * DV, 1)  # [B, Sq, HQ, Dv] in memory
-    return _Call((B, HQ, Sq, DV), out_strides, part, return_lse, q.dtype, q.device, decode, combine), strides
 
 
 @torch.library.custom_op(

@@ -1,4 +1,4 @@
-"""Triton kernels of grouped decode attention: who computes what, and how.
+"""The Triton kernel of grouped decode attention: who computes what, and how.
 
 Work is counted in tiles of BLOCK_N keys. The tiles that any query may see, of every batch row and KV head, form one
 line; worker w takes tiles ``[w * chunk, (w + 1) * chunk)`` of it. So each worker has the same number of bytes to read,
@@ -18,57 +18,9 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents
 
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
-
-
-@triton.jit
-def _key_range(First, End, b, ok, Sq, Sk, window, HAS_FIRST: tl.constexpr, HAS_END: tl.constexpr, WINDOW: tl.constexpr):
-    """Keys [lo, hi) that some query of batch row ``b`` (a number or a vector) may see."""
-    hi = b * 0 + Sk
-    if HAS_END:
-        hi = tl.minimum(tl.load(End + b, mask=ok, other=0).to(tl.int32), Sk)
-    lo = b * 0
-    if HAS_FIRST:
-        lo = tl.maximum(tl.load(First + b, mask=ok, other=0).to(tl.int32), 0)
-    if WINDOW:
-        lo = tl.maximum(lo, hi - Sq - window + 1)
-    return lo, hi
-
-
-@triton.jit
-def _tiles(lo, hi, BLOCK_N: tl.constexpr):
-    return (tl.maximum(hi - lo, 0) + BLOCK_N - 1) // BLOCK_N
-
-
-@triton.jit
-def _line(
-    First, End, B, HKV, Sq, Sk, window, chunk, workers,
-    HAS_FIRST: tl.constexpr, HAS_END: tl.constexpr, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr,
-):  # fmt: skip
-    """The line of tiles: each row's tiles per KV head, tiles before the row, tiles in all, tiles a worker.
-
-    ``chunk`` is the least that a worker takes; rows of equal length (no First, no End) come with their chunk set.
-    """
-    rows = tl.arange(0, BLOCK_B)
-    lo, hi = _key_range(First, End, rows, rows < B, Sq, Sk, window, HAS_FIRST, HAS_END, WINDOW)
-    n = tl.where(rows < B, _tiles(lo, hi, BLOCK_N), 0)
-    if HAS_FIRST or HAS_END:
-        upto = tl.cumsum(n, 0) * HKV
-        total = tl.sum(n, 0) * HKV
-        chunk = tl.maximum(chunk, (total + workers - 1) // workers)
-    else:
-        upto = tl.minimum(rows + 1, B) * n * HKV
-        total = tl.max(upto, 0)
-    return n, upto, total, chunk
-
-
-@triton.jit
-def _lse_offset(workers, G, Sq, DV: tl.constexpr):
-    """In ``Part``, [2 * workers, G * Sq, DV] results come first, then their [2 * workers, G * Sq] log-sum-exps."""
-    return workers.to(tl.int64) * (2 * G * Sq * DV)
+from .decode_line import LN2, LOG2E, key_range, line_of, lse_offset, tiles_of
 
 
 @triton.jit
@@ -103,7 +55,7 @@ def decode_kernel(
     m_tile = pid % M_TILES
 
     if SPLIT:
-        n, upto, total, chunk = _line(
+        n, upto, total, chunk = line_of(
             First, End, B, HKV, Sq, Sk, window, chunk, workers, HAS_FIRST, HAS_END, WINDOW, BLOCK_N, BLOCK_B
         )
         tile = worker * chunk
@@ -134,13 +86,13 @@ def decode_kernel(
                 before = b * tiles * HKV
             h = (tile - before) // tiles
             begin = (tile - before) % tiles
-            lo, hi = _key_range(First, End, b, b < B, Sq, Sk, window, HAS_FIRST, HAS_END, WINDOW)
+            lo, hi = key_range(First, End, b, b < B, Sq, Sk, window, HAS_FIRST, HAS_END, WINDOW)
             count = tl.minimum(stop - tile, tiles - begin)
         else:
             b = worker // HKV
             h = worker % HKV
-            lo, hi = _key_range(First, End, b, b < B, Sq, Sk, window, HAS_FIRST, HAS_END, WINDOW)
-            tiles = _tiles(lo, hi, BLOCK_N)
+            lo, hi = key_range(First, End, b, b < B, Sq, Sk, window, HAS_FIRST, HAS_END, WINDOW)
+            tiles = tiles_of(lo, hi, BLOCK_N)
             begin = 0
             count = tiles
 
@@ -156,11 +108,11 @@ def decode_kernel(
             k_base = K + b64 * k_b + h.to(tl.int64) * k_h
             v_base = V + b64 * v_b + h.to(tl.int64) * v_h
         if MASK == 1:
-            mask_row = Mask + b64 * m_b
+            mask_row = Mask + b64 * m_b + (h * G).to(tl.int64) * m_h
         if MASK == 2:
             mask_rows = Mask + b64 * m_b + head.to(tl.int64) * m_h + position.to(tl.int64) * m_s
         if BIAS == 1:
-            bias_row = Bias + b64 * a_b
+            bias_row = Bias + b64 * a_b + (h * G).to(tl.int64) * a_h
         if BIAS == 2:
             bias_rows = Bias + b64 * a_b + head.to(tl.int64) * a_h + position.to(tl.int64) * a_s
 
@@ -269,7 +221,7 @@ def decode_kernel(
             acc /= tl.where(some, norm, 1.0)[:, None]
             lse = tl.where(some, m + tl.log2(tl.where(some, norm, 1.0)), float("-inf"))
             part_row = (2 * worker + (begin == 0).to(tl.int32)) * (G * Sq) + rows
-            tl.store(Part + _lse_offset(workers, G, Sq, DV) + part_row, lse, mask=row_ok)
+            tl.store(Part + lse_offset(workers, G, Sq, DV) + part_row, lse, mask=row_ok)
             tl.store(
                 Part + part_row.to(tl.int64)[:, None] * DV + offs_dv[None, :],
                 acc,
@@ -279,86 +231,3 @@ def decode_kernel(
             tile += count
         else:
             tile = stop
-
-
-@triton.jit(do_not_specialize=["B", "HKV", "G", "Sq", "Sk", "window", "chunk", "workers"])
-def combine_kernel(
-    Out, Lse, Part, First, End, Sinks, B, HKV, G, Sq, Sk, window, chunk, workers,
-    DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr,
-    WINDOW: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_END: tl.constexpr, HAS_SINKS: tl.constexpr,
-    HAS_LSE: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """Merge the partial results of one query row; write zeros for a row of no keys."""
-    pid = tl.program_id(0)
-    r = pid % (G * Sq)
-    h = (pid // (G * Sq)) % HKV
-    b = pid // (G * Sq * HKV)
-    offs_dv = tl.program_id(1) * BLOCK_DV + tl.arange(0, BLOCK_DV)
-    dv_ok = offs_dv < DV
-    n, upto, _, chunk = _line(
-        First, End, B, HKV, Sq, Sk, window, chunk, workers, HAS_FIRST, HAS_END, WINDOW, BLOCK_N, BLOCK_B
-    )
-    here = tl.arange(0, BLOCK_B) == b
-    tiles = tl.sum(tl.where(here, n, 0), 0)
-    start = tl.sum(tl.where(here, upto, 0), 0) - tiles * (HKV - h)
-    worker = start // chunk
-    parts = (start + tiles - 1) // chunk - worker + 1
-    if tiles == 0:
-        parts = 0
-    if PDL:
-        gdc_wait()
-
-    if parts != 1:
-        m = tl.full([1], float("-inf"), tl.float32)
-        norm = tl.zeros([1], tl.float32)
-        head = h * G + r // Sq
-        if HAS_SINKS:
-            m = tl.zeros([1], tl.float32) + tl.load(Sinks + head).to(tl.float32) * LOG2E
-            norm = tl.where(m == float("-inf"), 0.0, 1.0)
-        acc = tl.zeros([BLOCK_DV], tl.float32)
-        for i in tl.range(0, parts, BLOCK_P):
-            part = i + tl.arange(0, BLOCK_P)
-            part_row = (2 * (worker + part) + (part == 0).to(tl.int32)) * (G * Sq) + r
-            part_ok = part < parts
-            lse = tl.load(Part + _lse_offset(workers, G, Sq, DV) + part_row, mask=part_ok, other=float("-inf"))
-            values = tl.load(
-                Part + part_row.to(tl.int64)[:, None] * DV + offs_dv[None, :],
-                mask=part_ok[:, None] & dv_ok[None, :],
-                other=0.0,
-            )
-            top = tl.maximum(m, tl.max(lse, 0))
-            use = tl.where(top == float("-inf"), 0.0, top)
-            weight = tl.exp2(lse - use)
-            fade = tl.exp2(m - use)
-            norm = norm * fade + tl.sum(weight, 0)
-            acc = acc * fade + tl.sum(values * weight[:, None], 0)
-            m = top
-        some = norm > 0
-        acc = acc / tl.where(some, norm, 1.0)
-        b64 = b.to(tl.int64)
-        out_row = (b64 * Sq + r % Sq) * (HKV * G) + head
-        tl.store(Out + out_row * DV + offs_dv, acc.to(Out.dtype.element_ty), mask=dv_ok)
-        if HAS_LSE:
-            lse = tl.where(some, m + tl.log2(tl.where(some, norm, 1.0)), float("-inf")) * LN2
-            lse_at = Lse + (b64 * (HKV * G) + head) * Sq + r % Sq + tl.arange(0, 1)
-            tl.store(lse_at, lse, mask=(tl.program_id(1) + tl.arange(0, 1)) == 0)
-
-
-@triton.jit(do_not_specialize=["Sk", "heads", "queries"])
-def mask_bounds_kernel(Mask, First, End, m_b, m_h, m_s, m_k, heads, queries, Sk, BLOCK: tl.constexpr):
-    """First and one past the last key that any query of a batch row may see."""
-    b = tl.program_id(0)
-    keys = tl.arange(0, BLOCK)
-    lo = tl.full([BLOCK], 2147483647, tl.int32)
-    hi = tl.zeros([BLOCK], tl.int32)
-    for row in tl.range(0, heads * queries):
-        base = Mask + b.to(tl.int64) * m_b + (row // queries).to(tl.int64) * m_h + (row % queries).to(tl.int64) * m_s
-        for start in tl.range(0, Sk, BLOCK):
-            n = start + keys
-            seen = tl.load(base + n.to(tl.int64) * m_k, mask=n < Sk, other=0) != 0
-            lo = tl.where(seen, tl.minimum(lo, n), lo)
-            hi = tl.where(seen, tl.maximum(hi, n + 1), hi)
-    first = tl.min(lo, 0)
-    end = tl.max(hi, 0)
-    tl.store(First + b, tl.minimum(first, end))
-    tl.store(End + b, end)

@@ -11,7 +11,7 @@ from conformance import assert_conforms
 
 pytest.importorskip("triton")
 
-from hf_attn_patch.kernels import decode
+from hf_attn_patch.kernels import decode, decode_launch
 from hf_attn_patch.kernels.decode import grouped_decode, grouped_decode_paged
 from hf_attn_patch.kernels.decode_plan import Tuning
 from hf_attn_patch.kernels.decode_reference import grouped_decode_paged_reference, grouped_decode_reference
@@ -215,7 +215,8 @@ def test_compiled_whole(mode: str) -> None:
 
 
 def test_growing_length_compiles_nothing_new() -> None:
-    from hf_attn_patch.kernels.decode_kernel import combine_kernel, decode_kernel
+    from hf_attn_patch.kernels.combine_kernel import combine_kernel
+    from hf_attn_patch.kernels.decode_kernel import decode_kernel
 
     q, k, v = randn(1, 8, 1, 128), *(randn(1, 2, 4096, 128, seed=i) for i in (1, 2))
     grouped_decode(q, k[:, :, :2000], v[:, :, :2000], scale=0.1)
@@ -232,7 +233,8 @@ def test_growing_length_compiles_nothing_new() -> None:
 def test_known_calls_do_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     from triton import knobs
 
-    from hf_attn_patch.kernels.decode_kernel import combine_kernel, decode_kernel
+    from hf_attn_patch.kernels.combine_kernel import combine_kernel
+    from hf_attn_patch.kernels.decode_kernel import decode_kernel
 
     def never(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("bound again")
@@ -240,7 +242,7 @@ def test_known_calls_do_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = randn(1, 8, 1, 128), *(randn(1, 2, 4096, 128, seed=i) for i in (1, 2))
     lengths = (300, 4096, 4095)  # one kernel, two kernels, and two of a kind that is known
     want = [grouped_decode(q, k[:, :, :n], v[:, :, :n], scale=0.1) for n in lengths]
-    decode._calls.pop(list(decode._calls)[-1])
+    decode_launch._calls.pop(list(decode._calls)[-1])
     for kernel in (decode_kernel, combine_kernel):
         monkeypatch.setattr(kernel, "run", never)
     for _ in range(2):
