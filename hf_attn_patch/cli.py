@@ -10,6 +10,7 @@ import click
 
 #: subcommand -> (module, attribute): looked up only when it is asked for, so that `--help` imports no torch
 COMMANDS: dict[str, tuple[str, str]] = {
+    "bench": ("hf_attn_patch.bench", "command"),
     "env": ("hf_attn_patch.env", "command"),
     "convert": ("hf_attn_patch.conversion.commands", "convert"),
     "evaluate": ("hf_attn_patch.conversion.evaluate_command", "evaluate"),
@@ -19,13 +20,14 @@ COMMANDS: dict[str, tuple[str, str]] = {
 
 #: the order in `hf-attn --help`; a command that is in no section comes last, under "Other commands"
 SECTIONS: dict[str, tuple[str, ...]] = {
-    "Look": ("inspect", "env"),
+    "Look": ("inspect", "env", "bench"),
     "Convert": ("convert",),
     "Check": ("verify", "evaluate"),
 }
 
 #: what `hf-attn COMMAND --help` ends with
 EXAMPLES: dict[str, tuple[str, ...]] = {
+    "bench": ("hf-attn bench", "hf-attn bench --tune"),
     "env": ("hf-attn env", "hf-attn env --json > env.json"),
     "inspect": ("hf-attn inspect meta-llama/Llama-2-7b-hf", "hf-attn inspect ./my-model --context 32768 --json"),
     "convert": (

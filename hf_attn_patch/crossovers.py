@@ -1,15 +1,31 @@
-"""Where one backend becomes faster than another: the numbers behind the ladder."""
+"""Where one backend becomes faster than another: the numbers behind the ladder.
+
+They were measured on one H200. ``hf-attn bench --tune`` measures them anew and writes a small file for this GPU, which
+counts from then on. What is computed does not depend on them.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
 
-from .request import AttentionRequest
+import torch
+
+from .request import AttentionError, AttentionRequest
+
+FORMAT = 1
 
 
 @dataclass(frozen=True)
 class Crossovers:
-    """Measured numbers; what is computed does not depend on them.
+    """Measured numbers, all integers from 0.
 
     Args:
         small_work_bits: bits of B * HQ * Sq * Sk * D up to which the host's time counts more than the device's, so
@@ -25,11 +41,80 @@ class Crossovers:
 
 #: measured on an H200 (``benchmarks/results``)
 SHIPPED = Crossovers()
+_forced: list[Crossovers] = []
 
 
 def crossovers() -> Crossovers:
-    """The numbers that count here."""
-    return SHIPPED
+    """The numbers that count on this machine: those of :func:`tuning_file` if it is there, else the shipped ones.
+
+    Raises:
+        AttentionError: the file is broken, or of another GPU.
+    """
+    return _forced[-1] if _forced else _of_this_machine()
+
+
+@functools.cache
+def _of_this_machine() -> Crossovers:
+    if not torch.cuda.is_available():
+        return SHIPPED
+    path = tuning_file(torch.cuda.get_device_name())
+    return read(path, torch.cuda.get_device_name()) if path.exists() else SHIPPED
+
+
+@contextmanager
+def using(numbers: Crossovers) -> Iterator[None]:
+    """Count with other numbers for a block (choices that were made before are remembered: see ``dispatch.forget``)."""
+    _forced.append(numbers)
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+def tuning_file(gpu: str) -> Path:
+    """Where the numbers of a GPU are kept: ``$HF_ATTN_TUNING``, or a file named after it in the user's cache folder."""
+    if named := os.environ.get("HF_ATTN_TUNING"):
+        return Path(named)
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "hf_attn_patch" / f"crossovers-{re.sub(r'[^A-Za-z0-9]+', '-', gpu)}.json"
+
+
+def write(path: Path, gpu: str, numbers: Crossovers) -> None:
+    """Write a tuning file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {"format": FORMAT, "gpu": gpu, "torch": torch.__version__, "crossovers": asdict(numbers)}
+    draft = path.with_name(path.name + ".part")
+    draft.write_text(json.dumps(content, indent=2) + "\n")
+    draft.replace(path)
+
+
+def read(path: Path, gpu: str) -> Crossovers:
+    """The numbers in a tuning file.
+
+    Raises:
+        AttentionError: it cannot be read, is not such a file, or is of another GPU.
+    """
+    way_out = "delete it, or write it anew with `hf-attn bench --tune`"
+    try:
+        content: Any = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise AttentionError(f"the tuning file {path} cannot be read ({error}); {way_out}") from error
+    numbers = content.get("crossovers") if isinstance(content, dict) else None
+    if not isinstance(numbers, dict) or content.get("format") != FORMAT:
+        raise AttentionError(f"{path} is not a tuning file of format {FORMAT}; {way_out}")
+    if content.get("gpu") != gpu:
+        raise AttentionError(
+            f"the tuning file {path} was measured on {content.get('gpu')!r}, not on {gpu!r}; {way_out}"
+        )
+    names = {f.name for f in fields(Crossovers)}
+    wrong = sorted(names.symmetric_difference(numbers))
+    wrong += sorted(n for n in names & set(numbers) if type(numbers[n]) is not int or numbers[n] < 0)
+    if wrong:
+        raise AttentionError(
+            f"the tuning file {path} should have the integers {', '.join(sorted(names))}; wrong are "
+            f"{', '.join(wrong)}; {way_out}"
+        )
+    return Crossovers(**numbers)
 
 
 def is_small(request: AttentionRequest) -> bool:

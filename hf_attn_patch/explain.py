@@ -41,6 +41,29 @@ class Explanation:
         return f"<p>{self.request.describe()}</p><table><tr><th>backend</th><th></th></tr>{cells}</table>"
 
 
+def request_for(B: int, HQ: int, HKV: int, Sq: int, Sk: int, D: int) -> AttentionRequest:
+    """The request of a causal call without padding or gradients, on this machine's first device."""
+    cuda = torch.cuda.is_available()
+    return AttentionRequest(
+        device="cuda" if cuda else "cpu",
+        capability=_capability(torch.device("cuda")) if cuda else 0,
+        dtype=torch.bfloat16 if cuda else torch.float32,
+        heads=HQ,
+        kv_heads=HKV,
+        head_dim=D,
+        value_dim=D,
+        q_class=1 if Sq == 1 else (16 if Sq <= 16 else 17),
+        work_bits=(B * HQ * Sq * Sk * D).bit_length(),
+        streams=B * HKV,
+        rows=0 if Sq > 16 else HQ // HKV * Sq,
+        square=Sq == Sk,
+        visibility="full",
+        causal=Sq > 1,
+        **dict.fromkeys(("windowed", "softcap", "sinks", "bias", "bias_grad", "dropout", "grad", "weights"), False),
+        **dict.fromkeys(("per_head_mask", "deterministic", "tracing"), False),
+    )
+
+
 def explain(
     model: Any,
     *,
