@@ -144,7 +144,7 @@ def report(measured: list[dict[str, Any]], limit: dict[str, float]) -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sections", default=",".join(SECTIONS), help=f"of {', '.join(SECTIONS)}")
-    parser.add_argument("--rows", help="only rows whose name holds this text")
+    parser.add_argument("--rows", help="only rows whose name holds one of these texts, separated by ;")
     parser.add_argument("--flex", action="store_true", help="flex_attention too (it compiles for every row)")
     parser.add_argument("--seconds", type=float, default=150.0, help="rows that would begin later are left out")
     parser.add_argument("--tiny", action="store_true", help="small shapes: a smoke test")
@@ -159,7 +159,7 @@ def main(argv: list[str] | None = None) -> int:
     todo = [row for section in wanted for row in rows() if row.section == section]
     if args.tiny:
         todo = list(dict.fromkeys(row.tiny() for row in todo))
-    todo = [row for row in todo if args.rows is None or args.rows in row.name]
+    todo = [row for row in todo if args.rows is None or any(text in row.name for text in args.rows.split(";"))]
     makers = contenders(args.flex)
     measured: list[dict[str, Any]] = []
     for i, row in enumerate(todo):
