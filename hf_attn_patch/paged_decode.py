@@ -11,7 +11,7 @@ from torch import Tensor
 from .request import AttentionError
 
 
-def pages_of(cache: Any, layer: int, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def pages_of(cache: Any, layer: Any, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """A layer's pages of K and V [pages, page, HKV, D] and its block table, of transformers' cache before 5.20.
 
     Later ones hand all three themselves.
