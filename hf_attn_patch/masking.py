@@ -17,6 +17,9 @@ from .layout import DENSE, Layout
 from .pattern import Pattern
 from .request import AttentionError
 
+#: families whose layers extend the mask that they are given by scores of their own: they get what eager would get
+EXTENDS_MASKS = frozenset({"deepseek_v4"})
+
 
 def build_mask(
     batch_size: int,
@@ -36,7 +39,8 @@ def build_mask(
     Returns:
         None where everything is seen; bool [B, 1, 1, Sk] for one query; else a carrier (see ``pattern.py``); bool
         [B, 1, Sq, Sk] for patterns that are not made of intervals, and where the caller wants to work on the mask
-        itself. Under torch.compile uint8 [B, 1, Sq, Sk]: ours, to which borders of documents may be added.
+        itself; float for those of ``EXTENDS_MASKS``. Under torch.compile uint8 [B, 1, Sq, Sk]: ours, to which borders of
+        documents may be added.
     """
     stock = {
         "batch_size": batch_size,
@@ -49,6 +53,9 @@ def build_mask(
         "device": device,
         **kwargs,
     }
+    config = kwargs.get("config")
+    if getattr(config, "model_type", None) in EXTENDS_MASKS:
+        return masking_utils.eager_mask(**stock)
     if torch.compiler.is_compiling():
         mask = masking_utils.sdpa_mask(
             **stock,
@@ -56,7 +63,6 @@ def build_mask(
             allow_is_bidirectional_skip=allow_is_bidirectional_skip,
         )
         return mask if mask is None or q_length == 1 else mask.to(torch.uint8)
-    config = kwargs.get("config")
     if getattr(config, "_attn_implementation", None) == NAME and (outside := _outside(type(config).__module__)):
         raise AttentionError(
             f"{outside} computes attention in its own code, outside transformers' attention interface, and cannot read "
@@ -93,7 +99,7 @@ def build_mask(
             keep_layout(mask, Layout(DENSE, batch_size, 1, kv_length, mask=mask))
         return mask
     # None leaves causality to the module's flag, which not every family sets: only "sees everything" may be None
-    says_everything = bidirectional and getattr(kwargs.get("config"), "is_causal", None) is not False
+    says_everything = bidirectional and getattr(config, "is_causal", None) is not False
     return None if says_everything and pattern.is_plain() else pattern.carrier()
 
 
