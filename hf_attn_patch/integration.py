@@ -215,8 +215,8 @@ def _carried(query: Tensor, key: Tensor, carrier: Tensor, ids: Tensor | None) ->
     if carrier.dim() != 4 or carrier.shape[-1] != 2 or carrier.shape[2] < Sq:
         raise AttentionError(
             f"an attention mask of dtype int32 and shape {tuple(carrier.shape)} reached a layer. If it is yours, pass "
-            "a bool mask (True: may be seen) or a float mask (added to the scores); if the model changes the masks that "
-            'it is given, load it with attn_implementation="eager"'
+            "a bool mask (True: may be seen) or a float mask (added to the scores); if the model changes the masks "
+            'that it is given, load it with attn_implementation="eager"'
         )
     pattern = None if torch.compiler.is_compiling() else of_carrier(carrier)
     usable = _usable(ids, query)

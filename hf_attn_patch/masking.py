@@ -39,8 +39,8 @@ def build_mask(
     Returns:
         None where everything is seen; bool [B, 1, 1, Sk] for one query; else a carrier (see ``pattern.py``); bool
         [B, 1, Sq, Sk] for patterns that are not made of intervals, and where the caller wants to work on the mask
-        itself; float for those of ``EXTENDS_MASKS``. Under torch.compile uint8 [B, 1, Sq, Sk]: ours, to which borders of
-        documents may be added.
+        itself; float for those of ``EXTENDS_MASKS``. Under torch.compile uint8 [B, 1, Sq, Sk]: ours, to which borders
+        of documents may be added.
     """
     stock = {
         "batch_size": batch_size,
