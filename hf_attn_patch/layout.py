@@ -87,6 +87,8 @@ class Layout:
                 assert self.first is not None and self.length is not None
                 first, length = (t.to(device).view(-1, 1, 1, 1) for t in (self.first, self.length))
                 mask = mask & (k >= first) & (k < first + length)
+            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                return mask  # of the graph's memory, and not filled before it runs
             self.mask = mask
         if self.mask is not None and self.mask.device != device:
             self.mask = self.mask.to(device)
