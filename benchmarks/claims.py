@@ -20,15 +20,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":  # see benchmarks/__init__.py
+    sys.path[0] = str(Path(__file__).parents[1])
+
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))
-from conformance import assert_conforms
-from measure import DEVICE, environment, headline, limits, median_seconds, peak_bytes, table, write_json
-
 import hf_attn_patch
+from benchmarks import assert_conforms
+from benchmarks.measure import DEVICE, environment, headline, limits, median_seconds, peak_bytes, table, write_json
 
 POINTS = {168: "a week", 720: "a month", 8760: "a year"}
 HQ, D = 12, 64

@@ -22,6 +22,9 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+if __name__ == "__main__":  # see benchmarks/__init__.py
+    sys.path[0] = str(Path(__file__).parents[1])
+
 USUAL_WAY = """
 import sys, torch
 from transformers import AutoConfig, AutoModelForCausalLM

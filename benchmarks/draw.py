@@ -1,4 +1,4 @@
-"""Draw what models.py, claims.py and kernel_speed.py measured.
+"""Draw what models.py, claims.py and kernels.py measured.
 
 python benchmarks/draw.py results/models.json results/claims.json      # -> results/models.svg, results/claims.svg
 """
@@ -118,7 +118,7 @@ def kernels(result: dict[str, Any]) -> Any:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, nargs="+", help="JSON of models.py, claims.py or kernel_speed.py")
+    parser.add_argument("results", type=Path, nargs="+", help="JSON of models.py, claims.py or kernels.py")
     for path in parser.parse_args(argv).results:
         result = json.loads(path.read_text())
         draw = claims if "rows" not in result else kernels if "results" in result["rows"][0] else models

@@ -11,7 +11,12 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
+from pathlib import Path
+
+if __name__ == "__main__":  # see benchmarks/__init__.py
+    sys.path[0] = str(Path(__file__).parents[1])
 
 import torch
 import transformers

@@ -1,4 +1,4 @@
-"""Who computes the rows of ``kernel_speed.py``: ours, and every peer that can be had.
+"""Who computes the rows of ``kernels.py``: ours, and every peer that can be had.
 
 A contender is a function of :class:`Inputs` that gives ``call(i) -> out [B, HQ, Sq, D]`` for input set i, or raises
 :class:`UnsupportedError` with its reason.
@@ -13,11 +13,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from kernel_rows import Inputs
-from measure import DEVICE
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import hf_attn_patch
+from benchmarks.kernel_rows import Inputs
+from benchmarks.measure import DEVICE
 from hf_attn_patch.dispatch import attend
 from hf_attn_patch.layout import PADDED, Layout
 

@@ -1,4 +1,4 @@
-"""The rows of ``kernel_speed.py``: what is computed, on which inputs, and the truth that every kernel is held to."""
+"""The rows of ``kernels.py``: what is computed, on which inputs, and the truth that every kernel is held to."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from measure import DEVICE
 
+from benchmarks.measure import DEVICE
 from hf_attn_patch.kernels.decode_reference import grouped_decode_reference
 
 Tensor = torch.Tensor

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_timing import copy_bandwidth, matmul_rate
+
+from benchmarks.gpu_timing import copy_bandwidth, matmul_rate
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PACKAGES = ("torch", "transformers", "triton", "flash-attn-4", "flash-attn", "hf-attn-patch")

@@ -23,15 +23,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":  # see benchmarks/__init__.py
+    sys.path[0] = str(Path(__file__).parents[1])
+
 import torch
 from transformers import AutoModelForCausalLM, Cache, DynamicCache, LlamaConfig, StaticCache
 
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))
-from conformance import assert_conforms
-from measure import DEVICE, environment, headline, limits, median_seconds, synchronize, table, write_json
-
 import hf_attn_patch
+from benchmarks import assert_conforms
+from benchmarks.measure import DEVICE, environment, headline, limits, median_seconds, synchronize, table, write_json
 
 PEERS = ("sdpa", "flash_attention_4", "flex_attention", "eager")
 OURS = "hf_attn_patch"

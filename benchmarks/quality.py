@@ -22,6 +22,7 @@ import json
 import math
 import multiprocessing
 import os
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -29,8 +30,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":  # see benchmarks/__init__.py
+    sys.path[0] = str(Path(__file__).parents[1])
+
 import torch
-from code_lm import FULL, SMALL, Corpus, Recipe, Size, autocast, corpus, forward, held_out_loss, train
 from hf_attn_patch.conversion.align import merge_aligned
 from hf_attn_patch.conversion.aligned import permuted
 from hf_attn_patch.conversion.families import Stack
@@ -39,8 +42,10 @@ from hf_attn_patch.conversion.heads import LayerAttention, stack_layers
 from hf_attn_patch.conversion.layouts import AttentionWeights
 from hf_attn_patch.conversion.pool import first_of, mean_of
 from hf_attn_patch.conversion.refit import RefitRecipe, refit
-from quality_report import best_recipe, report
 from transformers import LlamaForCausalLM
+
+from benchmarks.code_lm import FULL, SMALL, Corpus, Recipe, Size, autocast, corpus, forward, held_out_loss, train
+from benchmarks.quality_report import best_recipe, report
 
 DATA_SEED = 1000  # of the uptraining text; the base model's is its own seed
 

@@ -20,13 +20,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":  # see benchmarks/__init__.py
+    sys.path[0] = str(Path(__file__).parents[1])
+
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))
-from conformance import assert_conforms
-from gpu_timing import called, copy_bandwidth, replayed
-
+from benchmarks import assert_conforms
+from benchmarks.gpu_timing import called, copy_bandwidth, replayed
 from hf_attn_patch.kernels import decode, decode_launch
 from hf_attn_patch.kernels.decode_plan import Tuning, choose
 from hf_attn_patch.kernels.decode_reference import grouped_decode_reference

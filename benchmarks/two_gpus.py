@@ -16,8 +16,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":  # see benchmarks/__init__.py
+    sys.path[0] = str(Path(__file__).parents[1])
+
 import torch
-from uptrain import SHAPES, prepare  # benchmarks/uptrain.py
+
+from benchmarks.uptrain import SHAPES, prepare
 
 ROOT = Path(__file__).parents[1]
 SHAPES["curve"] = {

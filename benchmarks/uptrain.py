@@ -31,10 +31,12 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":  # see benchmarks/__init__.py
+    sys.path[0] = str(Path(__file__).parents[1])
+
 import torch
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests" / "helpers"))
 ROWS = ["ours", "ours-compile", "sdpa", "flash4", "plain-sdpa", "trl", "trl-flash4", "teacher", "teacher-forward"]
 SHAPES: dict[str, dict[str, Any]] = {
     # Llama 3.2 1B
@@ -86,8 +88,7 @@ def uptrain_options(row: str, args: argparse.Namespace) -> list[str]:
 
 
 def run_ours(row: str, args: argparse.Namespace) -> dict[str, Any]:
-    from scripts import load_script
-
+    from benchmarks import load_script
     from hf_attn_patch.training import load_run, parse_options
 
     run = load_run(parse_options(uptrain_options(row, args)))

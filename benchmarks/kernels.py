@@ -1,8 +1,8 @@
 """Attention kernels side by side: ours (``hf_attn_patch.attention``) and its peers, row by row.
 
-    python benchmarks/kernel_speed.py                                  # every section, about two minutes on an H200
-    python benchmarks/kernel_speed.py --sections decode,paged --flex   # flex_attention compiles for every row: slow
-    python benchmarks/kernel_speed.py --tiny                           # a smoke test on the CPU
+    python benchmarks/kernels.py                                  # every section, about two minutes on an H200
+    python benchmarks/kernels.py --sections decode,paged --flex   # flex_attention compiles for every row: slow
+    python benchmarks/kernels.py --tiny                           # a smoke test on the CPU
 
 Every contender is held to the conformance rule (tests/helpers/conformance.py) against fp32 before its speed is
 printed. Times are medians: of the device, back to back, for prefill and training; of CUDA graph replays over rotating
@@ -21,14 +21,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":  # see benchmarks/__init__.py
+    sys.path[0] = str(Path(__file__).parents[1])
+
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))
-from conformance import assert_conforms
-from gpu_timing import called, replayed, timed
-from kernel_peers import Call, UnsupportedError, contenders
-from kernel_rows import Inputs, Row, rows
-from measure import DEVICE, environment, headline, limits, median_seconds, table, write_json
+from benchmarks import assert_conforms
+from benchmarks.gpu_timing import called, replayed, timed
+from benchmarks.kernel_peers import Call, UnsupportedError, contenders
+from benchmarks.kernel_rows import Inputs, Row, rows
+from benchmarks.measure import DEVICE, environment, headline, limits, median_seconds, table, write_json
 
 SECTIONS = ("decode", "prefill", "training", "options", "paged", "packed")
 Results = dict[str, dict[str, Any]]
