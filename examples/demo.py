@@ -1,16 +1,19 @@
 """The whole story on this machine: train a small multi-head model, convert it, uptrain it, compare.
 
-    python examples/demo.py [--output demo-output] [--size auto|tiny|cpu|gpu]
+    python examples/demo.py [--output demo-output] [--size auto|tiny|cpu|gpu] [--kv-heads 2 1]
 
 A Llama with 8 heads learns to write Python from Python's own library. It is converted to 2 and to 1 KV heads, by
-averaging heads (the GQA paper's way) and by aligning them first, and each result is uptrained with 5% of the tokens,
-distilling from the original. Every stage is a public command, printed before it runs. Without a GPU this takes a few
-minutes on two cores; with one, a larger model is trained.
+averaging heads (the GQA paper's way), by aligning them in a common basis first, and by calibrating on a little text,
+and each result is uptrained, distilling from the original. Each method may read 5% of the training's tokens in all:
+what calibration reads, uptraining after it does not get. Every stage is a public command, printed before it runs.
+Without a GPU this takes about six minutes on two cores; with one, a larger model learns from all the Python code that
+is installed.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -21,7 +24,6 @@ import sysconfig
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 EXAMPLES = Path(__file__).parent
 HEADS = 8
@@ -40,21 +42,28 @@ class Size:
     micro: int
     lr: float
     eval_tokens: int
+    calibration_tokens: int  # a part of the 5%
+
+    @property
+    def allowance(self) -> int:
+        """5% of the tokens: what each converted model may read."""
+        return self.tokens // 20
 
 
 SIZES = {
-    "tiny": Size(64, 2, 512, 40_000, 128, 8, 8, 3e-3, 4_000),
-    "cpu": Size(128, 4, 1024, 800_000, 256, 4, 4, 5e-3, 20_000),
-    "gpu": Size(512, 8, 8192, 60_000_000, 1024, 64, 32, 1e-3, 500_000),
+    "tiny": Size(64, 2, 512, 80_000, 128, 8, 8, 3e-3, 4_000, 2_000),
+    "cpu": Size(128, 4, 1024, 2_000_000, 256, 4, 4, 5e-3, 20_000, 40_000),
+    "gpu": Size(512, 8, 8192, 60_000_000, 1024, 64, 32, 1e-3, 200_000, 1_000_000),
 }
-#: the methods that are compared: the paper's, and the best one here
-METHODS = {"mean": ["--method", "mean"], "aligned": ["--method", "aligned"]}
+#: the methods that are compared: the paper's, the best one without text, the best one
+METHODS = ("mean", "aligned", "calibrated")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("demo-output"))
     parser.add_argument("--size", choices=["auto", *SIZES], default="auto")
+    parser.add_argument("--kv-heads", type=int, nargs="+", default=[2, 1], help=f"to convert to; each divides {HEADS}")
     args = parser.parse_args()
     import torch
 
@@ -63,8 +72,8 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
 
-    say(f"1. A model with {HEADS} heads, made anew, learns Python from Python's own library ({size.tokens:,} tokens)")
-    text, held_out = collect_text(out / "python.jsonl"), out / "held-out.jsonl"
+    say(f"1. A model with {HEADS} heads, made anew, learns Python from {size.tokens:,} tokens")
+    text, held_out = collect_text(out / "python.jsonl", more=name == "gpu"), out / "held-out.jsonl"
     make_model(out / "new", text, size)
     common: dict[str, object] = {
         "sequence-length": size.sequence, "batch-size": size.batch, "micro-batch-size": size.micro, "warmup": 0.1,
@@ -72,68 +81,94 @@ def main() -> None:
     }  # fmt: skip
     run_uptrain(out / "new", out / "mha", text, {**common, "tokens": size.tokens, "lr": size.lr})
 
-    say(f"2. Fewer KV heads: {HEADS} become 2 and 1, by {' and by '.join(METHODS)}")
-    for kv_heads in (2, 1):
-        for method, options in METHODS.items():
-            target = out / f"{method}-{kv_heads}"
-            hf_attn("convert", out / "mha", target, "--kv-heads", kv_heads, *options, "--overwrite")
+    heads = " and ".join(map(str, args.kv_heads))
+    say(f"2. Fewer KV heads: {HEADS} become {heads}, by three methods")
+    calibrate = ["--calibration-tokens", size.calibration_tokens, "--calibration-length", size.sequence]
+    for kv_heads in args.kv_heads:
+        for method in METHODS:
+            how = ["--calibrate", text, *calibrate] if method == "calibrated" else ["--method", method]
+            hf_attn("convert", out / "mha", out / f"{method}-{kv_heads}", "--kv-heads", kv_heads, *how, "--overwrite")
 
-    say("3. Uptraining with 5% of the tokens, the multi-head model as teacher")
-    for kv_heads in (2, 1):
+    say(f"3. Uptraining, the original as teacher ({size.allowance:,} tokens, less what calibration has read)")
+    for kv_heads in args.kv_heads:
         for method in METHODS:
             source, to = out / f"{method}-{kv_heads}", out / f"{method}-{kv_heads}-uptrained"
-            options = {**common, "tokens": size.tokens // 20, "lr": size.lr / 3, "teacher": out / "mha"}
-            run_uptrain(source, to, text, options)
+            tokens = size.allowance - (size.calibration_tokens if method == "calibrated" else 0)
+            run_uptrain(source, to, text, {**common, "tokens": tokens, "lr": size.lr / 3, "teacher": out / "mha"})
 
     say("4. All of them measured on held-out text")
-    models = [out / "mha", *(out / f"{m}-{k}{e}" for k in (2, 1) for m in METHODS for e in ("", "-uptrained"))]
+    names = [f"{m}-{k}{e}" for k in args.kv_heads for m in METHODS for e in ("", "-uptrained")]
     measure = ["--text", held_out, "--source", out / "mha", "--context", size.sequence, "--tokens", size.eval_tokens]
-    hf_attn("evaluate", *models, *measure)
+    evaluation = out / "evaluation.json"
+    hf_attn("evaluate", *(out / n for n in ("mha", *names)), *measure, "--no-speed", "--json", to=evaluation)
 
-    rows = collect(out)
+    rows = collect(evaluation, args.kv_heads)
     figure = draw(rows, out / "quality_over_kv_bytes.png")
-    say("5. What came of it (held-out text)")
+    say("5. What came of it")
     print(table(rows))
-    if figure:
-        print(f"\nThe same as a figure: {figure}")
-    print(f"\nAll of this took {(time.monotonic() - started) / 60:.1f} minutes. With a model of your own:\n")
-    print(f"    hf-attn convert YOUR_MODEL converted --kv-heads 8 {' '.join(METHODS['aligned'])}")
     print(
-        "    accelerate launch examples/uptrain.py --model converted --teacher YOUR_MODEL --dataset YOUR_TEXT"
-        " --tokens 50M --output uptrained"
+        f"\nLoss in nats a token, on {size.eval_tokens:,} held-out tokens; the KV cache has the weights' dtype, fp32."
     )
-    print('    AutoModelForCausalLM.from_pretrained("uptrained", attn_implementation="hf_attn_patch")')
+    print(
+        f"5% are {size.allowance:,} tokens; of these, calibration has read {size.calibration_tokens:,} where it was used."
+    )
+    if figure:
+        print(f"The same as a figure: {figure}")
+    print(f"\nAll of this took {(time.monotonic() - started) / 60:.1f} minutes. With a model of your own:\n")
+    print("\n".join(f"    {line}" for line in OWN))
+
+
+#: the README's commands
+OWN = (
+    "hf-attn convert YOUR_MODEL converted --kv-heads 8 --calibrate YOUR_TEXT",
+    "accelerate launch examples/uptrain.py --model converted --teacher YOUR_MODEL --dataset YOUR_TEXT"
+    " --tokens 50M --output uptrained",
+    'AutoModelForCausalLM.from_pretrained("uptrained", attn_implementation="hf_attn_patch")',
+)
 
 
 def say(text: str) -> None:
     print(f"\n== {text}\n", flush=True)
 
 
-def run(command: list[str], shown: list[str] | None = None) -> None:
-    """Print a command as a user would type it, and run it with its progress in sight."""
-    print("$ " + shlex.join(shown or command), flush=True)
+def run(command: list[str], shown: list[str], to: Path | None = None) -> None:
+    """Print a command as a user would type it, and run it with its progress in sight; its output goes to ``to``."""
+    typed = shlex.join(shown) + (f" > {shlex.quote(str(to))}" if to else "")
+    print(f"$ {typed}", flush=True)
     quiet = {"TOKENIZERS_PARALLELISM": "true", "HF_HUB_OFFLINE": "1"}  # everything is here already
-    done = subprocess.run(command, env={**os.environ, **quiet}, check=False)
+    with to.open("w") if to else contextlib.nullcontext() as file:
+        done = subprocess.run(command, env={**os.environ, **quiet}, check=False, stdout=file)
     if done.returncode:
-        sys.exit(f"demo: this failed: {shlex.join(shown or command)}")
+        sys.exit(f"demo: this failed: {typed}")
 
 
-def hf_attn(*arguments: object) -> None:
+def hf_attn(*arguments: object, to: Path | None = None) -> None:
     words = [str(a) for a in arguments]
-    run([sys.executable, "-c", "from hf_attn_patch.cli import main; main()", *words], ["hf-attn", *words])
+    run([sys.executable, "-c", "from hf_attn_patch.cli import main; main()", *words], ["hf-attn", *words], to)
 
 
 def run_uptrain(model: Path, output: Path, text: Path, options: dict[str, object]) -> None:
     """examples/uptrain.py, with ``options`` by their names on the command line."""
     given = {"model": model, "dataset": text, "output": output, **options}
-    words = [str(EXAMPLES / "uptrain.py")] + [part for k, v in given.items() for part in (f"--{k}", str(v))]
+    words = [relative(EXAMPLES / "uptrain.py")] + [part for k, v in given.items() for part in (f"--{k}", str(v))]
     run([sys.executable, *words], ["python", *words])
 
 
-def collect_text(path: Path) -> Path:
-    """Python's own library as JSONL, one file a document, in mixed order; a few go to ``held-out.jsonl`` beside it."""
-    library = Path(sysconfig.get_paths()["stdlib"])
-    files = sorted(p for p in library.rglob("*.py") if not {"site-packages", "dist-packages", "test"} & set(p.parts))
+def relative(path: Path) -> str:
+    """As it is typed in the current folder."""
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def collect_text(path: Path, *, more: bool) -> Path:
+    """Python's own library as JSONL, one file a document, in mixed order; a few go to ``held-out.jsonl`` beside it.
+
+    Args:
+        more: the installed packages as well (a large model would know the library by heart).
+    """
+    paths = sysconfig.get_paths()
+    others = {"test"} if more else {"site-packages", "dist-packages", "test"}
+    folders = {Path(paths["stdlib"]), *([Path(paths["purelib"])] if more else [])}
+    files = sorted({p for folder in folders for p in folder.rglob("*.py") if not others & set(p.parts)})
     random.Random(0).shuffle(files)
     for target, some in ((path, files[40:]), (path.with_name("held-out.jsonl"), files[:40])):
         with target.open("w", encoding="utf-8") as file:
@@ -167,43 +202,35 @@ def make_model(folder: Path, text: Path, size: Size) -> None:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table."""
+    """One line of the table: a method at a number of KV heads, as ``hf-attn evaluate`` found it."""
 
-    name: str
+    method: str
     kv_heads: int
     kv_bytes: int
     converted: float | None
     uptrained: float
+    kl: float
 
 
-def kv_bytes(folder: Path) -> tuple[int, int]:
-    """KV heads, and bytes of KV cache per token in bf16."""
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
-    heads = config["num_key_value_heads"]
-    return heads, 2 * 2 * config["num_hidden_layers"] * heads * config["head_dim"]
-
-
-def losses(folder: Path) -> tuple[float, float]:
-    """Held-out loss before and after a training run."""
-    entries = [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
-    found = [entry["eval/loss"] for entry in entries if "eval/loss" in entry]
-    return found[0], found[-1]
-
-
-def collect(out: Path) -> list[Row]:
-    rows = [Row("multi-head", *kv_bytes(out / "mha"), None, losses(out / "mha")[1])]
-    for kv_heads in (2, 1):
+def collect(evaluation: Path, kv_heads: list[int]) -> list[Row]:
+    """The rows out of ``hf-attn evaluate --json``, the original first."""
+    found = {Path(e["model"]).name: e for e in json.loads(evaluation.read_text())}
+    full = found["mha"]
+    rows = [Row("multi-head", HEADS, full["kv_bytes_per_token"], None, full["loss"], 0.0)]
+    for heads in kv_heads:
         for method in METHODS:
-            folder = out / f"{method}-{kv_heads}-uptrained"
-            rows.append(Row(method, *kv_bytes(folder), *losses(folder)))
+            before, after = found[f"{method}-{heads}"], found[f"{method}-{heads}-uptrained"]
+            rows.append(Row(method, heads, after["kv_bytes_per_token"], before["loss"], after["loss"], after["kl"]))
     return rows
 
 
 def table(rows: list[Row]) -> str:
-    lines = ["| | KV heads | KV bytes a token | loss as converted | loss after 5% |", "|---|---|---|---|---|"]
+    lines = ["| | KV heads | KV bytes a token | loss as converted | loss after 5% | KL to the original |",
+             "|---|---|---|---|---|---|"]  # fmt: skip
     for row in rows:
         before = f"{row.converted:.3f}" if row.converted is not None else ""
-        lines.append(f"| {row.name} | {row.kv_heads} | {row.kv_bytes:,} | {before} | {row.uptrained:.3f} |")
+        figures = f"{row.kv_bytes:,} | {before} | {row.uptrained:.3f} | {row.kl:.3f}"
+        lines.append(f"| {row.method} | {row.kv_heads} | {figures} |")
     return "\n".join(lines)
 
 
@@ -220,14 +247,15 @@ def draw(rows: list[Row], path: Path) -> Path | None:
     axes = pyplot.figure(figsize=(6, 4), layout="constrained").gca()
     full = rows[0]
     axes.axhline(full.uptrained, color="grey", linewidth=0.8, label="multi-head")
-    for color, method in zip(("tab:orange", "tab:blue"), METHODS, strict=True):
+    for color, method in zip(("tab:orange", "tab:blue", "tab:green"), METHODS, strict=True):
         points = [(full.kv_bytes, full.uptrained, full.uptrained)]
-        points += [(r.kv_bytes, r.converted or 0.0, r.uptrained) for r in rows if r.name == method]
+        points += [(r.kv_bytes, r.converted or 0.0, r.uptrained) for r in rows if r.method == method]
         bytes_, before, after = zip(*points, strict=True)
         axes.plot(bytes_, before, "o:", color=color, label=f"{method}, as converted")
         axes.plot(bytes_, after, "o-", color=color, label=f"{method}, after 5% of the tokens")
-    axes.set(xscale="log", xlabel="KV bytes per token (bf16)", ylabel="held-out loss (nats per token)")
-    axes.set_xticks([r.kv_bytes for r in rows[::2]], [f"{r.kv_bytes:,}" for r in rows[::2]])
+    axes.set(xscale="log", xlabel="KV bytes per token (fp32)", ylabel="held-out loss (nats per token)")
+    ticks = sorted({r.kv_bytes for r in rows})
+    axes.set_xticks(ticks, [f"{n:,}" for n in ticks])
     axes.minorticks_off()
     axes.legend()
     axes.figure.savefig(path, dpi=150)
