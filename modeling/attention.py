@@ -35,7 +35,7 @@ class GroupedQueryAttention(nn.Module):
         kv_dim: width of what keys and values are made from (cross-attention); by default E.
         causal: queries see no later keys. Leave it False for cross-attention.
         position: :class:`~hf_attn_patch.modeling.Rope`, ``Alibi`` or ``RelativeBias``; None for none.
-        window: only the last ``window`` keys, a query's own included.
+        window: only the last ``window`` keys, a query's own included; then the module is causal.
         sinks: a learned logit per query head that joins the softmax and takes no value (gpt-oss).
         softcap: scores become ``softcap * tanh(scores / softcap)``.
         scale: of the scores; D ** -0.5 by default (T5: 1.0).
@@ -93,7 +93,8 @@ class GroupedQueryAttention(nn.Module):
             raise ValueError(f"qk_norm={qk_norm!r}: it is 'rms' or None")
         self.groups = KVGrouping(num_heads, num_heads if num_kv_heads is None else num_kv_heads)
         self.embed_dim, self.head_dim = embed_dim, head_dim or embed_dim // num_heads
-        self.causal, self.window, self.softcap, self.backend = causal, window, softcap, backend
+        self.causal, self.window = causal or window is not None, window
+        self.softcap, self.backend = softcap, backend
         self.scale, self.dropout, self.layer_idx = scale, dropout, layer_idx
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         inner, kv_inner = num_heads * self.head_dim, self.groups.num_kv_heads * self.head_dim
@@ -137,7 +138,8 @@ class GroupedQueryAttention(nn.Module):
                 another. Neither a mask nor a cache goes with it.
 
         Raises:
-            ValueError: ``cu_seqlens`` with B > 1, a mask, a cache or ``key_value_states``.
+            ValueError: ``cu_seqlens`` with B > 1, a mask, a cache or ``key_value_states``; an ``attention_mask``
+                [B, Sk] that does not count the cached keys.
             hf_attn_patch.AttentionError: shapes that do not fit.
         """
         if cu_seqlens is not None:
@@ -173,6 +175,8 @@ class GroupedQueryAttention(nn.Module):
                     past_key_values.is_updated[self.layer_idx] = True
         Sk = k.shape[2]
         keys = torch.arange(Sk, device=k.device) + offset
+        if attention_mask is not None and attention_mask.dim() == 2 and not cross and isinstance(seen, int):
+            _require_length(attention_mask, seen + Sq)
         mask = _cut(attention_mask, keys, Sk)
         causal, window = self.causal and not cross, None if cross else self.window
         if not cross and (isinstance(seen, Tensor) or offset + Sk != seen + Sq):
@@ -182,7 +186,7 @@ class GroupedQueryAttention(nn.Module):
                 visible = visible & (keys[None, :] > indices[:, None] - window)
             mask = _and(mask, visible[None, None])
             causal, window = False, None
-        bias = None if cross else self.position.bias(indices, keys)
+        bias = None if cross else self._bias(q, indices, keys)
         out = attention(
             q,
             k,
@@ -193,7 +197,7 @@ class GroupedQueryAttention(nn.Module):
             scale=self.scale,
             softcap=self.softcap,
             sinks=self.sinks,
-            bias=None if bias is None else bias.to(q.dtype),
+            bias=bias,
             dropout=self.dropout if self.training else 0.0,
             backend=self.backend,
         )
@@ -205,6 +209,13 @@ class GroupedQueryAttention(nn.Module):
 
     def _rotated(self, x: Tensor, positions: Tensor, cross: bool) -> Tensor:
         return x if cross else self.position.rotate(x, positions)
+
+    def _bias(self, q: Tensor, q_positions: Tensor, k_positions: Tensor) -> Tensor | None:
+        """[1, HQ, Sq or 1, Sk] in q's dtype."""
+        # a row's constant is seen by a sink, and costs half precision its last digits at long distances
+        exact = self.sinks is not None or q.dtype.itemsize < 4
+        bias = self.position.bias(q_positions, k_positions, exact)
+        return None if bias is None else bias.to(q.dtype)
 
     def _output(self, out: Tensor) -> Tensor:
         return self.o_proj(out.transpose(1, 2).flatten(2))
@@ -226,13 +237,13 @@ class GroupedQueryAttention(nn.Module):
             "dropout": dropout,
             "backend": self.backend,
         }
-        bias = self.position.bias(indices, indices)
+        bias = self._bias(q, indices, indices)
         if bias is None:
             q, k, v = (t[0].transpose(0, 1) for t in (q, k, v))
             return self._output(attention_varlen(q, k, v, cu_seqlens, **options).transpose(0, 1)[None])
         # biases depend on distances alone, which are the same within a document and in the row
         same = (document[:, None] == document[None, :])[None, None]
-        return self._output(attention(q, k, v, mask=same, bias=bias.to(q.dtype), **options))
+        return self._output(attention(q, k, v, mask=same, bias=bias, **options))
 
     @classmethod
     @torch.no_grad()
@@ -296,6 +307,13 @@ def _half_of(past: Any, cross: bool, layer_idx: int) -> tuple[Any, bool]:
     if cross:
         return past.cross_attention_cache, bool(past.is_updated.get(layer_idx))
     return past.self_attention_cache, False
+
+
+def _require_length(mask: Tensor, length: int) -> None:
+    if mask.shape[-1] < length:
+        raise ValueError(
+            f"attention_mask covers {mask.shape[-1]} keys, but with the cached ones there are {length}: it counts both"
+        )
 
 
 def _cut(mask: Tensor | None, keys: Tensor, Sk: int) -> Tensor | None:

@@ -1,7 +1,8 @@
 """How positions enter :class:`~hf_attn_patch.modeling.GroupedQueryAttention`: RoPE turns q and k, others add a bias.
 
 Each has ``rotate(x, positions)`` for x [B, H, S, D] at integer positions [B or 1, S], and ``bias(q_positions,
-k_positions)`` for positions [Sq] and [Sk], which gives [1, HQ, Sq or 1, Sk] or None.
+k_positions, exact)`` for positions [Sq] and [Sk], which gives [1, HQ, Sq or 1, Sk] or None. With ``exact=False`` a bias
+may be off by a constant of each query, which its softmax does not see.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ class NoPosition(nn.Module):
     def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
         return x
 
-    def bias(self, q_positions: Tensor, k_positions: Tensor) -> Tensor | None:
+    def bias(self, q_positions: Tensor, k_positions: Tensor, exact: bool = True) -> Tensor | None:
         return None
 
 
@@ -81,10 +82,10 @@ class Alibi(NoPosition):
         super().__init__()
         self.slopes, self.causal = alibi_slopes(num_heads), causal
 
-    def bias(self, q_positions: Tensor, k_positions: Tensor) -> Tensor:
+    def bias(self, q_positions: Tensor, k_positions: Tensor, exact: bool = True) -> Tensor:
         slopes = torch.tensor(self.slopes, device=k_positions.device)[:, None, None]
-        if self.causal:  # a constant of a row does not matter to its softmax, so one row serves all queries
-            return (slopes * (k_positions - k_positions[-1]))[None]
+        if self.causal and not exact:  # then one row serves all queries
+            return (slopes * (k_positions - q_positions[-1:]))[None]
         return (-slopes * (q_positions[:, None] - k_positions).abs())[None]
 
 
@@ -116,6 +117,6 @@ class RelativeBias(NoPosition):
         far = exact + (torch.log(distance.clamp(min=1).float() / exact) * scale).long()
         return first + torch.where(distance < exact, distance, far.clamp(max=buckets - 1))
 
-    def bias(self, q_positions: Tensor, k_positions: Tensor) -> Tensor:
+    def bias(self, q_positions: Tensor, k_positions: Tensor, exact: bool = True) -> Tensor:
         buckets = self.bucket(k_positions[None, :] - q_positions[:, None])
         return self.weight[buckets].permute(2, 0, 1)[None]

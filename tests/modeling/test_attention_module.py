@@ -230,6 +230,10 @@ def test_bad_input_is_refused():
         Rope(3)
     with pytest.raises(ValueError, match="packed"):
         module(2)(data(), cu_seqlens=torch.tensor([0, 6]))
+    m, cache = module(2, causal=True), DynamicCache()
+    m(data(S=4), past_key_values=cache)
+    with pytest.raises(ValueError, match="covers 2 keys, but with the cached ones there are 6"):
+        m(data(S=2), attention_mask=torch.ones(2, 2), past_key_values=cache)
     with pytest.raises(ValueError, match="add_bias_kv"):
         GroupedQueryAttention.from_mha(nn.MultiheadAttention(E, 4, add_bias_kv=True))
     with pytest.raises(ValueError, match="EncoderDecoderCache"):
