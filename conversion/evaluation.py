@@ -237,7 +237,8 @@ def evaluation_text(found: list[Evaluation]) -> str:
             lines.append(f"{e.model}  {task}: " + ", ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
     first = found[0]
     lines.append(
-        f"{first.scored} tokens scored, each once; windows of {first.context} tokens; KV bytes in a checkpoint's own dtype"
+        f"{first.scored} tokens scored, each once; windows of {first.context} tokens; "
+        "KV bytes in a checkpoint's own dtype"
     )
     return "\n".join(lines)
 

@@ -18,6 +18,7 @@ import json
 import os
 import random
 import shlex
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -65,6 +66,7 @@ def main() -> None:
     parser.add_argument("--size", choices=["auto", *SIZES], default="auto")
     parser.add_argument("--kv-heads", type=int, nargs="+", default=[2, 1], help=f"to convert to; each divides {HEADS}")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which ends the command that runs as well
     import torch
 
     name = args.size if args.size != "auto" else "gpu" if torch.cuda.is_available() else "cpu"
@@ -106,12 +108,9 @@ def main() -> None:
     figure = draw(rows, out / "quality_over_kv_bytes.png")
     say("5. What came of it")
     print(table(rows))
-    print(
-        f"\nLoss in nats a token, on {size.eval_tokens:,} held-out tokens; the KV cache has the weights' dtype, fp32."
-    )
-    print(
-        f"5% are {size.allowance:,} tokens; of these, calibration has read {size.calibration_tokens:,} where it was used."
-    )
+    print(f"\nLoss in nats a token, on {size.eval_tokens:,} held-out tokens. The KV cache is fp32, as the weights are.")
+    calibration = size.calibration_tokens
+    print(f"5% are {size.allowance:,} tokens; where calibration was used, it has read {calibration:,} of them.")
     if figure:
         print(f"The same as a figure: {figure}")
     print(f"\nAll of this took {(time.monotonic() - started) / 60:.1f} minutes. With a model of your own:\n")

@@ -14,7 +14,7 @@ import json
 from pathlib import Path
 
 import torch
-from demo import collect_text, hf_attn, losses, run_uptrain, say  # examples/demo.py
+from demo import collect_text, hf_attn, run_uptrain, say  # examples/demo.py
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, T5Config, T5ForConditionalGeneration
 
 import hf_attn_patch  # noqa: F401  (registers the grouped T5)
@@ -43,6 +43,13 @@ def make_t5(folder: Path, text: Path, width: int) -> None:
     T5ForConditionalGeneration(config).save_pretrained(folder)
 
 
+def losses(folder: Path) -> tuple[float, float]:
+    """Held-out loss before and after a training run."""
+    entries = [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
+    found = [entry["eval/loss"] for entry in entries if "eval/loss" in entry]
+    return found[0], found[-1]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("encoder-decoder-output"))
@@ -62,7 +69,7 @@ def main() -> None:
     }
 
     say(f"1. A T5 with {HEADS} heads learns span corruption")
-    text = collect_text(out / "python.jsonl")
+    text = collect_text(out / "python.jsonl", more=False)
     make_t5(out / "new", text, args.width)
     run_uptrain(out / "new", out / "mha", text, {**common, "tokens": args.tokens, "lr": 3e-3})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
@@ -79,9 +80,14 @@ def test_demo(tmp_path):
     process = start_script("examples/demo.py", "--size", "tiny", "--output", str(tmp_path))
     out = process.communicate()[0]
     assert process.returncode == 0, out
-    rows = re.findall(r"^\| (mean|aligned|multi-head) \| (\d) \| (\d+) \|", out, re.MULTILINE)
-    assert rows[0] == ("multi-head", "8", str(2 * 2 * 2 * 8 * 8))
-    assert [row[1] for row in rows[1:]] == ["2", "2", "1", "1"]
-    assert "With a model of your own" in out
-    assert "tokens scored" in out
+    rows = re.findall(r"^\| ([a-z-]+) \| (\d) \| ([\d,]+) \| .* \| (\d\.\d+) \| (\d\.\d+) \|$", out, re.MULTILINE)
+    assert [row[:2] for row in rows] == [
+        ("multi-head", "8"), *((method, heads) for heads in "21" for method in ("mean", "aligned", "calibrated"))
+    ]  # fmt: skip
+    # K and V, two layers, heads of 8, fp32
+    assert [int(row[2].replace(",", "")) for row in rows] == [2 * 2 * 8 * 4 * int(row[1]) for row in rows]
+    found = json.loads((tmp_path / "evaluation.json").read_text())
+    assert found[0]["kl"] == 0.0  # of the original to itself
+    assert all(e["kl"] > 0 for e in found[1:])
+    assert "--calibrate YOUR_TEXT" in out
     assert (tmp_path / "quality_over_kv_bytes.png").exists()
