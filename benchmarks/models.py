@@ -109,6 +109,8 @@ def variants(row: Row, peers: tuple[str, ...], static: bool) -> list[Variant]:
     theirs, ours = [Variant(name) for name in peers], [Variant(OURS)]
     if row.kind == "decode":
         ours += [Variant(OURS, growing=True), Variant(OURS, growing=True, graphs=True)]
+        if DEVICE == "cuda":
+            ours.append(Variant(OURS, growing=True, graphs=True, compiled=True))
         if static:  # as generate(cache_implementation="static") runs it on a GPU
             ours.append(Variant(OURS, static=True, compiled=True))
             theirs += [Variant("sdpa", static=True, compiled=True)] * ("sdpa" in peers)
@@ -129,7 +131,7 @@ def build(kv_heads: int, sizes: dict[str, int], dtype: torch.dtype, **changes: i
 def switch(model: Any, variant: Variant) -> Any:
     """The model with the variant's attention; a context within which it is unpadded or not."""
     if variant.attention == OURS:
-        hf_attn_patch.enable(model, cuda_graphs=variant.graphs)  # enable(model, cache="growing") has them
+        hf_attn_patch.enable(model, cuda_graphs="compiled" if variant.graphs and variant.compiled else variant.graphs)
     else:
         model.set_attn_implementation(variant.attention)
     return hf_attn_patch.unpadded(model) if variant.unpadded else nullcontext()
@@ -207,7 +209,7 @@ def decode(model: Any, variant: Variant, inputs: Inputs) -> tuple[Callable[[], A
     assert inputs.mask is not None
     mask = torch.nn.functional.pad(inputs.mask, (0, AHEAD), value=1)
     position = inputs.mask.sum(1, keepdim=True) - 1
-    if variant.compiled:
+    if variant.static:
         return decode_compiled(model, cache, inputs, position)
 
     @torch.no_grad()

@@ -37,8 +37,11 @@ class WaitsError(RuntimeError):
     """Work that waits for the device cannot be recorded."""
 
 
-def rehearse(work: Work, device: torch.device) -> Any:
+def rehearse(work: Work, device: torch.device, watched: bool = True) -> Any:
     """Run ``work`` as it will be recorded: kernels are compiled and libraries set up, which a recording cannot do.
+
+    Args:
+        watched: find out whether it waits for the device.
 
     Raises:
         WaitsError: the work waits for the device. That is found out here, because an error while recording leaves
@@ -46,6 +49,9 @@ def rehearse(work: Work, device: torch.device) -> Any:
     """
     if device.type != "cuda":
         return work()
+    if not watched:
+        with _aside(device):
+            return work()
     mode = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings(record=True) as caught, _aside(device):
         warnings.simplefilter("always")

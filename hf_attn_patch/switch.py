@@ -21,7 +21,7 @@ def enable(
     *,
     backend: str | None = None,
     cache: str | None = None,
-    cuda_graphs: bool | None = None,
+    cuda_graphs: bool | str | None = None,
 ) -> Any:
     """Switch a loaded transformers model to ``hf_attn_patch``.
 
@@ -31,7 +31,8 @@ def enable(
             call.
         cache: "growing" makes ``generate`` use :class:`hf_attn_patch.GrowingCache`.
         cuda_graphs: on a GPU, record decoding steps with a growing cache as CUDA graphs, one launch a token (see
-            :func:`hf_attn_patch.graphs.use_cuda_graphs`); False turns it off again, None leaves it as it is.
+            :func:`hf_attn_patch.graphs.use_cuda_graphs`); "compiled": those of the model compiled by torch.compile, the
+            fastest, after a minute of compiling; False turns it off again, None leaves it as it is.
 
     Returns:
         The model.
@@ -59,6 +60,8 @@ def enable(
         )
     if backend is not None:
         backend_module(backend)
+    if isinstance(cuda_graphs, str) and cuda_graphs != "compiled":
+        raise AttentionError(f"cuda_graphs={cuda_graphs!r} is not known; choose True, 'compiled' or False")
     register()
     model.set_attn_implementation(NAME)
     for module in model.modules():
@@ -78,7 +81,10 @@ def enable(
     if cuda_graphs is not None:
         from .graphs import leave_cuda_graphs, use_cuda_graphs
 
-        (use_cuda_graphs if cuda_graphs else leave_cuda_graphs)(model)
+        if cuda_graphs:
+            use_cuda_graphs(model, compiled=cuda_graphs == "compiled")
+        else:
+            leave_cuda_graphs(model)
     return model
 
 

@@ -3,98 +3,24 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 from typing import Any
 
+import decoding
 import pytest
 import torch
-from transformers import (
-    BartConfig,
-    BartForConditionalGeneration,
-    DynamicCache,
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-)
+from decoding import FAMILIES, generate, recorded
+from transformers import DynamicCache
 
 import hf_attn_patch
-from hf_attn_patch import graphs
+from hf_attn_patch import recorded_step
 from hf_attn_patch.cache import GrowingCache
 
 pytestmark = pytest.mark.gpu
 
-SIZES = {
-    "vocab_size": 128,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.3,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-    "max_position_embeddings": 4096,
-}
-HYBRID = {"head_dim": 16, "sliding_window": 40, "layer_types": ["sliding_attention", "full_attention"] * 2}
-FAMILIES: dict[str, Any] = {
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
-    "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**SIZES, **HYBRID)),
-    "gemma3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**SIZES, **HYBRID)),
-    "mistral": lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=48)),
-    "gpt2": lambda: GPT2LMHeadModel(
-        GPT2Config(vocab_size=128, n_embd=64, n_layer=3, n_head=4, initializer_range=0.3, eos_token_id=None)
-    ),
-    "bart": lambda: BartForConditionalGeneration(
-        BartConfig(
-            vocab_size=128,
-            d_model=64,
-            encoder_layers=2,
-            decoder_layers=2,
-            encoder_attention_heads=4,
-            decoder_attention_heads=4,
-            encoder_ffn_dim=96,
-            decoder_ffn_dim=96,
-            init_std=0.3,
-            forced_eos_token_id=None,
-            eos_token_id=None,
-        )
-    ),
-}
-
-
-def build(family: str, dtype: torch.dtype = torch.float32) -> Any:
-    torch.manual_seed(0)
-    model = FAMILIES[family]().to("cuda", dtype).eval()
-    return hf_attn_patch.enable(model)
-
-
-def batch(rows: int = 4, length: int = 37, padded: bool = True) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(3)
-    ids = torch.randint(2, 128, (rows, length), generator=generator)
-    mask = torch.ones_like(ids)
-    if padded and rows > 1:
-        mask[1, :20], mask[rows - 1, :5] = 0, 0
-    return {"input_ids": ids.where(mask == 1, 0).cuda(), "attention_mask": mask.cuda()}
-
-
-def generate(model: Any, inputs: dict[str, torch.Tensor], **kwargs: Any) -> torch.Tensor:
-    torch.manual_seed(1)
-    return model.generate(**inputs, **{"do_sample": False, "max_new_tokens": 60, **kwargs})
-
-
-def recorded(model: Any) -> int:
-    """How many recordings the model's living caches have."""
-    state = graphs._states.get(model)
-    steps = [step for each in state.caches.values() for step in each.known.values()] if state else []
-    return sum(step.recording is not None for step in steps)
+build = functools.partial(decoding.build, device="cuda")
+batch = functools.partial(decoding.batch, "cuda")
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
@@ -193,7 +119,7 @@ def test_crop_and_copies_of_the_cache() -> None:
 
 
 def test_the_memory_goes_with_the_cache() -> None:
-    model, inputs = build("llama", torch.bfloat16), batch(4)
+    model, inputs = build("llama", dtype=torch.bfloat16), batch(4)
     hf_attn_patch.enable(model, cache="growing", cuda_graphs=True)
     generate(model, inputs)
     gc.collect()
@@ -237,14 +163,14 @@ def test_an_error_in_a_recording_leaves_a_sound_state(monkeypatch: pytest.Monkey
     model, inputs = build("llama"), batch(3)
     expected = generate(model, inputs, do_sample=True)
     hf_attn_patch.enable(model, cache="growing", cuda_graphs=True)
-    plain = graphs.Step.work
+    plain = recorded_step.Step.work
 
     def work(self: Any, cache: Any) -> Any:
         if torch.cuda.is_current_stream_capturing():
             torch.ones(1, device="cuda").item()
         return plain(self, cache)
 
-    monkeypatch.setattr(graphs.Step, "work", work)
+    monkeypatch.setattr(recorded_step.Step, "work", work)
     for _ in range(2):
         torch.testing.assert_close(generate(model, inputs, do_sample=True), expected, rtol=0, atol=0)
     monkeypatch.undo()
@@ -254,7 +180,7 @@ def test_an_error_in_a_recording_leaves_a_sound_state(monkeypatch: pytest.Monkey
 
 
 def test_a_step_is_one_launch() -> None:
-    model, inputs = build("llama", torch.bfloat16), batch(4)
+    model, inputs = build("llama", dtype=torch.bfloat16), batch(4)
     hf_attn_patch.enable(model, cache="growing", cuda_graphs=True)
     with torch.no_grad():
         cache = GrowingCache(config=model.config)
@@ -265,3 +191,15 @@ def test_a_step_is_one_launch() -> None:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             model(input_ids=token, past_key_values=cache)
         assert sum("mm" in event.name for event in profile.events()) == 0  # the host starts no matmul of the model's
+
+
+@pytest.mark.parametrize("family", ["llama", "bart"])
+def test_compiled_steps_give_the_same_tokens(family: str, caplog: pytest.LogCaptureFixture) -> None:
+    model, inputs = build(family), batch()
+    expected = generate(model, inputs)
+    hf_attn_patch.enable(model, cache="growing", cuda_graphs="compiled")
+    caplog.set_level("INFO", logger="hf_attn_patch")
+    out = model.generate(**inputs, do_sample=False, max_new_tokens=60, return_dict_in_generate=True)
+    torch.testing.assert_close(out.sequences, expected, rtol=0, atol=0)
+    assert not [message for message in caplog.messages if "decoding steps of" in message]
+    assert recorded(model) == 1
