@@ -82,7 +82,7 @@ class Layout:
             if self.kind == PACKED:
                 mask = self._dense_packed(device)
             else:
-                mask = _band(q + (self.keys - self.q_len), k, self.causal, self.window)[None, None]
+                mask = band(q + (self.keys - self.q_len), k, self.causal, self.window)[None, None]
             if self.kind == PADDED:
                 assert self.first is not None and self.length is not None
                 first, length = (t.to(device).view(-1, 1, 1, 1) for t in (self.first, self.length))
@@ -106,7 +106,7 @@ class Layout:
         end_q, end_k = cu_q[doc_q], cu_k[doc_k]
         q = (tokens[0].view(self.batch, 1, -1) - end_q)[..., :, None]
         k = (tokens[1].view(self.batch, 1, -1) - end_k)[..., None, :]
-        mask = (doc_q[..., :, None] == doc_k[..., None, :]) & _band(q, k, self.causal, self.window)
+        mask = (doc_q[..., :, None] == doc_k[..., None, :]) & band(q, k, self.causal, self.window)
         return mask if self.padding is None else mask & ~self.padding.to(device)[:, None, :, None]
 
     def borders(self) -> list[tuple[int, int, int, int]]:
@@ -178,7 +178,7 @@ class Layout:
         return self._any_dead
 
 
-def _band(q: Tensor, k: Tensor, causal: bool, window: tuple[int | None, int | None]) -> Tensor:
+def band(q: Tensor, k: Tensor, causal: bool, window: tuple[int | None, int | None]) -> Tensor:
     """Causality and window between positions q and k (broadcast): bool."""
     left, right = window
     if causal:

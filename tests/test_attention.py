@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import hf_attn_patch
 from hf_attn_patch import AttentionError, GroupingError, attention, attention_varlen
+from hf_attn_patch.backends import _blocks, torch_sdpa
 
 
 def truth(q, k, v, *, see=None, scale=None, softcap=None, bias=None, sinks=None):
@@ -197,3 +198,39 @@ def test_use_backend_insists_and_lets_go():
     with hf_attn_patch.use_backend("torch_sdpa"), pytest.raises(AttentionError, match="softcap"):
         attention(q, k, v, softcap=3.0)
     attention(q, k, v, softcap=3.0)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    Sq=st.integers(20, 80), more=st.sampled_from([0, 1, 7]), left=st.integers(0, 6), right=st.sampled_from([None, 0, 2]),
+    G=st.sampled_from([1, 2]), sinks=st.booleans(),
+)  # fmt: skip
+def test_a_long_sequence_behind_a_short_window_is_done_in_blocks(Sq, more, left, right, G, sinks):
+    """The CPU kernel takes a block of queries with the keys that it reaches; as one band of Sq x Sk, with gradients."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(2, heads, S, 8, dtype=torch.float64, generator=generator).requires_grad_(not sinks)
+        for heads, S in ((2 * G, Sq), (2, Sq + more), (2, Sq + more))
+    )
+    options = {"window": (left, right), "causal": right is None}
+    if sinks:
+        options["sinks"] = torch.randn(2 * G, dtype=torch.float64, generator=generator)
+    calls = []
+
+    def watched(*arguments):
+        calls.append(arguments[4])
+        return _blocks.in_blocks(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_blocks, "LEAST", 16)
+        patch.setattr(_blocks, "SHORTEST", 4)
+        patch.setattr(torch_sdpa, "in_blocks", watched)
+        got = attention(q, k, v, **options, backend="torch_sdpa")
+    want = attention(q, k, v, **options, backend="reference")
+    reach = left + (right or 0)
+    assert bool(calls) == (4 * (max(4, reach) + reach) <= min(Sq + more, Sq + left))
+    torch.testing.assert_close(got, want, atol=1e-9, rtol=1e-9)
+    if not sinks:
+        aim = torch.randn(got.shape, dtype=got.dtype, generator=generator)
+        for a, b in zip(*(torch.autograd.grad((o * aim).sum(), (q, k, v)) for o in (got, want)), strict=True):
+            torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-9)

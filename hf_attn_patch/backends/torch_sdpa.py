@@ -18,6 +18,7 @@ from hf_attn_patch.crossovers import is_small
 from hf_attn_patch.layout import DENSE, FULL, PACKED, Layout, full
 from hf_attn_patch.request import AttentionRequest, Operands
 
+from ._blocks import block_of, in_blocks
 from ._common import cut, cut_bias, rescale_by_sinks
 from ._scores import scores_of
 
@@ -87,6 +88,9 @@ def run(q: Tensor, k: Tensor, v: Tensor, request: AttentionRequest, operands: Op
         scored = operands.bias is not None or layout.kind != FULL or layout.causal or layout.window != (None, None)
         if scored:
             return _cudnn_scored(q, k, v, operands), None
+    if request.device == "cpu" and operands.bias is None and not request.tracing and (block := block_of(layout)):
+        part = functools.partial(_cpu, causal=False, request=request, operands=operands)
+        return in_blocks(q, k, v, layout, block, part), None
     mask = None if causal else layout.dense(q.device)
     if operands.bias is not None:
         mask = _additive(mask, cut_bias(layout, operands.bias), q.dtype)
