@@ -202,8 +202,8 @@ def test_use_backend_insists_and_lets_go():
 
 @settings(max_examples=25, deadline=None)
 @given(
-    Sq=st.integers(20, 80), more=st.sampled_from([0, 1, 7]), left=st.integers(0, 6), right=st.sampled_from([None, 0, 2]),
-    G=st.sampled_from([1, 2]), sinks=st.booleans(),
+    Sq=st.integers(20, 80), more=st.sampled_from([0, 1, 7]), left=st.integers(0, 6),
+    right=st.sampled_from([None, 0, 2]), G=st.sampled_from([1, 2]), sinks=st.booleans(),
 )  # fmt: skip
 def test_a_long_sequence_behind_a_short_window_is_done_in_blocks(Sq, more, left, right, G, sinks):
     """The CPU kernel takes a block of queries with the keys that it reaches; as one band of Sq x Sk, with gradients."""

@@ -1,4 +1,4 @@
-"""A long sequence behind a short window, a block of queries after another: S * (window + block) work instead of S * S."""
+"""A long sequence behind a short window, one block of queries after another: S * (window + block) work, not S * S."""
 
 from __future__ import annotations
 
