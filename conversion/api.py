@@ -35,8 +35,8 @@ def plan(
         src: a checkpoint folder or a hub id.
         kv_heads: HKV of the result: one number; a list with one per layer (where the architecture can express
             it); or ``{attention: number or list}`` for models with several attentions.
-        method: how heads are merged; see ``hf_attn_patch.conversion.methods.METHODS``, and ``auto``. None: ``auto``
-            with ``calibrate=``, a calibration text, and ``mean`` without.
+        method: how heads are merged; see ``hf_attn_patch.conversion.methods.METHODS``, and ``auto``. None: ``auto``,
+            which is ``calibrated`` with ``calibrate=``, a calibration text, and ``aligned`` without.
         seed: for methods that draw numbers.
         revision: branch, tag or commit of a hub id.
         allow_pickle: read ``pytorch_model.bin`` (with ``weights_only=True``) where there is no safetensors file.

@@ -170,15 +170,24 @@ def convert(
     "--context", type=click.IntRange(min=1), default=8192, show_default=True, help="Tokens to size the cache for."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+@click.option(
+    "--plot", "picture", metavar="PNG", help="Draw the KV cache over the context for each number of KV heads."
+)
 @click.option("--revision", help="Branch, tag or commit of a hub id.")
 @click.option("--allow-pickle", is_flag=True, help="Read pytorch_model.bin (with weights_only=True).")
 @user_errors
-def inspect(src: str, context: int, as_json: bool, revision: str | None, allow_pickle: bool) -> None:
+def inspect(
+    src: str, context: int, as_json: bool, picture: str | None, revision: str | None, allow_pickle: bool
+) -> None:
     """Heads and KV bytes per token of SRC, and what each number of KV heads would save."""
     from .hub import resolve
     from .inspection import inspect_source, inspection_text
 
     facts = inspect_source(resolve(src, revision=revision, allow_pickle=allow_pickle), context)
+    if picture:
+        from .plots import plot_cache
+
+        plot_cache(facts, picture)
     click.echo(json.dumps(facts, indent=2) if as_json else inspection_text(facts))
 
 

@@ -20,7 +20,7 @@ from .commands import user_errors
 @click.option("--stride", type=click.IntRange(min=1), help="Tokens from window to window.  [default: half the context]")
 @click.option("--tokens", type=click.IntRange(min=2), help="Tokens of the text at most.")
 @click.option("--speed/--no-speed", default=True, help="Time decoding.")
-@click.option("--lm-eval", metavar="TASKS", help="Also run these tasks of lm-evaluation-harness (with commas between).")
+@click.option("--lm-eval", metavar="TASKS", help="Also run these tasks of lm-evaluation-harness: names, or YAML files.")
 @click.option("--device", help="Such as cuda or cpu.  [default: a GPU if there is one]")
 @click.option(
     "--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto", show_default=True,
@@ -37,12 +37,13 @@ def evaluate(
 ) -> None:  # fmt: skip
     """Loss, perplexity, KL to SRC, KV bytes and speed of causal language models on a text."""
     from .evaluation import evaluate as run
-    from .evaluation import evaluation_dict, evaluation_text, plot
+    from .evaluation import evaluation_dict, evaluation_text
+    from .plots import plot_quality
 
     found = run(
         list(models), text, source=source, context=context, stride=stride, tokens=tokens, speed=speed,
         lm_eval=lm_eval, device=device, dtype=dtype, attention=attention,
     )  # fmt: skip
     if picture:
-        plot(found, picture)
+        plot_quality(found, picture)
     click.echo(json.dumps(evaluation_dict(found), indent=2) if as_json else evaluation_text(found))

@@ -19,6 +19,7 @@ from hf_attn_patch.training.models import load_tokenizer
 from hf_attn_patch.training.teacher import require_same_vocabulary
 
 from .errors import ConversionError
+from .harness import import_lm_eval, run_lm_eval, task_names
 from .hub import resolve
 from .inspection import inspect_source
 from .loadcheck import quiet
@@ -160,7 +161,7 @@ def evaluate(
         context: tokens of a window, and before the tokens whose decoding is timed; at most what a model can read.
         stride: by how much windows move on; half of ``context`` by default.
         tokens: of the text at most.
-        lm_eval: tasks for lm-evaluation-harness, with commas.
+        lm_eval: tasks for lm-evaluation-harness, or YAML files of tasks, with commas.
 
     Raises:
         ConversionError: a model or the text is missing or unfit.
@@ -169,6 +170,7 @@ def evaluate(
 
     if lm_eval:
         import_lm_eval()
+        task_names(lm_eval)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if not Path(text).expanduser().is_file():
         raise ConversionError(f"--text: there is no file {text}")
@@ -203,23 +205,6 @@ def kv_bytes(name: str) -> int:
     return int(inspect_source(resolve(name))["kv_bytes_per_token"])
 
 
-def import_lm_eval() -> Any:
-    try:
-        import lm_eval
-    except ImportError:
-        raise ConversionError("--lm-eval needs lm-evaluation-harness: pip install 'hf-attn-patch[eval]'") from None
-    return lm_eval
-
-
-def run_lm_eval(model: Any, tokenizer: Any, tasks: str) -> dict[str, Any]:
-    """lm-evaluation-harness on a loaded model: {task: {metric: value}}."""
-    harness = import_lm_eval()
-    from lm_eval.models.huggingface import HFLM
-
-    results = harness.simple_evaluate(model=HFLM(pretrained=model, tokenizer=tokenizer), tasks=tasks.split(","))
-    return {task: {k: v for k, v in r.items() if isinstance(v, float)} for task, r in results["results"].items()}
-
-
 def evaluation_text(found: list[Evaluation]) -> str:
     """A table for people."""
     known = [e for e in found if e.kl is not None]
@@ -246,32 +231,3 @@ def evaluation_text(found: list[Evaluation]) -> str:
 def evaluation_dict(found: list[Evaluation]) -> list[dict[str, Any]]:
     """``evaluate --json``."""
     return [asdict(e) for e in found]
-
-
-def plot(found: list[Evaluation], file: str | Path) -> None:
-    """Loss over KV bytes per token, a point for each model.
-
-    Raises:
-        ConversionError: matplotlib is missing, or ``file`` is no picture's name.
-    """
-    try:
-        import matplotlib
-    except ImportError:
-        raise ConversionError("--plot needs matplotlib: pip install 'hf-attn-patch[plot]'") from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    fig, axis = plt.subplots(figsize=(6, 4))
-    for e in found:
-        label = Path(e.model).name
-        axis.plot([e.kv_bytes_per_token], [e.loss], "o")
-        axis.annotate(label, (e.kv_bytes_per_token, e.loss), xytext=(5, 5), textcoords="offset points", fontsize=8)
-    axis.set(xlabel="KV cache, bytes a token", ylabel="loss, nats a token", xscale="log")
-    axis.grid(alpha=0.3)
-    fig.tight_layout()
-    try:
-        fig.savefig(file, dpi=150)
-    except (ValueError, OSError) as error:
-        raise ConversionError(f"--plot {file}: {error}") from None
-    finally:
-        plt.close(fig)

@@ -4,9 +4,9 @@
     python examples/minilm.py                # 6, 4, 3, 2 and 1 KV heads by every method
     python examples/minilm.py --distill 60   # and a few minutes of distillation of each result
 
-Sentences are the first lines of docstrings of the Python installation that runs this. A number is Spearman's
-correlation between the cosine similarities of sentence pairs by the original model and by the converted one: 1.0 means
-that the pairs keep their order.
+Sentences are the first ones of docstrings of the Python installation that runs this: some to compare on, the others to
+calibrate with and to distill on. A number is Spearman's correlation between the cosine similarities of sentence pairs
+by the original model and by the converted one: 1.0 means that the pairs keep their order.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from transformers import AutoModel, AutoTokenizer
 
 import hf_attn_patch  # noqa: F401 - makes the Auto classes know the grouped BERT
 
-METHODS = ("mean", "first", "random", "mean-norm", "aligned")
+METHODS = ("mean", "first", "random", "mean-norm", "aligned", "calibrated")
 
 
 def model_folder() -> Path:
@@ -103,26 +103,32 @@ def distill(student: Any, teacher: Any, tokenizer: Any, texts: list[str], steps:
 @click.option("--kv-heads", default="6,4,3,2,1", show_default=True)
 @click.option("--methods", default=",".join(METHODS), show_default=True)
 @click.option("--count", default=300, show_default=True, help="Sentences to compare.")
+@click.option("--calibration-tokens", default=20_000, show_default=True, help="Of the other sentences, at most.")
 @click.option("--distill", "steps", default=0, show_default=True, help="Steps of distillation of each result.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def main(model: Path | None, kv_heads: str, methods: str, count: int, steps: int, as_json: bool) -> None:
+def main(
+    model: Path | None, kv_heads: str, methods: str, count: int, calibration_tokens: int, steps: int, as_json: bool
+) -> None:
     source = model or model_folder()
     tokenizer = AutoTokenizer.from_pretrained(source)
     teacher = AutoModel.from_pretrained(source, attn_implementation="hf_attn_patch").eval()
-    every = sentences(count + (1500 if steps else 0))
-    texts, training = every[:count], every[count:]
+    every = sentences(100_000)
+    texts, others = every[:count], every[count:]
     truth = similarities(teacher, tokenizer, texts)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
+        text = Path(folder, "sentences.txt")
+        text.write_text("\n".join(others), encoding="utf-8")
+        known = {"calibrate": str(text), "calibration_tokens": calibration_tokens}
         for heads in map(int, kv_heads.split(",")):
             for method in methods.split(","):
                 name = f"{folder}/{method}-{heads}"
-                convert(source, name, heads, method=method)
+                convert(source, name, heads, method=method, **(known if method == "calibrated" else {}))
                 student = AutoModel.from_pretrained(name, attn_implementation="hf_attn_patch")
                 row: dict[str, Any] = {"kv_heads": heads, "method": method}
                 row["converted"] = spearman(truth, similarities(student, tokenizer, texts))
                 if steps:
-                    distill(student, teacher, tokenizer, training, steps)
+                    distill(student, teacher, tokenizer, others, steps)
                     row["distilled"] = spearman(truth, similarities(student, tokenizer, texts))
                 rows.append(row)
                 if not as_json:
