@@ -41,8 +41,45 @@ def test_hourly_forecast(tmp_path, capsys):
     # GQA 4:1 keeps a quarter of MHA's bytes and MQA an eighth
     found = [int(n.replace(",", "")) for n in re.findall(r"\| week \| [^|]*\| ([\d,]+) \|", shown)]
     assert found == [found[0], found[0] // 4, found[0] // 8]
-    assert "A year instead of a week" in shown
+    assert re.search(r"A year instead of a week (helped|hurt|made no clear difference) \([+-]\d", shown)
+    assert "These are 1,200 hours" in shown
     assert (tmp_path / "hourly_forecast.png").stat().st_size > 10_000
+
+
+def test_a_longer_history_is_judged_by_days():
+    """30 days of errors that are 1 smaller in the mean: clear if they differ by little from day to day, else not."""
+    helped = load_script("examples/hourly_forecast.py").helped
+    short = torch.full((30 * 24 + 5, 24), 10.0)
+    days = torch.arange(30 * 24 + 5)[:, None] // 24 % 2 * 2.0 - 1  # -1 and +1 by turns
+    assert helped(short, short - 1 + 0.1 * days).startswith("helped (+1.000 +- 0.019")
+    assert helped(short - 1 + 0.1 * days, short).startswith("hurt (-1.000")
+    assert helped(short, short - 1 + 10 * days).startswith("made no clear difference")
+
+
+def test_prices_that_cannot_be_used_are_refused(tmp_path):
+    script, path = load_script("examples/hourly_forecast.py"), tmp_path / "prices.csv"
+    for text, column, message in (
+        ("a,b\n1,2\n", "c", "no column 'c'; it has a, b"),
+        ("a,b\n1,2\n1,x\n", None, "line 3: 'x' in column 'b' is no number"),
+        ("a,b\n1,nan\n", "b", "line 2: 'nan' in column 'b' is not finite"),
+        ("a,b\n1,2\n", None, "1 hours are too few"),
+    ):
+        path.write_text(text)
+        with pytest.raises(SystemExit, match=message):
+            script.main(["--csv", str(path), *(["--column", column] if column else [])])
+
+
+def test_a_forecast_on_the_cache_is_that_of_the_whole_history():
+    """The cached step reads one hour; it says what a pass over the history and that hour once more says of the last."""
+    script = load_script("examples/hourly_forecast.py")
+    torch.manual_seed(0)
+    model = script.Forecaster(16, 2, 32, 2, "hf_attn_patch").eval()
+    torch.nn.init.normal_(model.head.weight)
+    x = torch.randn(1, 40, 6)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model.cached_step(x)()[:, -1], model(torch.cat([x, x[:, -1:]], 1))[:, -1], atol=1e-5, rtol=1e-4
+        )
 
 
 def test_a_forecast_does_not_see_the_future():
