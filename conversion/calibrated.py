@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 from dataclasses import fields, replace
 from typing import Any
 
@@ -127,15 +128,35 @@ class Calibrated:
                     ends.append(torch.cat([tail(x.to("cpu", like.dtype)).to(x) for x in stream.split(16)]))
             self.memory = (ends[0], ends[1])
         self.side, self.number = self.side + 1, 0
-        side, theirs = self._current, self.memory[0]
-        like = next(side.blocks[0].original.parameters())
-        side.look(self.texts[self.side], None if theirs is None else theirs[:1].to("cpu", like.dtype))
+        self._look()
         self.streams: TwoStreams = TwoStreams(
-            self._placed(side.hidden),
+            self._placed(self._current.hidden),
             RefitRecipe(seed=self.plan.seed),
             device=self.device,
             autocast=self.autocast,
             noise=1e-5 if self.half or self.device.type == "cuda" else 1e-10,
+        )
+
+    def _look(self) -> None:
+        """See what this side's first layer reads; sequences for which that is not finite are left out."""
+        side = self._current
+        for _ in range(2):
+            theirs, like = self.memory[0], next(side.blocks[0].original.parameters())
+            side.look(self.texts[self.side], None if theirs is None else theirs[:1].to("cpu", like.dtype))
+            fine = side.hidden.isfinite().flatten(1).all(1)
+            if fine.all():
+                return
+            if not fine.any():
+                break
+            self.record["notes"].append(
+                f"{int((~fine).sum())} of {len(fine)} sequences of calibration text were left out: what the model's"
+                " layers read there is not finite"
+            )
+            self.texts = [ids[fine] for ids in self.texts]
+            ours, theirs = ((None if x is None else x[fine.to(x.device)]) for x in reversed(self.memory))
+            self.memory = (theirs, ours)
+        raise ConversionError(
+            f"{self.plan.source.name}: its embeddings are not finite; nothing can be calibrated on it"
         )
 
     @property
@@ -159,14 +180,13 @@ class Calibrated:
         theirs: Run = caller(given, self.device, self.memory[0])(truth)
         own = caller(given, self.device, self.memory[1])
         if not units:
-            streams.original(theirs)
-            self._check()
+            self._check(streams.original(theirs))
             streams.converted(own(truth))
         else:
             with contextlib.ExitStack() as stack:
                 moments = [stack.enter_context(Moments(truth.get_submodule(name), u.layer)) for u, name in units]
                 size = streams.original(theirs)
-            self._check()
+            self._check(size)
             merged = [self._merge(unit, m) for (unit, _), m in zip(units, moments, strict=True)]
             student = self._student(block, truth, units, merged)
             ours: Run = own(student)
@@ -183,9 +203,14 @@ class Calibrated:
         self.number += 1
         self.bar.update()
 
-    def _check(self) -> None:
+    def _check(self, size: float) -> None:
         """Layer by layer must be what the model itself does: some models do more between their layers."""
         number, seen = self.number, self._current.seen
+        if not math.isfinite(size):
+            raise ConversionError(
+                f"{self.plan.source.name} cannot be calibrated: what its layer {number} gives on the text is not"
+                " finite; use --method aligned"
+            )
         if number + 1 >= len(seen):
             return
         want, got = seen[number + 1].float(), self.streams.theirs[:1].float().cpu()

@@ -39,7 +39,7 @@ def read_text(path: Path) -> str:
 
 
 def documents(source: str, seed: int) -> Iterator[str]:
-    """The texts of ``source``: a text file, JSONL with a field ``text``, a folder, or the id of a data set.
+    """The texts of ``source``: a text file, JSONL or Parquet with a field ``text``, a folder, or the id of a data set.
 
     Raises:
         ConversionError: there is nothing of the kind.
@@ -59,6 +59,9 @@ def documents(source: str, seed: int) -> Iterator[str]:
                 yield take_fields(record, ("text",), source)[0]
         except TrainingError as error:
             raise ConversionError(f"--calibrate: {error}") from None
+        except Exception as error:  # a table or a data set that is broken in any way
+            text = " ".join(str(error).split())[:200]
+            raise ConversionError(f"--calibrate {source} cannot be read: {type(error).__name__}: {text}") from None
 
 
 def _json_lines(path: Path) -> Iterator[str]:

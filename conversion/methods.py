@@ -92,7 +92,7 @@ METHODS: dict[str, Method] = {
             "calibrated:calibrated",
             scope="layer",
             options=(
-                Option("calibrate", "calibration text: a file, JSONL, a folder or a data set's id"),
+                Option("calibrate", "calibration text: a file, JSONL, Parquet, a folder or a data set's id"),
                 Option("calibration_tokens", "tokens of calibration text  (default 500000)", int, 500_000),
                 Option(
                     "calibration_length",

@@ -28,8 +28,8 @@ def open_documents(
     """A ``datasets.IterableDataset`` of records that have ``fields``.
 
     Args:
-        name: a file, a folder (every text, JSONL or Parquet file below it, in the order of their names) or the id of
-            a data set on the hub.
+        name: a file, a folder (every text, JSONL or Parquet file below it, in the order of their names; or what
+            ``save_to_disk`` of datasets wrote) or the id of a data set on the hub.
         config: the hub data set's configuration.
         pattern: which files of a folder, such as ``**/*.py``.
         unit: what one document is in plain text: a file, a paragraph (between blank lines) or a line.
@@ -40,7 +40,14 @@ def open_documents(
     """
     datasets = import_datasets()
     path = Path(name).expanduser()
-    if path.exists():
+    if any((path / file).is_file() for file in ("state.json", "dataset_dict.json")):  # from save_to_disk
+        found = datasets.load_from_disk(str(path))
+        if isinstance(found, dict):
+            if split not in found:
+                raise TrainingError(f"{name} has no split {split!r}; it has {', '.join(found)}")
+            found = found[split]
+        found = found.to_iterable_dataset()
+    elif path.exists():
         files = _files(path, pattern)
         kinds = {TABLES.get(f.suffix.lower(), "text") for f in files}
         if len(kinds) > 1:
