@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import hf_attn_patch
 from benchmarks.kernel_rows import Inputs
 from benchmarks.measure import DEVICE
+from hf_attn_patch.backends import flash3 as flash3_backend
 from hf_attn_patch.dispatch import attend
 from hf_attn_patch.layout import PADDED, Layout
 
@@ -126,15 +127,11 @@ def flash4(x: Inputs) -> Call:
 
 def flash3(x: Inputs) -> Call:
     row = x.row
-    module: Any = None
-    for name in ("flash_attn_interface", "flash_attn_3.flash_attn_interface"):
-        try:
-            module = importlib.import_module(name)
-            break
-        except ImportError:
-            continue
-    if module is None:
-        raise UnsupportedError("flash_attn_interface is not installed")
+    if reason := flash3_backend.missing():
+        raise UnsupportedError(reason)
+    module = flash3_backend.module()
+    if row.softcap and not getattr(module, "softcap", True):
+        raise UnsupportedError("this build takes no softcap")
     if row.bias or row.sinks:
         raise UnsupportedError("takes no bias" if row.bias else "takes no sinks")
     window = (-1, -1) if row.window is None else (row.window - 1, 0)

@@ -102,6 +102,16 @@ class GrowingCache(DynamicCache):
             for layer, sliding in zip(self.layers, self.is_sliding, strict=True)
         ]
 
+    def prefetch(self, layer_idx: int, only_non_sliding: bool = True) -> None:
+        """As in ``Cache``, but the copy to the GPU begins after what was asked of the GPU before.
+
+        Else it overtakes the layer's copy to the CPU, or writes to memory that another layer still reads (up to
+        transformers 5.23 the tokens then differ from run to run).
+        """
+        if torch.cuda.is_available():
+            self.prefetch_stream.wait_stream(torch.cuda.current_stream(self.prefetch_stream.device))
+        super().prefetch(layer_idx, only_non_sliding)
+
     @property
     def is_compileable(self) -> bool:
         """False: the buffers move, so ``generate`` must not compile around them."""

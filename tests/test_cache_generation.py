@@ -174,9 +174,8 @@ def test_on_a_gpu(family: str, attention: str, implementation: str | None) -> No
     call |= {"do_sample": False, "cache_implementation": implementation}
     if implementation and family == "bart":
         pytest.skip("transformers' own offloaded cache leaves keys of encoder-decoder models on the CPU")
-    expected = model.generate(**call)
-    if implementation and not torch.equal(model.generate(**call), expected):
-        pytest.skip("transformers' own offloaded cache gives other tokens from run to run")
+    # not with the offloaded cache of transformers: its tokens differ from run to run
+    expected = model.generate(**{**call, "cache_implementation": None})
     use_growing_cache(model)
     torch.testing.assert_close(model.generate(**call), expected, rtol=0, atol=0)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from hf_attn_patch.layout import FULL
 from hf_attn_patch.request import AttentionRequest, Operands
 
+from . import _flash3_ops
 from ._common import cut
 from ._varlen import refuses_common, run_varlen
 
@@ -20,13 +21,14 @@ _NAMES = ("flash_attn_interface", "flash_attn_3.flash_attn_interface")
 
 
 @functools.cache
-def _module() -> Any:
+def module() -> Any:
+    """What has ``flash_attn_func`` and ``flash_attn_varlen_func``, or None."""
     for name in _NAMES:
         try:
             return importlib.import_module(name)
         except ImportError:
             continue
-    return None
+    return _flash3_ops.load()
 
 
 @functools.cache
@@ -36,8 +38,10 @@ def missing() -> str | None:
         return "needs a CUDA device"
     if torch.cuda.get_device_capability()[0] != 9:
         return "needs a Hopper GPU"
-    if _module() is None:
-        return "flash_attn_interface is not installed (build it from FlashAttention's hopper folder)"
+    if module() is None:
+        return (
+            "flash_attn_interface is not installed (build FlashAttention's hopper folder, or install xformers 0.0.34)"
+        )
     return None
 
 
@@ -48,6 +52,10 @@ def refuses(request: AttentionRequest) -> str | None:
     for fact, name in ((request.dropout, "dropout"), (request.sinks, "sinks")):
         if fact:
             return f"FlashAttention-3 has no {name}"
+    if request.softcap and not getattr(module(), "softcap", True):
+        return "the build of FlashAttention-3 inside xformers has no softcap"
+    if request.deterministic and request.grad and request.head_dim > 192:
+        return "FlashAttention-3 has no deterministic backward for head_dim 256"
     if request.softcap and request.grad:
         return "FlashAttention-3 builds commonly have no softcap in the backward"
     return None
@@ -66,13 +74,13 @@ def run(q: Tensor, k: Tensor, v: Tensor, request: AttentionRequest, operands: Op
     }
     if layout.kind == FULL:
         k, v = cut(layout, k, v)
-        out = _module().flash_attn_func(*(t.transpose(1, 2) for t in (q, k, v)), **options)
+        out = module().flash_attn_func(*(t.transpose(1, 2) for t in (q, k, v)), **options)
         return _first(out).transpose(1, 2), None
 
     def kernel(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int) -> Tensor:
-        return _first(_module().flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q, max_k, **options))
+        return _first(module().flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q, max_k, **options))
 
-    return run_varlen(q, k, v, operands, kernel), None
+    return run_varlen(q, k, v, operands, kernel, clean=True), None
 
 
 def _first(out: Any) -> Tensor:

@@ -44,6 +44,8 @@ class Tuning:
 def choose(dtype: torch.dtype, D: int, DV: int, heads: int, span: int, sms: int, varlen: bool) -> Tuning:
     """The tuning for a kind of input, by what an H200 showed (``benchmarks/tune_decode.py``).
 
+    Keys that do not fill the GPU are cut finer: with little to read, what counts is how long one worker takes.
+
     Where a worker stays in one head, one wide worker an SM is best: it has the most bytes in flight. That is so where
     heads fill the SMs evenly (then a head is not split at all), or are so few that one is shared by eight SMs or
     more; and it takes long heads. Else two workers an SM: while one changes heads, the other reads.
@@ -59,7 +61,11 @@ def choose(dtype: torch.dtype, D: int, DV: int, heads: int, span: int, sms: int,
     wide = 2 * block_n
     if (even or 8 * heads <= sms) and heads * span >= 6 * wide * sms and wide * key_bytes <= 65536:
         return Tuning(block_n=wide, warps=8, per_sm=1, direct=even or None)
-    return Tuning(block_n=block_n, direct=even or None)
+    if heads * span > 4 * sms * block_n:
+        return Tuning(block_n=block_n, direct=even or None)
+    if heads * span <= sms * block_n and span >= 8 * block_n > 128:
+        block_n //= 2
+    return Tuning(block_n=block_n, direct=even or None, least=2)
 
 
 def plan(heads: int, tiles: int, slots: int, tuning: Tuning, varlen: bool) -> tuple[bool, int, int]:

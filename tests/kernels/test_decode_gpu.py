@@ -242,7 +242,7 @@ def test_known_calls_do_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = randn(1, 8, 1, 128), *(randn(1, 2, 4096, 128, seed=i) for i in (1, 2))
     lengths = (300, 4096, 4095)  # one kernel, two kernels, and two of a kind that is known
     want = [grouped_decode(q, k[:, :, :n], v[:, :, :n], scale=0.1) for n in lengths]
-    decode_launch._calls.pop(list(decode._calls)[-1])
+    decode_launch._calls.pop(list(decode_launch._calls)[-1])
     for kernel in (decode_kernel, combine_kernel):
         monkeypatch.setattr(kernel, "run", never)
     for _ in range(2):
