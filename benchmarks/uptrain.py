@@ -7,13 +7,14 @@ the same batch: AdamW, bf16 arithmetic on fp32 weights, no gradient checkpointin
 
     ours            examples/uptrain.py with attn_implementation hf_attn_patch
     ours-compile    ... and --compile
+    teacher         ours, distilling from a teacher of the same size
+    teacher-compile ... and --compile
+    teacher-forward the teacher's forward alone, logits and all: what `teacher` may cost more than `ours`
     sdpa            the same loop with attn_implementation sdpa
     flash4          the same loop with flash_attention_4, if FlashAttention-4 is installed
     plain-sdpa      a loop that lets the model make its own logits and loss, attn_implementation sdpa
     trl             TRL's SFTTrainer, packing="wrapped" (it lets documents see each other), sdpa
     trl-flash4      TRL's SFTTrainer, packing by documents, flash_attention_4
-    teacher         ours, distilling from a teacher of the same size
-    teacher-forward the teacher's forward alone: what `teacher` may cost more than `ours`
 """
 
 from __future__ import annotations
@@ -37,7 +38,10 @@ if __name__ == "__main__":  # see benchmarks/__init__.py
 import torch
 
 ROOT = Path(__file__).parents[1]
-ROWS = ["ours", "ours-compile", "sdpa", "flash4", "plain-sdpa", "trl", "trl-flash4", "teacher", "teacher-forward"]
+ROWS = [
+    "ours", "ours-compile", "teacher", "teacher-compile", "teacher-forward", "sdpa", "flash4", "plain-sdpa", "trl",
+    "trl-flash4",
+]  # fmt: skip
 SHAPES: dict[str, dict[str, Any]] = {
     # Llama 3.2 1B
     "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
@@ -81,9 +85,9 @@ def uptrain_options(row: str, args: argparse.Namespace) -> list[str]:
         "tokens": args.steps * args.sequences * args.length, "eval-tokens": 0, "checkpoint-every": 0,
         "attn-implementation": attention,
     }  # fmt: skip
-    if row == "teacher":
+    if row in ("teacher", "teacher-compile"):
         options["teacher"] = options["model"]
-    flags = ["--compile"] if row == "ours-compile" else []
+    flags = ["--compile"] if row.endswith("-compile") else []
     return [part for k, v in options.items() for part in (f"--{k}", str(v))] + flags
 
 
@@ -133,8 +137,7 @@ def time_forward(run: Any, args: argparse.Namespace) -> dict[str, Any]:
         wait()
         start = time.perf_counter()
         for batch in batches:
-            body = model.model(**run.objective.arguments(batch))[0]
-            del body
+            model(**run.objective.arguments(batch))
         wait()
     seconds = time.perf_counter() - start
     return {"tokens_per_second": len(batches) * args.sequences * args.length / seconds, "mfu": None}
@@ -218,6 +221,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--sequences", type=int, default=4, help="of --length in a step")
     parser.add_argument("--work", type=Path, default=Path("/tmp/hf-attn-uptrain-benchmark"))
+    parser.add_argument("--limit", type=float, default=600.0, help="seconds for a row")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.row:
@@ -230,16 +234,33 @@ def main() -> None:
         why = missing(row)
         if why is None:
             call = [sys.executable, __file__, *sys.argv[1:], "--row", row]
-            done = subprocess.run(call, capture_output=True, text=True, check=False)
-            said = dict(
-                line.split(" ", 1) for line in done.stdout.splitlines() if line.startswith(("RESULT ", "FAILED "))
-            )
-            if "RESULT" not in said:
-                why = f"failed: {json.loads(said['FAILED'])[-300:] if 'FAILED' in said else done.returncode}"
-                print(done.stderr, file=sys.stderr)
+            try:
+                done = subprocess.run(call, capture_output=True, text=True, check=False, timeout=args.limit)
+            except subprocess.TimeoutExpired as error:
+                why, said = f"not done after {args.limit} s", {}
+                print((error.stderr or b"").decode(errors="replace"), file=sys.stderr)
+            else:
+                kept = [line for line in done.stdout.splitlines() if line.startswith(("RESULT ", "FAILED "))]
+                said = dict(line.split(" ", 1) for line in kept)
+                if "RESULT" not in said:
+                    why = f"failed: {json.loads(said['FAILED'])[-300:] if 'FAILED' in said else done.returncode}"
+                    print(done.stderr, file=sys.stderr)
         results[row] = {"why": why} if why else json.loads(said["RESULT"])
         print(row, results[row], flush=True)
     report(results, args)
+
+
+def conclude(speeds: dict[str, float]) -> None:
+    """Against the best peer, and what a teacher costs."""
+    peers = {row: speed for row, speed in speeds.items() if not row.startswith(("ours", "teacher"))}
+    for row in ("ours", "ours-compile"):
+        if row in speeds and peers:
+            best = max(peers, key=lambda name: peers[name])
+            print(f"\n{row}: {speeds[row] / peers[best]:.2f} times {best}, the fastest of the others")
+    for taught, alone in (("teacher", "ours"), ("teacher-compile", "ours-compile")):
+        if taught in speeds and alone in speeds and "teacher-forward" in speeds:
+            cost = (1 / speeds[taught] - 1 / speeds[alone]) * speeds["teacher-forward"]
+            print(f"\n{taught}: the teacher costs {cost:.2f} of its forward alone")
 
 
 def report(results: dict[str, Any], args: argparse.Namespace) -> None:
@@ -253,6 +274,7 @@ def report(results: dict[str, Any], args: argparse.Namespace) -> None:
         mfu = f"{found['mfu']:.1%}" if found["mfu"] else ""
         peak = f"{found['peak_gib']:.1f}" if found["peak_gib"] else ""
         print(f"| {row} | {found['tokens_per_second']:,.0f} | {mfu} | {peak} |")
+    conclude({row: found["tokens_per_second"] for row, found in results.items() if not found.get("why")})
     if os.environ.get("OUT"):
         Path(os.environ["OUT"], "uptrain.json").write_text(json.dumps({"device": device, **results}, indent=1))
 

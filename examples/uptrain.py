@@ -41,7 +41,7 @@ def uptrain(run: Run) -> Progress:
     options = run.options
     accelerator, data, teacher = run.accelerator, run.data, run.teacher
     model, optimizer = accelerator.prepare(run.objective, run.optimizer)
-    run.check(model)  # that packed documents don't see each other, for one
+    run.check(model)  # that packed documents don't see each other, for one; and compile, if wanted
     held_out = data.held_out()
 
     checkpoints = Path(options.output, "checkpoints")
@@ -97,12 +97,10 @@ def uptrain(run: Run) -> Progress:
                     accelerator.backward(part.loss * scale)
                     sums.append(torch.stack([part.loss.detach(), part.ce, part.kl]))
                     if accelerator.sync_gradients:
-                        # the step's one wait for the device: nobody steps on a loss that is not finite
-                        lines = accelerator.gather(torch.stack([*sums, sums[0].new_full((3,), stop.asked)])[None])
-                        loss, ce, kl = run.require_finite(lines, step, progress)
-                        asked = int(lines[:, -1].max())
                         if options.clip:
                             norm = accelerator.clip_grad_norm_(model.parameters(), options.clip)
+                        # the step's one wait for the device: nobody steps on a loss that is not finite
+                        result = run.agree(sums, norm, stop.asked, step, progress)
                     optimizer.step()
                     optimizer.zero_grad()
 
@@ -111,34 +109,26 @@ def uptrain(run: Run) -> Progress:
             lengths = [n for micro in step.micro for n in document_lengths(micro)]
             speed.step(options.tokens_per_step, sum(f.of(lengths) for f in flops if f) * accelerator.num_processes)
             bar.update(options.tokens_per_step)
-            shown = {"loss": f"{loss:.4f}", "tok/s": f"{speed.tokens_per_second:,.0f}"}
+            shown = {"loss": f"{result.loss:.4f}", "tok/s": f"{speed.tokens_per_second:,.0f}"}
             shown |= {"MFU": f"{speed.mfu:.1%}"} if speed.mfu else {}
             bar.set_postfix(shown, refresh=False)
             if progress.step % options.log_every == 0:
-                values = {
-                    "loss": loss,
-                    "ce": ce,
-                    "kl": kl,
-                    "lr": lr,
-                    "grad_norm": float(norm or 0.0),
-                    "tokens": progress.tokens,
-                }
-                values |= {
-                    "tokens_per_second": speed.tokens_per_second,
-                    "mfu": speed.mfu or 0.0,
-                    "epoch": step.position.epoch,
-                }
+                values = {"loss": result.loss, "ce": result.ce, "kl": result.kl, "grad_norm": result.grad_norm}
+                values |= {"lr": lr, "tokens": progress.tokens, "epoch": step.position.epoch}
+                values |= {"tokens_per_second": speed.tokens_per_second, "mfu": speed.mfu or 0.0}
                 run.log.write({f"train/{k}": v for k, v in values.items()}, progress.step)
 
             done = progress.tokens >= total
             if held_out and options.due(progress.step, done, options.eval_every):
                 evaluate()
-            if asked or options.due(progress.step, done, options.checkpoint_every):
+            if result.asked or options.due(progress.step, done, options.checkpoint_every):
                 save_checkpoint(accelerator, checkpoints, progress, options.keep)
-            if asked and not done:
+            if result.asked and not done:
                 accelerator.end_training()
-                print(f"stopped by signal {asked} after step {progress.step}; go on with --resume", file=sys.stderr)
-                sys.exit(128 + asked)
+                bar.write(
+                    f"stopped by signal {result.asked} after step {progress.step}; go on with --resume", file=sys.stderr
+                )
+                sys.exit(128 + result.asked)
             speed.pause()
     run.save_model(Path(options.output), model, progress)
     accelerator.end_training()

@@ -1,9 +1,11 @@
 """Cross-entropy and KL of whole rows of logits, with their gradient written where the logits were.
 
-The plain truth is ``_plain_chunk`` of training/losses.py, which goes over a matrix [T, V] in fp32 some fifteen times. Here one
-program takes a row: it reads the logits twice, once for the log-sum-exp (online, as in Milakov and Gimelshein 2018,
-arXiv 1805.02867) and once to write the gradient, in the logits' own dtype. Nothing else is as large as they are.
+The plain truth is ``_plain_chunk`` of training/losses.py, which goes over a matrix [T, V] in fp32 some fifteen times.
+Here one program takes a row: it reads the logits twice, once for the log-sum-exp (online, as in Milakov and Gimelshein
+2018, arXiv 1805.02867) and once to write the gradient, in the logits' own dtype. Nothing else is as large as they are.
 """
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
 
 from __future__ import annotations
 
@@ -63,7 +65,8 @@ def _rows_kernel(
     x_stride, teacher_stride, grad_stride, V,
     scale, cap, teacher_scale, teacher_cap, ce_weight, kl_weight, cold, ignore,
     HAS_BIAS: tl.constexpr, CAPPED: tl.constexpr, TAUGHT: tl.constexpr, DISTILLED: tl.constexpr,
-    TEACHER_BIAS: tl.constexpr, TEACHER_CAPPED: tl.constexpr, SOFTENED: tl.constexpr, WANTED: tl.constexpr, BLOCK: tl.constexpr,
+    TEACHER_BIAS: tl.constexpr, TEACHER_CAPPED: tl.constexpr, SOFTENED: tl.constexpr, WANTED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     # cold is 1 / tau
     row = tl.program_id(0).to(tl.int64)
@@ -152,10 +155,10 @@ def rows_loss(
             logits.x, logits.x if logits.bias is None else logits.bias.contiguous(),
             told.x, told.x if told.bias is None else told.bias.contiguous(), labels, out, ce, kl,
             logits.x.stride(0), told.x.stride(0), out.stride(0), V,
-            logits.scale, logits.softcap or 1.0, told.scale, told.softcap or 1.0, ce_weight, kl_weight, 1.0 / tau, ignore,
-            HAS_BIAS=logits.bias is not None, CAPPED=bool(logits.softcap), TAUGHT=teacher is not None,
-            DISTILLED=kl_weight != 0.0, TEACHER_BIAS=told.bias is not None, TEACHER_CAPPED=bool(told.softcap), SOFTENED=tau != 1.0,
-            WANTED=grad is not None, BLOCK=block, num_warps=max(1, min(8, block // 256)),
+            logits.scale, logits.softcap or 1.0, told.scale, told.softcap or 1.0, ce_weight, kl_weight, 1.0 / tau,
+            ignore, HAS_BIAS=logits.bias is not None, CAPPED=bool(logits.softcap), TAUGHT=teacher is not None,
+            DISTILLED=kl_weight != 0.0, TEACHER_BIAS=told.bias is not None, TEACHER_CAPPED=bool(told.softcap),
+            SOFTENED=tau != 1.0, WANTED=grad is not None, BLOCK=block, num_warps=max(1, min(8, block // 256)),
         )  # fmt: skip
     return torch.stack([ce.sum(), kl.sum()])
 

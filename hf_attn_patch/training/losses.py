@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 IGNORE = -100
-#: elements of the largest matrix that a chunk makes: in fp32 (256 MB), and where the kernel leaves it in fp16 or bf16
-CHUNK_ELEMENTS, KERNEL_ELEMENTS = 2**26, 2**28
+#: elements of the largest matrix that a chunk makes: in fp32 (256 MB), and in fp16 or bf16 for the kernel (1 GB)
+CHUNK_ELEMENTS, KERNEL_ELEMENTS = 2**26, 2**29
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
@@ -94,7 +94,7 @@ def linear_loss(
         teacher_head: its head over the same V words.
         temperature: tau; both distributions are softened by it in KL (Hinton et al. 2015, arXiv 1503.02531).
         chunk: rows at a time; by default as many as keep a chunk's logits at 256 MB (CPU), or on a GPU, where the
-            kernel leaves them in hidden's dtype, at 512 MB for fp16 and bf16.
+            kernel leaves them in hidden's dtype, at 1 GB.
 
     Returns:
         fp32 scalars; ``kl`` includes the factor tau^2.
@@ -120,7 +120,7 @@ def linear_loss(
         if teacher is not None:
             teacher = (teacher[0].to(hidden.dtype), teacher[1])
     fused = hidden.is_cuda and _HAS_TRITON and hidden.dtype != torch.float64
-    rows = chunk or max(1, (KERNEL_ELEMENTS * 2 // hidden.element_size() if fused else CHUNK_ELEMENTS) // V)
+    rows = chunk or max(1, (2 * KERNEL_ELEMENTS // hidden.element_size() if fused else CHUNK_ELEMENTS) // V)
     if rows > 128 and chunk is None:
         rows -= rows % 128  # whole tiles for the products
     weights = (ce_weight, kl_weight, temperature)

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from .compiling import any_length, compile_layers
 from .errors import TrainingError
 from .heads import head_matches, head_of
 from .layerwise import layerwise_loss, tracing
@@ -41,6 +42,7 @@ class Objective(nn.Module):
         self.weights = weights or LossWeights()
         # set by check(): a head that is more than a product is run as it is, and its logits stand whole
         self.own_logits = False
+        self.compiled = False
 
     @property
     def _no_split_modules(self) -> list[str]:  # what FSDP wraps
@@ -48,6 +50,11 @@ class Objective(nn.Module):
 
     def tie_weights(self) -> None:
         self.model.tie_weights()
+
+    def compile_layers(self) -> None:
+        """torch.compile the model's layers, in place (see compiling.py)."""
+        compile_layers(self.model, one_shape=False)
+        self.compiled = True
 
     def hidden(self, batch: Any) -> Tensor:
         """[T, E], or the logits [T, V] themselves where ``own_logits`` is set."""
@@ -113,12 +120,19 @@ class CausalObjective(Objective):
         self._takes_positions = "position_ids" in names
         self._takes_any = any(p.kind is p.VAR_KEYWORD for p in names.values())
 
+    def compile_layers(self) -> None:
+        """torch.compile the model's layers, in place; packed batches have one shape."""
+        compile_layers(self.model, one_shape=self.packed)
+        self.compiled = True
+
     def arguments(self, batch: PackedBatch) -> dict[str, Any]:
         """What tells the model about document borders: names that transformers' attention functions know."""
         arguments: dict[str, Any] = {"input_ids": batch.ids, "use_cache": False}
         if self._takes_positions:
             arguments["position_ids"] = batch.positions
         if self._takes_any:
+            if self.compiled:  # any number of documents in one graph
+                any_length(batch.cu_seqlens)
             arguments |= {"cu_seq_lens_q": batch.cu_seqlens, "cu_seq_lens_k": batch.cu_seqlens}
             arguments |= {"max_length_q": batch.longest, "max_length_k": batch.longest}
         return arguments

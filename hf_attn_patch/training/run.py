@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,9 +20,20 @@ from .meters import Throughput, peak_tflops
 from .models import Kind, load_config, load_student, load_teacher, load_tokenizer, make_objective, objective_kind
 from .objectives import Objective
 from .options import UptrainOptions
+from .precision import keep_fp32_in_fsdp2, round_between_layers
 from .steps import Step
 from .teacher import place_teacher
 from .trainable import choose_trainable, merged_state, parameter_groups
+
+
+class StepResult(NamedTuple):
+    """Losses per label over the whole step, the gradient's norm and the signal that asked to stop (or 0)."""
+
+    loss: float
+    ce: float
+    kl: float
+    grad_norm: float
+    asked: int
 
 
 @dataclass
@@ -56,10 +67,13 @@ class Run:
         return None if tflops is None else tflops * 1e12 * self.accelerator.num_processes
 
     def check(self, model: Any) -> None:
-        """Try the prepared ``model`` and the teacher on a few tokens (see ``Objective.check``)."""
+        """Try ``model``, prepared, and the teacher on a few tokens (see ``Objective.check``); compile if asked to."""
         batch = self.objective.check_batch(self.accelerator.device)
         for objective in [model] + ([self.teacher.objective] if self.teacher else []):
             objective(batch, mode="check")
+        if self.options.compile:  # now, so that nothing is compiled for the few tokens above
+            for part in [self.objective] + ([self.teacher.objective] if self.teacher else []):
+                part.compile_layers()
 
     def evaluate(self, model: Any, examples: list[Any]) -> dict[str, float]:
         """Loss, perplexity and KL on held-out examples."""
@@ -70,27 +84,34 @@ class Run:
             return {"loss": tokens + texts, "token_error": tokens, "text_distance": texts, "scored": found["scored"]}
         return found
 
-    def require_finite(self, lines: Tensor, step: Step[Any], progress: Progress) -> tuple[float, float, float]:
-        """(loss, ce, kl) per label over the whole step.
+    def agree(self, sums: list[Tensor], norm: Any, asked: int, step: Step[Any], progress: Progress) -> StepResult:
+        """What all processes found, in the step's one wait for the device.
 
         Args:
-            lines: [processes, micro-batches + 1, 3] sums; the last line of each process is not a loss.
+            sums: [3] for each micro-batch of this process: loss, ce, kl.
+            norm: of the gradient: a number, a tensor, or None where it was not worked out.
+            asked: the signal that asked this process to stop, or 0.
 
         Raises:
             TrainingError: a sum is not finite; it says where.
         """
-        sums = lines[:, :-1].double().cpu()
-        if not sums.isfinite().all():
-            process, micro, _ = (~sums.isfinite()).nonzero()[0].tolist()
-            first, last = step.numbers[process][micro]
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of a sharded model
+        last = sums[0].new_tensor([asked, 0.0, 0.0])
+        if norm is not None:
+            last[1] = norm
+        lines = self.accelerator.gather(torch.stack([*sums, last])[None]).double().cpu()
+        losses, last = lines[:, :-1], lines[:, -1]
+        if not losses.isfinite().all():
+            process, micro, _ = (~losses.isfinite()).nonzero()[0].tolist()
+            first, final = step.numbers[process][micro]
             raise TrainingError(
-                f"the loss is {float(sums[process, micro, 0])} at step {progress.step + 1}, micro-batch {micro + 1} of "
-                f"process {process} (documents {first} to {last} of epoch {step.position.epoch}); nothing of this step "
-                "was applied. Look at these documents, lower --lr, or use --precision bf16 or no; --resume goes on "
-                "from the last checkpoint"
+                f"the loss is {float(losses[process, micro, 0])} at step {progress.step + 1}, micro-batch {micro + 1} "
+                f"of process {process} (documents {first} to {final} of epoch {step.position.epoch}); nothing of this "
+                "step was applied. Look at these documents, lower --lr, or use --precision bf16 or no; --resume goes "
+                "on from the last checkpoint"
             )
-        loss, ce, kl = (sums.sum((0, 1)) / step.targets).tolist()
-        return loss, ce, kl
+        loss, ce, kl = (losses.sum((0, 1)) / step.targets).tolist()
+        return StepResult(loss, ce, kl, float(last[0, 1]), int(last[:, 0].max()))
 
     def save_model(self, folder: Path, model: Any, progress: Progress) -> None:
         """The student as it is now as a plain checkpoint in ``folder``: merged, in the dtype that it came in."""
@@ -141,10 +162,7 @@ def load_run(options: UptrainOptions) -> Run:
         student, options.mode, rank=options.lora_rank, alpha=options.lora_alpha, targets=options.lora_targets,
         seed=options.seed,
     )  # fmt: skip
-    if options.compile:
-        for module in student.modules():
-            if type(module).__name__ in (student._no_split_modules or ()):
-                module.compile()
+    round_between_layers(student)
     optimizer = torch.optim.AdamW(
         parameter_groups(student, options.weight_decay), lr=options.lr, betas=(options.beta1, options.beta2),
         fused=accelerator.device.type == "cuda",
@@ -185,6 +203,8 @@ def make_accelerator(options: UptrainOptions) -> Any:
     accelerator.gradient_accumulation_steps = options.batch_size // share
     if accelerator.distributed_type == accelerate.DistributedType.FSDP and not accelerator.is_fsdp2:
         raise TrainingError("FSDP version 1 is not supported; set fsdp_version: 2 (examples/accelerate/fsdp2.yaml)")
+    if accelerator.is_fsdp2 and accelerator.mixed_precision == "bf16":
+        keep_fp32_in_fsdp2(accelerator.state.fsdp_plugin)
     if accelerator.state.deepspeed_plugin is not None:  # it wants to know what it otherwise reads off a DataLoader
         settings = {"train_micro_batch_size_per_gpu": options.micro_batch_size, "gradient_clipping": options.clip}
         accelerator.state.deepspeed_plugin.deepspeed_config.update(settings)
