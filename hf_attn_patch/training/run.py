@@ -184,14 +184,22 @@ def make_accelerator(options: UptrainOptions) -> Any:
         configured = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         on_gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true"
         precision = configured if configured != "no" or not on_gpu else "bf16"
-    accelerator = accelerate.Accelerator(
-        mixed_precision=precision, log_with=options.log_with, project_dir=options.output
-    )
     launched = int(os.environ.get("WORLD_SIZE", 1))
+    # several processes without any GPU are meant for the CPU; accelerate would run each of them alone
+    cpu = launched > 1 and not torch.accelerator.is_available()
+    accelerator = accelerate.Accelerator(
+        mixed_precision=precision, log_with=options.log_with, project_dir=options.output, cpu=cpu
+    )
     if launched != accelerator.num_processes:
         raise TrainingError(
-            f"{launched} processes were launched, but accelerate sees {accelerator.num_processes}: without GPUs, "
-            "launch with --cpu (use_cpu: true)"
+            f"{launched} processes were launched, but accelerate sees {accelerator.num_processes}; start them with "
+            "accelerate launch and a config of examples/accelerate/"
+        )
+    parallel = accelerator.parallelism_config
+    if parallel is not None and max(parallel.cp_size, parallel.tp_size, parallel.sp_size) > 1:
+        raise TrainingError(
+            "context, sequence and tensor parallelism do not go with packed documents; use FSDP2 "
+            "(examples/accelerate/fsdp2.yaml) and --gradient-checkpointing for long sequences"
         )
     share = options.micro_batch_size * accelerator.num_processes
     if options.batch_size % share:
