@@ -13,6 +13,7 @@ from .errors import ConversionError
 
 if TYPE_CHECKING:
     from .api import convert, plan
+    from .budget import kv_heads_under_budget
     from .evaluation import evaluate
     from .inspection import inspect_source
     from .loading import from_pretrained
@@ -24,11 +25,21 @@ _LAZY = {
     "evaluate": "evaluation",
     "from_pretrained": "loading",
     "inspect_source": "inspection",
+    "kv_heads_under_budget": "budget",
     "plan": "api",
     "verify": "verification",
 }
 
-__all__ = ["ConversionError", "convert", "evaluate", "from_pretrained", "inspect_source", "plan", "verify"]
+__all__ = [
+    "ConversionError",
+    "convert",
+    "evaluate",
+    "from_pretrained",
+    "inspect_source",
+    "kv_heads_under_budget",
+    "plan",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any
 
@@ -67,7 +68,7 @@ class Calibrated:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.aligned = Aligned(plan, group or "adjacent")
         self.units = {unit.layer.prefix: unit for unit in plan.units}
-        teacher = load(plan)
+        self.original = load(plan)
         tokenizer = tokenizer_of(plan)
         both = bool(plan.config.is_encoder_decoder)
         causal = both or plan.units[0].layer.stack.causal
@@ -80,8 +81,8 @@ class Calibrated:
             seed=plan.seed,
             whole=not causal,
         )
-        self.half = next(teacher.parameters()).dtype in (torch.float16, torch.bfloat16)
-        self.sides = sides(plan, teacher)
+        self.half = next(self.original.parameters()).dtype in (torch.float16, torch.bfloat16)
+        self.sides = sides(plan, self.original)
         self.texts = [ids]
         if both:
             *self.texts, about["pairs"] = text_pairs(ids, tokenizer, plan.config)
@@ -175,10 +176,7 @@ class Calibrated:
             self._next_side()
         block, streams = self._current.blocks[self.number], self.streams
         units = self._units(block)
-        truth = copy.deepcopy(block.original).to(self.device, torch.float32).eval().requires_grad_(False)
-        given = self._current.arguments[self.number]
-        theirs: Run = caller(given, self.device, self.memory[0])(truth)
-        own = caller(given, self.device, self.memory[1])
+        truth, theirs, own = self._open(block)
         if not units:
             self._check(streams.original(theirs))
             streams.converted(own(truth))
@@ -202,6 +200,12 @@ class Calibrated:
                 self.done[unit.layer.prefix] = self._heads(unit, trained, weights)
         self.number += 1
         self.bar.update()
+
+    def _open(self, block: Block) -> tuple[nn.Module, Run, Callable[[nn.Module], Run]]:
+        """The original's layer on the device in fp32; what runs it; and what makes the same of a converted layer."""
+        truth = copy.deepcopy(block.original).to(self.device, torch.float32).eval().requires_grad_(False)
+        given = self._current.arguments[self.number]
+        return truth, caller(given, self.device, self.memory[0])(truth), caller(given, self.device, self.memory[1])
 
     def _check(self, size: float) -> None:
         """Layer by layer must be what the model itself does: some models do more between their layers."""

@@ -75,8 +75,13 @@ def command_line() -> str:
 @click.command()
 @click.argument("src")
 @click.argument("dst", required=False)
+@click.option("--kv-heads", metavar="N", help="KV heads of the result: 8; 8,8,4,4 (one per layer); self=4,cross=2.")
 @click.option(
-    "--kv-heads", required=True, metavar="N", help="KV heads of the result: 8; 8,8,4,4 (one per layer); self=4,cross=2."
+    "--kv-budget",
+    type=float,
+    metavar="SHARE",
+    help="Instead: choose a number for each layer on the calibration text, so that this share of the KV cache is left "
+    "(experimental; for architectures that can say a number for each layer).",
 )
 @click.option(
     "--method",
@@ -102,14 +107,19 @@ def command_line() -> str:
 @click.option("-v", "--verbose", is_flag=True, help="Print the plan first.")
 @user_errors
 def convert(
-    src: str, dst: str | None, kv_heads: str, method: str | None, seed: int, dry_run: bool, as_json: bool,
+    src: str, dst: str | None, kv_heads: str | None, kv_budget: float | None, method: str | None, seed: int,
+    dry_run: bool, as_json: bool,
     overwrite: bool, resume: bool, workers: int, max_shard_size: str | None, revision: str | None, allow_pickle: bool,
     allow_nonfinite: bool, with_code: bool, push_to_hub: str | None, private: bool, quiet: bool, verbose: bool,
     **options: Any,
 ) -> None:  # fmt: skip
     """Convert the checkpoint SRC (a folder or hub id) to fewer KV heads, into the new folder DST."""
-    wanted = parse_kv_heads(kv_heads)
+    if (kv_heads is None) == (kv_budget is None):
+        raise ConversionError("say how many KV heads: --kv-heads N (or --kv-budget SHARE with --calibrate TEXT)")
     given = {name: value for name, value in options.items() if value is not None}
+    if kv_budget is not None and "calibrate" not in given:
+        raise ConversionError("--kv-budget chooses by errors on a calibration text: give --calibrate TEXT")
+    wanted = None if kv_heads is None else parse_kv_heads(kv_heads)
     if dst is None and not dry_run:
         raise ConversionError("no destination: give a folder DST, or --dry-run to see what would happen")
 
@@ -122,6 +132,8 @@ def convert(
         if Path(src).exists():
             check_apart(Path(src), Path(dst))
         check_destination(Path(dst), overwrite)
+    if wanted is None:
+        wanted = _under_budget(src, kv_budget or 0.0, seed, revision, allow_pickle, given, quiet)
     plan = make(
         src,
         wanted,
@@ -162,6 +174,19 @@ def convert(
         for note in (record["details"] or {}).get("notes", ()):
             click.echo(f"Note: {note}.", err=True)
         click.echo(f"{dst}: {human(plan.bytes_after)} in {len(plan.shards)} file(s), method {plan.method.name}")
+
+
+def _under_budget(
+    src: str, budget: float, seed: int, revision: str | None, allow_pickle: bool, given: dict[str, Any], quiet: bool
+) -> list[int]:
+    from .budget import describe, kv_heads_under_budget
+
+    names = ("calibrate", "calibration_tokens", "calibration_length", "group", "device")
+    known = {name: given[name] for name in names if name in given}
+    numbers = kv_heads_under_budget(src, budget, seed=seed, revision=revision, allow_pickle=allow_pickle, **known)
+    if not quiet:
+        click.echo(f"Note: {describe(numbers, budget)}.", err=True)
+    return numbers
 
 
 @click.command()

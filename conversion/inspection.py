@@ -44,12 +44,12 @@ def inspect_source(source: Source, context: int = 8192) -> dict[str, Any]:
         "kv_bytes_per_token": now,
         "context": context,
         "kv_bytes_at_context": now * context,
-        "choices": [choice for n in _choices(plan) if (choice := _choice(plan, n, itemsize, now)) is not None],
+        "choices": [choice for n in common_choices(plan) if (choice := _choice(plan, n, itemsize, now)) is not None],
         "warnings": [w for w in plan.warnings if not w.startswith("every layer already")],
     }
 
 
-def _choices(plan: Plan) -> list[int]:
+def common_choices(plan: Plan) -> list[int]:
     """Numbers of KV heads that every layer could be merged to."""
     smallest = min(layer.kv_heads for layer in plan.layers)
     return [n for n in reversed(divisors(smallest)) if all(layer.kv_heads % n == 0 for layer in plan.layers)]

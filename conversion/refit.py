@@ -163,13 +163,13 @@ class TwoStreams:
             the relative squared error on unseen sequences before and after; the same number twice where nothing was
             to be done or nothing helped, and then the parameters are as they were.
         """
-        before = self._error(layer, size)
+        before = self.error(layer, size)
         if not self.unseen or not size or before <= self.noise:
             return before, before
         start = [p.detach().clone() for p in parameters]
         for attempt in range(3):  # a learning rate that is too high shows at once
             self._train(layer, parameters, size, self.lr / 4**attempt)
-            after = self._error(layer, size)
+            after = self.error(layer, size)
             if after < before:
                 return before, after
             with torch.no_grad():
@@ -178,7 +178,8 @@ class TwoStreams:
         return before, before
 
     @torch.no_grad()
-    def _error(self, layer: Run, size: float) -> float:
+    def error(self, layer: Run, size: float) -> float:
+        """Relative squared error of a converted layer from ``ours`` to ``theirs``, on unseen sequences if there are."""
         last = self.unseen or len(self.ours)
         total, count = 0.0, 0
         for start in range(0, last, self.batch):

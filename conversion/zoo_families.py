@@ -44,9 +44,11 @@ class TowerField(KVField):
 
 
 _DECODER = Stack(head_dim=None, rope="none", output="out_proj")
+#: attentions that know their layer, so that each may have its own number of KV heads
+_LAYERED = replace(_DECODER, kv_field=KVField(per_layer=True))
 
 _GPT2 = replace(
-    _DECODER,
+    _LAYERED,
     layer="h.{i}.attn.",
     projections=(Projection("c_attn", "qkv", transposed=True),),
     output="c_proj",
@@ -138,7 +140,7 @@ _BART_ENCODER = replace(
     causal=False,
 )
 
-_ALIBI = replace(_DECODER, fixed_heads=True)
+_ALIBI = replace(_LAYERED, fixed_heads=True)
 _CLIP = replace(_DECODER, layer="encoder.layers.{i}.self_attn.")
 
 
@@ -162,7 +164,7 @@ ZOO = [
     _grouped(
         "gpt_neox",
         replace(
-            _DECODER,
+            _LAYERED,
             layer="layers.{i}.attention.",
             projections=(Projection("query_key_value", "qkv", "groups"),),
             output="dense",
@@ -171,8 +173,8 @@ ZOO = [
         ),
         prefixes=("gpt_neox.", ""),
     ),
-    _grouped("opt", replace(_DECODER, layer="decoder.layers.{i}.self_attn."), prefixes=("model.", "")),
-    _grouped("biogpt", replace(_DECODER, layer="layers.{i}.self_attn."), prefixes=("biogpt.", "")),
+    _grouped("opt", replace(_LAYERED, layer="decoder.layers.{i}.self_attn."), prefixes=("model.", "")),
+    _grouped("biogpt", replace(_LAYERED, layer="layers.{i}.self_attn."), prefixes=("biogpt.", "")),
     _grouped("bert", _BERT, _BERT_CROSS, prefixes=("bert.", "")),
     _grouped("roberta", _BERT, _BERT_CROSS, prefixes=("roberta.", "")),
     _grouped(
@@ -219,13 +221,13 @@ ZOO = [
     ),
     _grouped(
         "gptj",
-        replace(_DECODER, layer="h.{i}.attn.", rope="interleaved", rotary_dim="rotary_dim"),
+        replace(_LAYERED, layer="h.{i}.attn.", rope="interleaved", rotary_dim="rotary_dim"),
         prefixes=("transformer.", ""),
     ),
     _grouped(
         "codegen",
         replace(
-            _DECODER,
+            _LAYERED,
             layer="h.{i}.attn.",
             projections=(Projection("qkv_proj", "qvk", blocks=4),),
             rope="interleaved",

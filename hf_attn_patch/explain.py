@@ -87,7 +87,8 @@ def explain(
     config = getattr(model, "config", model)
     text: Any = config.get_text_config() if hasattr(config, "get_text_config") else config
     heads = int(text.num_attention_heads)
-    kv_heads = int(getattr(text, "num_key_value_heads", None) or heads)
+    given = getattr(text, "num_key_value_heads", None) or heads
+    kv_heads = max(given) if isinstance(given, (list, tuple)) else int(given)  # a list: one for each layer
     KVGrouping(heads, kv_heads)
     head_dim = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
     device_type = torch.device(device if device is not None else getattr(model, "device", "cpu")).type

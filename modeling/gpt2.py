@@ -24,7 +24,7 @@ class GroupedGPT2Attention(GroupedAttention, stock.GPT2Attention):
     """``c_attn`` is a Conv1D whose columns are q [E], k [HKV * D], v [HKV * D] (cross-attention: k, v)."""
 
     def kv_heads(self, config: Any) -> int:
-        return int(config.cross_kv_heads if self.is_cross_attention else config.num_key_value_heads)
+        return int(config.cross_kv_heads) if self.is_cross_attention else super().kv_heads(config)
 
     def narrow(self, groups: KVGrouping) -> None:
         kv = groups.num_kv_heads * self.head_dim

@@ -26,7 +26,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
-from hf_attn_patch.grouping import KVGrouping
+from hf_attn_patch.grouping import GroupingError, KVGrouping
 
 
 class GroupedConfig:
@@ -35,8 +35,11 @@ class GroupedConfig:
     ``kv_fields`` maps each field for KV heads to the field with the query heads that share them. The subclass declares
     the fields themselves (``int | None``, default None), because the stock configs are dataclasses.
 
+    Experimental: in decoders whose attentions know their layer (``layer_idx``), ``num_key_value_heads`` may be a list
+    with a number for each layer.
+
     Raises:
-        GroupingError: query heads that cannot share so many KV heads evenly.
+        GroupingError: query heads that cannot share so many KV heads evenly, or a list of another length.
     """
 
     kv_fields: ClassVar[dict[str, str]] = {"num_key_value_heads": "num_attention_heads"}
@@ -46,7 +49,13 @@ class GroupedConfig:
         for field, heads in self.kv_fields.items():
             if getattr(self, field) is None:
                 setattr(self, field, getattr(self, heads))
-            KVGrouping(getattr(self, heads), getattr(self, field))
+            given = getattr(self, field)
+            if isinstance(given, (list, tuple)) and len(given) != self.num_hidden_layers:  # type: ignore[attr-defined]
+                raise GroupingError(
+                    f"{field} has {len(given)} numbers for {self.num_hidden_layers} layers"  # type: ignore[attr-defined]
+                )
+            for number in given if isinstance(given, (list, tuple)) else [given]:
+                KVGrouping(getattr(self, heads), number)
 
 
 class DecoderGroupedConfig(GroupedConfig):
@@ -86,7 +95,7 @@ class GroupedAttention:
 
     def kv_heads(self, config: Any) -> int:
         """HKV of this layer."""
-        return int(config.num_key_value_heads)
+        return of_layer(config.num_key_value_heads, self)
 
     def group(self, config: Any) -> None:
         """Narrow what projects K and V. ``config`` is the model's, for stock modules that keep none."""
@@ -163,6 +172,11 @@ class GroupedModelOutsideInterface(GroupedModel):
     def _can_set_attn_implementation(cls) -> bool:
         # transformers looks for its interface in the source of the class's module, where ours is not
         return True
+
+
+def of_layer(kv_heads: int | list[int], attention: Any) -> int:
+    """The number of KV heads of one attention, where a config has one for all layers or one for each."""
+    return int(kv_heads[attention.layer_idx] if isinstance(kv_heads, (list, tuple)) else kv_heads)
 
 
 def width(layer: Any) -> int:

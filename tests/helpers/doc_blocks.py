@@ -48,7 +48,7 @@ def commands(body: str) -> list[list[str]]:
 def stand_ins(folder: Path) -> None:
     """Tiny checkpoints at ``folder/<hub id>``, and some text: found by a process whose working directory it is."""
     from tiny import python_sources, save_tiny, tiny_llama
-    from transformers import T5Config, T5ForConditionalGeneration
+    from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 
     for name, source in zip(("text.txt", "held-out.txt"), python_sources(), strict=False):
         (folder / name).write_text(source.read_text(encoding="utf-8")[:8000], encoding="utf-8")
@@ -59,3 +59,5 @@ def stand_ins(folder: Path) -> None:
         vocab_size=512, d_model=64, d_kv=8, d_ff=64, num_layers=2, num_heads=8, decoder_start_token_id=0
     )  # fmt: skip
     save_tiny(folder / "google-t5/t5-small", T5ForConditionalGeneration(t5))
+    gpt2 = GPT2Config(vocab_size=512, n_embd=64, n_layer=2, n_head=4, n_positions=256, bos_token_id=1, eos_token_id=1)
+    save_tiny(folder / "openai-community/gpt2", GPT2LMHeadModel(gpt2))

@@ -1,0 +1,136 @@
+"""Numbers of KV heads chosen layer by layer under a budget, by the error that each choice was seen to make.
+
+Experimental: few architectures can say a number for each layer (of stock transformers none), and errors of single
+layers are no loss of the model. Layers are told apart by how much of what they add is lost when their heads are merged,
+on calibration text and before anything is fitted; the numbers are those with the smallest sum of these errors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .calibrated import Calibrated
+from .errors import ConversionError
+from .heads import LayerAttention
+from .hub import resolve
+from .inspection import common_choices
+from .kvfield import format_numbers
+from .layerwise import sides
+from .moments import Moments
+from .planner import Plan, make_plan
+from .reader import no_reading_errors
+
+
+def kv_heads_under_budget(
+    src: Any,
+    budget: float,
+    *,
+    calibrate: str,
+    calibration_tokens: int = 50_000,
+    calibration_length: int | None = None,
+    group: str | None = None,
+    device: str | None = None,
+    seed: int = 0,
+    revision: str | None = None,
+    allow_pickle: bool = False,
+) -> list[int]:
+    """A number of KV heads for each layer, for ``convert``.
+
+    Args:
+        src: a checkpoint folder or a hub id; a model with one kind of attention, whose config can hold a list.
+        budget: the share of the KV cache that may be left, 0 < budget <= 1.
+        calibrate: text, as for the method ``calibrated``; so are the others.
+
+    Raises:
+        ConversionError: the architecture cannot express it, or no choice is that small.
+    """
+    if not 0 < budget <= 1:
+        raise ConversionError(f"--kv-budget {budget}: give a share of the KV cache, such as 0.25")
+    source = resolve(src, revision=revision, allow_pickle=allow_pickle)
+    options = {
+        "calibrate": calibrate, "calibration_tokens": calibration_tokens, "calibration_length": calibration_length,
+        "group": group, "device": device, "refit": False,
+    }  # fmt: skip
+    with no_reading_errors(str(src)):
+        now = make_plan(source, {}, method="mean")
+        if any(not layer.stack.kv_field.per_layer for layer in now.layers):
+            raise ConversionError(
+                f"a {now.model_type} config has one number of KV heads for all layers, so --kv-budget has nothing to"
+                " choose; give --kv-heads N"
+            )
+        before = [layer.kv_heads for layer in now.layers]
+        most = math.floor(budget * sum(before) + 1e-9)
+        choices = common_choices(now)
+        plans = {n: make_plan(source, n, method="calibrated", seed=seed, options=options) for n in choices}
+        plans = {n: plan for n, plan in plans.items() if all(layer.changes for layer in plan.layers)}
+        if not plans or min(plans) * len(before) > most:
+            least = min([*plans, *before]) * len(before) / sum(before)
+            raise ConversionError(f"--kv-budget {budget} is less than heads can be merged to; give at least {least:g}")
+        errors = _Probe(plans, options).errors()
+    for known, n in zip(errors, before, strict=True):
+        known[n] = 0.0
+    return allot(errors, most)
+
+
+def allot(errors: Sequence[Mapping[int, float]], most: int) -> list[int]:
+    """For each layer one of its numbers, at most ``most`` in all, with the smallest sum of errors.
+
+    Exact, by dynamic programming over how many heads are given away.
+
+    >>> allot([{1: 0.0, 4: 0.0}, {1: 0.9, 2: 0.5, 4: 0.0}], 5)
+    [1, 4]
+    """
+    best: dict[int, tuple[float, list[int]]] = {0: (0.0, [])}
+    for known in errors:
+        found: dict[int, tuple[float, list[int]]] = {}
+        for used, (error, numbers) in best.items():
+            for n, more in known.items():
+                total = used + n
+                if total <= most and (total not in found or error + more < found[total][0]):
+                    found[total] = (error + more, [*numbers, n])
+        best = found
+    # of equal errors the fewest heads
+    return min((error, used, numbers) for used, (error, numbers) in best.items())[2]
+
+
+class _Probe(Calibrated):
+    """Sends the text through the original alone, and at each layer tries every number of KV heads."""
+
+    def __init__(self, plans: Mapping[int, Plan], options: Mapping[str, Any]) -> None:
+        super().__init__(plans[min(plans)], **options)
+        self.tried: list[dict[int, float]] = []
+        self.plans = plans
+        self.blocks = {n: sides(plan, self.original)[0].blocks for n, plan in plans.items()}
+
+    def errors(self) -> list[dict[int, float]]:
+        """For each layer: number of KV heads -> relative squared error of what the layer gives."""
+        while len(self.tried) < len(self._current.blocks):
+            self._pass()
+        self.bar.close()
+        return self.tried
+
+    def _pass(self) -> None:
+        block, streams = self._current.blocks[self.number], self.streams
+        ((layer, inside),) = block.attentions
+        truth, theirs, own = self._open(block)
+        with Moments(truth.get_submodule(inside), layer) as moments:
+            size = streams.original(theirs)
+        self._check(size)
+        self.tried.append({n: self._try(n, layer, truth, moments, own, size) for n in self.plans})
+        streams.ours = streams.theirs.clone()
+        self.number += 1
+        self.bar.update()
+
+    def _try(self, n: int, layer: LayerAttention, truth: Any, moments: Moments, own: Any, size: float) -> float:
+        (unit,) = (unit for unit in self.plans[n].units if unit.layer.prefix == layer.prefix)
+        block = self.blocks[n][self.number]
+        student = self._student(block, truth, [(unit, block.attentions[0][1])], [self._merge(unit, moments)])
+        error = self.streams.error(own(student), size)
+        return error if error > self.streams.noise else 0.0
+
+
+def describe(numbers: Sequence[int], budget: float) -> str:
+    """What was chosen, in a line."""
+    return f"KV heads by layer under a budget of {budget:g} (experimental): {format_numbers(numbers)}"
