@@ -54,7 +54,7 @@ class Size:
 SIZES = {
     "tiny": Size(64, 2, 512, 80_000, 128, 8, 8, 3e-3, 4_000, 2_000),
     "cpu": Size(128, 4, 1024, 2_000_000, 256, 4, 4, 5e-3, 20_000, 40_000),
-    "gpu": Size(512, 8, 8192, 60_000_000, 1024, 64, 32, 1e-3, 200_000, 1_000_000),
+    "gpu": Size(512, 8, 8192, 40_000_000, 1024, 32, 32, 1e-3, 200_000, 500_000),
 }
 #: the methods that are compared: the paper's, the best one without text, the best one
 METHODS = ("mean", "aligned", "calibrated")

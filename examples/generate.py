@@ -18,21 +18,32 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 import hf_attn_patch
 
 
-def kv_bytes_per_token(model: Any) -> int:
-    """Bytes of KV cache that one more token costs."""
-    config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(2 * config.num_hidden_layers * heads * width * model.dtype.itemsize)
+def kv_bytes_per_token(cache: Any) -> int:
+    """Bytes that a token has in a KV cache of one sequence, over the layers that cache one."""
+    states = [t for layer in cache.layers for t in (getattr(layer, "keys", None), getattr(layer, "values", None))]
+    return sum(t.shape[1] * t.shape[3] * t.itemsize for t in states if t is not None and t.dim() == 4)
+
+
+def load(name: str, attention: str, device: str) -> tuple[Any, Any]:
+    """(model, tokenizer)."""
+    dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation=attention)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise SystemExit(
+            f"generate: {name} cannot be loaded with {attention}: {' '.join(str(error).split())[:300]}"
+        ) from None
+    return model.to(device).eval(), tokenizer
 
 
 def generate(name: str, attention: str, args: argparse.Namespace) -> dict[str, Any]:
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation=attention).to(args.device)
-    model.eval()
+    model, tokenizer = load(name, attention, args.device)
     prompt = tokenizer(args.prompt, return_tensors="pt").to(args.device)
-    options: dict[str, Any] = {"do_sample": False, "pad_token_id": tokenizer.pad_token_id or tokenizer.eos_token_id}
+    if not prompt["input_ids"].numel():
+        raise SystemExit(f"generate: {name}'s tokenizer makes no token of {args.prompt!r}; give a longer --prompt")
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    options: dict[str, Any] = {"do_sample": False, "pad_token_id": pad}
     print(f"\n== {name} with {attention}\n", flush=True)
     # the first call warms up, and shows the text; the cache of the timed one grows in place with hf_attn_patch
     text = model.generate(
@@ -40,16 +51,17 @@ def generate(name: str, attention: str, args: argparse.Namespace) -> dict[str, A
     )
     if attention == "hf_attn_patch":
         options["past_key_values"] = hf_attn_patch.GrowingCache(config=model.config)
-    if args.device == "cuda":
+    if args.device.startswith("cuda"):
         torch.cuda.synchronize()
     start = time.perf_counter()
     out = model.generate(
-        **prompt, **options, max_new_tokens=args.max_new_tokens, min_new_tokens=args.max_new_tokens
+        **prompt, **options, max_new_tokens=args.max_new_tokens, min_new_tokens=args.max_new_tokens,
+        return_dict_in_generate=True,
     )  # fmt: skip
-    new = out.shape[1] - prompt["input_ids"].shape[1]
+    new = out.sequences.shape[1] - prompt["input_ids"].shape[1]  # on the host, so the device is done
     rate = new / (time.perf_counter() - start)
     return {
-        "model": name, "attention": attention, "rate": rate, "kv": kv_bytes_per_token(model),
+        "model": name, "attention": attention, "rate": rate, "kv": kv_bytes_per_token(out.past_key_values),
         "text": text[0, prompt["input_ids"].shape[1] :].tolist(),
     }  # fmt: skip
 
@@ -62,6 +74,12 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--before", default="sdpa", help="transformers' attention to compare with")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(arguments)
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        parser.error(f"--device {args.device}: {str(error).splitlines()[0]}")
+    if args.max_new_tokens < 1:
+        parser.error("--max-new-tokens starts at 1")
     runs = [(args.models[0], args.before), *((name, "hf_attn_patch") for name in args.models)]
     rows = [generate(name, attention, args) for name, attention in runs]
     print("\n| model | attention | KV bytes a token | tokens/s |\n|---|---|---|---|")

@@ -200,6 +200,10 @@ def main(arguments: list[str] | None = None) -> dict[str, Tensor]:
     parser.add_argument("--output", type=Path, default=Path("hourly-forecast-output"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(arguments)
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        parser.error(f"--device {args.device}: {str(error).splitlines()[0]}")
     if args.width % (2 * HEADS):
         parser.error(f"--width {args.width} is no multiple of {2 * HEADS}: {HEADS} heads of an even size make it up")
     steps = args.steps or (30 if args.device == "cpu" else 600)

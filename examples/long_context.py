@@ -29,6 +29,20 @@ SHAPES = {
 }  # fmt: skip
 
 
+def shape_of(name: str) -> Any:
+    """The config of a causal language model whose decoder is its ``model``, with ``lm_head`` behind it."""
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"long_context: {name} has no config: {' '.join(str(error).split())[:300]}") from None
+    with torch.device("meta"):
+        try:
+            AutoModelForCausalLM.from_config(config).model.get_input_embeddings()
+        except (AttributeError, ValueError):
+            raise SystemExit(f"long_context: {name} ({config.model_type}) is not built like Llama") from None
+    return config
+
+
 def standard_bytes(config: Any, S: int, itemsize: int) -> int:
     """Scores and probabilities of one layer, HQ x S x S each."""
     return int(2 * config.num_attention_heads * S * S * itemsize)
@@ -66,14 +80,27 @@ def step(config: Any, S: int, args: argparse.Namespace) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[65536, 131072])
-    parser.add_argument("--shape", choices=SHAPES, default="1b")
+    parser.add_argument("--tokens", type=int, nargs="+", help="65536 131072; on a CPU 2048 4096")
+    parser.add_argument("--shape", choices=SHAPES, help="1b; on a CPU tiny")
     parser.add_argument("--model", help="the shape of this model instead (a Llama-like one)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(arguments)
-    config = AutoConfig.from_pretrained(args.model) if args.model else LlamaConfig(**SHAPES[args.shape])
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        parser.error(f"--device {args.device}: {str(error).splitlines()[0]}")
+    on_cpu = args.device == "cpu"
+    args.tokens = args.tokens or ([2048, 4096] if on_cpu else [65536, 131072])
+    if min(args.tokens) < 2:
+        parser.error("--tokens starts at 2: one to read, one to predict")
+    config = shape_of(args.model) if args.model else LlamaConfig(**SHAPES[args.shape or ("tiny" if on_cpu else "1b")])
     config.max_position_embeddings = max(args.tokens)
-    rows = [step(config, S, args) for S in args.tokens]
+    rows = []
+    for S in args.tokens:
+        try:
+            rows.append(step(config, S, args))
+        except torch.OutOfMemoryError:
+            raise SystemExit(f"long_context: {S:,} tokens do not fit on this device; give fewer --tokens") from None
     print("| tokens | s a step | tokens/s | peak memory | scores of standard attention, a layer | fp32 logits |")
     print("|---|---|---|---|---|---|")
     for row in rows:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from scripts import load_script, start_script
 from tiny import save_tiny, tiny_llama
+from transformers import T5Config
 
 
 def test_generate(tmp_path, capsys):
@@ -27,6 +28,27 @@ def test_long_context():
     assert [row["standard"] for row in rows] == [2 * 4 * S * S * 4 for S in (64, 128)]
     # a random model over 256 words
     assert all(abs(row["loss"] - torch.log(torch.tensor(256.0)).item()) < 0.5 for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate.py", "nowhere/at-all"], "nowhere/at-all cannot be loaded with sdpa"),
+        (["generate.py", "{mha}", "--before", "flash_attention_9"], "cannot be loaded with flash_attention_9"),
+        (["generate.py", "{mha}", "--prompt", ""], "makes no token of ''"),
+        (["generate.py", "{mha}", "--device", "nonsense"], "--device nonsense: "),
+        (["long_context.py", "--model", "{t5}", "--tokens", "64"], r"\(t5\) is not built like Llama"),
+        (["long_context.py", "--tokens", "1"], "--tokens starts at 2"),
+    ],
+)
+def test_what_cannot_be_run_is_said_in_one_sentence(arguments, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    save_tiny(tmp_path / "mha", tiny_llama(4))
+    T5Config(d_model=8, d_kv=4, num_layers=1, num_heads=2, d_ff=8, vocab_size=16).save_pretrained(tmp_path / "t5")
+    script, *words = (a.format(mha=tmp_path / "mha", t5=tmp_path / "t5") for a in arguments)
+    with pytest.raises(SystemExit) as refused:
+        load_script(f"examples/{script}").main(words)
+    assert re.search(message, f"{refused.value} {capsys.readouterr().err}")
 
 
 def test_hourly_forecast(tmp_path, capsys):
