@@ -124,5 +124,7 @@ def is_small(request: AttentionRequest) -> bool:
 
 def has_many_rows(request: AttentionRequest) -> bool:
     """A few queries that are too many for our decoding kernel, over enough KV heads for FlashAttention-4."""
+    if not request.rows:  # many queries, or torch.compile, which cannot trace the question for the GPU's name
+        return False
     numbers = crossovers()
     return request.rows > numbers.decode_rows and request.streams >= numbers.filling_streams

@@ -130,6 +130,16 @@ def test_the_ladder_follows_the_numbers(monkeypatch: pytest.MonkeyPatch) -> None
         assert first(64, 64, B=1) == "flash4"
 
 
+def test_inside_a_compiled_graph_nothing_is_asked_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never() -> Crossovers:
+        raise AssertionError("torch.compile cannot trace this")
+
+    monkeypatch.setattr(crossovers, "_of_this_machine", never)
+    for q_len in (1, 9, 40):
+        request = request_for(16, 32, 8, q_len, 8192, 128)._replace(device="cuda", capability=90, dtype=torch.bfloat16)
+        assert order(request._replace(tracing=True, rows=0, work_bits=-1))
+
+
 def test_bench_lists_every_backend_and_its_time() -> None:
     result = CliRunner().invoke(main, ["bench", "--json"])
     assert result.exit_code == 0, result.output
