@@ -81,6 +81,8 @@ class Calibrated:
             seed=plan.seed,
             whole=not causal,
         )
+        if int(ids.max()) >= self.original.get_input_embeddings().num_embeddings:
+            raise ConversionError(f"{plan.source.name}: its tokenizer has ids that the model has no embedding for")
         self.half = next(self.original.parameters()).dtype in (torch.float16, torch.bfloat16)
         self.sides = sides(plan, self.original)
         self.texts = [ids]

@@ -118,7 +118,11 @@ def calibration_ids(
         rows = _stream(tokenizer, [text[:limit] for text in texts], length)
     found = sum(map(len, rows))
     if found < FEWEST:
-        raise ConversionError(f"--calibrate {source}: {found} tokens of text are too few to calibrate on")
+        read = min(characters, limit)
+        broken = "; are the tokenizer's files beside the weights?" if read > 50 * FEWEST else ""
+        raise ConversionError(
+            f"--calibrate {source}: {found} tokens of text ({read} characters) are too few to calibrate on{broken}"
+        )
     full = [row for row in rows if len(row) == length] or [max(rows, key=len)]
     ids = torch.tensor(full, dtype=torch.int64)
     chosen = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))

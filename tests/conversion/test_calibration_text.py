@@ -226,3 +226,16 @@ def test_values_that_are_not_finite(tmp_path: Path) -> None:
     with pytest.raises(ConversionError, match=r"layer 0 .*not finite"):
         convert(tmp_path / "layer", tmp_path / "b", 2, **known)
     assert not (tmp_path / "b").exists()
+
+
+def test_tokenizers_that_are_not_the_models(tmp_path: Path) -> None:
+    """One that is missing (transformers then makes an empty one) and one with more words than the model has."""
+    (tmp_path / "text.txt").write_text("\n".join(DOCUMENTS))
+    src = Path(save_tiny(tmp_path / "few", tiny_llama(4, vocab_size=100)))
+    with pytest.raises(ConversionError, match="ids that the model has no embedding for"):
+        convert(src, tmp_path / "dst", 2, calibrate=str(tmp_path / "text.txt"))
+    for file in src.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(ConversionError, match="tokenizer"):
+        convert(src, tmp_path / "dst", 2, calibrate=str(tmp_path / "text.txt"))
+    assert not (tmp_path / "dst").exists()
