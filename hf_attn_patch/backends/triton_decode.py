@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Callable
 
 from torch import Tensor
 
@@ -51,6 +52,24 @@ def _bounds(layout: Layout, request: AttentionRequest) -> tuple[Tensor | None, T
         if layout._key_bounds is None and layout.keys > decode.SHORT:
             layout._key_bounds = decode.mask_bounds(layout.mask.expand(layout.batch, -1, -1, -1))
     return layout.key_bounds() or (None, None)
+
+
+def shorter(request: AttentionRequest, layout: Layout) -> Callable[..., tuple[Tensor, None]] | None:
+    """:func:`run` for decoding without padding or bias, straight to the launch; None for all other calls."""
+    if layout.kind != FULL or not layout.whole or request.bias or request.tracing:
+        return None
+    from hf_attn_patch.kernels.decode_launch import launch
+
+    causal, left = layout.causal, layout.window[0]
+    window = None if left is None else left + 1
+
+    def straight(q: Tensor, k: Tensor, v: Tensor, request: AttentionRequest, operands: Operands) -> tuple[Tensor, None]:
+        if type(q) is not Tensor:  # what only looks like a tensor goes through the registered operator
+            return run(q, k, v, request, operands)
+        scale, softcap, sinks = operands.scale, operands.softcap, operands.sinks
+        return launch(q, k, v, None, None, None, None, None, sinks, scale, causal, window, softcap, False)[0], None
+
+    return straight
 
 
 def run(q: Tensor, k: Tensor, v: Tensor, request: AttentionRequest, operands: Operands) -> tuple[Tensor, None]:
