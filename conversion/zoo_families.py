@@ -13,7 +13,7 @@ from typing import Any
 
 from hf_attn_patch.zoo import PREFIX
 
-from .families import Family, Projection, Stack
+from .family import Family, Projection, Stack
 from .kvfield import KVField
 
 
