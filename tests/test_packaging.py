@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -56,6 +57,27 @@ def test_the_wheel_holds_what_the_tree_holds(tmp_path: Path) -> None:
     assert {name for name in names if ".dist-info/" not in name} == tree()
     assert "hf-attn = hf_attn_patch.cli:main" in entry_points
     assert any(name.endswith("/licenses/LICENSE") for name in names)
+
+
+BUILD_SDIST = "import setuptools.build_meta as b, sys; print(b.build_sdist(sys.argv[1]))"
+
+
+def test_the_sdist_holds_what_git_holds(tmp_path: Path) -> None:
+    pytest.importorskip("setuptools", minversion="77")
+    if shutil.which("git") is None or not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    files = {name for name in listed.stdout.splitlines() if (ROOT / name).is_file()}
+    for name in files:
+        (tmp_path / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / "tree" / name)
+    command = [sys.executable, "-c", BUILD_SDIST, str(tmp_path)]
+    done = subprocess.run(command, cwd=tmp_path / "tree", capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    with tarfile.open(tmp_path / done.stdout.split()[-1]) as archive:
+        held = {member.name.split("/", 1)[1] for member in archive.getmembers() if member.isfile()}
+    made = {"PKG-INFO", "setup.cfg", *(name for name in held if ".egg-info/" in name)}
+    assert held - made == files - {".gitignore"}
 
 
 def test_version_is_the_same_everywhere() -> None:
