@@ -81,6 +81,16 @@ def architectures(raw: Mapping[str, Any]) -> list[str]:
     return names
 
 
+def _refuse_quantized(raw: dict[str, Any], where: str) -> None:
+    how = raw.get("quantization_config") or raw.get("compression_config")
+    if how:
+        method = how.get("quant_method") if isinstance(how, dict) else None
+        raise ConversionError(
+            f"{where} describes a quantized checkpoint{f' ({method})' if method else ''}; convert the unquantized one, "
+            "then quantize that"
+        )
+
+
 def read_config(raw: dict[str, Any], where: str) -> LanguageModel:
     """The language model that a config.json describes.
 
@@ -90,10 +100,7 @@ def read_config(raw: dict[str, Any], where: str) -> LanguageModel:
     model_type = raw.get("model_type")
     if not isinstance(model_type, str) or not model_type:
         raise ConversionError(f"{where} names no model_type, so the family is unknown")
-    if raw.get("quantization_config") or raw.get("compression_config"):
-        raise ConversionError(
-            f"{where} describes a quantized checkpoint; convert the unquantized one, then quantize that"
-        )
+    _refuse_quantized(raw, where)
     _refuse_absurd(raw, where)
     config = _config_object(raw, model_type, where)
     text = getattr(config, "text_config", None)
@@ -103,8 +110,7 @@ def read_config(raw: dict[str, Any], where: str) -> LanguageModel:
         text_config, text_type = text, text.model_type
         if isinstance(raw.get("text_config"), dict):
             path = ("text_config",)
-            if raw["text_config"].get("quantization_config"):
-                raise ConversionError(f"{where} describes a quantized checkpoint; convert the unquantized one")
+            _refuse_quantized(raw["text_config"], where)
     try:
         family = family_of(text_type)
     except ConversionError as error:

@@ -113,11 +113,15 @@ def open_source(
         ConversionError: something is missing, broken, leaves the folder, or is pickled without ``allow_pickle``.
     """
     if not folder.is_dir():
+        if folder.suffix == ".gguf":
+            raise ConversionError(f"{folder} is a GGUF file; convert the safetensors checkpoint that it was made from")
         raise ConversionError(f"{folder} is not a folder")
     config_path = inside(folder, "config.json")
     if not config_path.is_file():
         if (folder / "adapter_config.json").exists():
             raise ConversionError(f"{folder} holds an adapter, not a model: merge it into its base model first")
+        if any(folder.glob("*.gguf")):
+            raise ConversionError(f"{folder} holds GGUF files; convert the safetensors checkpoint they were made from")
         raise ConversionError(f"{folder} has no config.json")
     config = parse_json_object(_read_small(config_path), str(config_path))
     source = Source(folder, name or str(folder), revision, config, companions=_companions(folder))

@@ -260,7 +260,12 @@ def test_links_of_a_hub_cache_are_followed(src: Path) -> None:
         ({"num_hidden_layers": 10**12}, "num_hidden_layers"),
         ({"num_key_value_heads": 10**12, "num_attention_heads": 10**12}, "config.json"),
         ({"attention_bias": True, "tie_word_embeddings": "x"}, "config.json"),
-        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantized"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantized checkpoint (gptq)"),
+        (
+            {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}},
+            "(bitsandbytes); convert the",
+        ),
+        ({"quantization_config": "x"}, "quantized checkpoint; convert the unquantized one, then quantize that"),
     ],
 )
 def test_configs_that_disagree(src: Path, changes: dict[str, Any], words: str) -> None:
@@ -286,6 +291,13 @@ def test_quantized_weights(src: Path) -> None:
     convert(src, words="quantized")
     change_tensors(src, to_gptq)
     convert(src, words="quantized")
+
+
+def test_gguf(src: Path) -> None:
+    (src / "config.json").unlink()
+    (src / "model-q4.gguf").write_bytes(b"GGUF")
+    convert(src, words="safetensors checkpoint they were made from")
+    convert(src / "model-q4.gguf", words="safetensors checkpoint that it was made from")
 
 
 class Evil:

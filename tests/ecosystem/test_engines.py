@@ -92,7 +92,7 @@ def test_torchao_source_is_refused(multi_head: Path, tmp_path: Path) -> None:
         multi_head, quantization_config=TorchAoConfig(Int8WeightOnlyConfig()), dtype=torch.bfloat16
     )
     model.save_pretrained(tmp_path / "quantized")
-    with pytest.raises(ConversionError, match="quantized checkpoint; convert the unquantized one"):
+    with pytest.raises(ConversionError, match=r"quantized checkpoint \(torchao\); convert the unquantized one"):
         convert(tmp_path / "quantized", tmp_path / "result", 2)
     assert not (tmp_path / "result").exists()
 
