@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import math
 import time
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from .harness import import_lm_eval, run_lm_eval, task_names
 from .hub import resolve
 from .inspection import inspect_source
 from .loadcheck import quiet
-from .report import human, table
+from .report import html_table, human, table
 
 
 @dataclass
@@ -48,6 +49,17 @@ class Evaluation:
     kl: float | None = None
     agreement: float | None = None
     lm_eval: dict[str, Any] | None = None
+
+
+class Evaluations(list[Evaluation]):
+    """One :class:`Evaluation` a model; as text and in notebooks it is a table."""
+
+    def __str__(self) -> str:
+        return evaluation_text(self)
+
+    def _repr_html_(self) -> str:
+        notes = "".join(f"<p>{html.escape(line)}</p>" for line in _notes(self))
+        return html_table(*_table(self)) + notes
 
 
 def windows(count: int, context: int, stride: int) -> Iterator[tuple[int, int, int]]:
@@ -151,7 +163,7 @@ def evaluate(
     device: str | None = None,
     dtype: str = "auto",
     attention: str = "hf_attn_patch",
-) -> list[Evaluation]:
+) -> Evaluations:
     """Evaluate causal language models on a text.
 
     Args:
@@ -176,7 +188,7 @@ def evaluate(
         raise ConversionError(f"--text: there is no file {text}")
     content = "\n\n".join(documents(str(text), 0))
     truth = None if source is None else load_causal(source, where, dtype, attention)
-    found = []
+    found = Evaluations()
     for name in tqdm(models, desc="evaluating", unit="model", disable=None):
         model = load_causal(name, where, dtype, attention)
         try:
@@ -205,8 +217,8 @@ def kv_bytes(name: str) -> int:
     return int(inspect_source(resolve(name))["kv_bytes_per_token"])
 
 
-def evaluation_text(found: list[Evaluation]) -> str:
-    """A table for people."""
+def _table(found: list[Evaluation]) -> tuple[list[str], list[list[object]]]:
+    """(header, rows)."""
     known = [e for e in found if e.kl is not None]
     header = ["model", "loss", "perplexity", *(("KL", "top-1") if known else ()), "KV bytes/token", "tokens/s"]
     rows = []
@@ -216,16 +228,25 @@ def evaluation_text(found: list[Evaluation]) -> str:
             row += [f"{e.kl:.4f}", f"{e.agreement:.1%}"]
         row += [human(e.kv_bytes_per_token), "" if e.tokens_per_second is None else f"{e.tokens_per_second:,.1f}"]
         rows.append(row)
-    lines = [table(header, rows)]
+    return header, rows
+
+
+def _notes(found: list[Evaluation]) -> list[str]:
+    """What stands below the table."""
+    lines = []
     for e in found:
         for task, metrics in (e.lm_eval or {}).items():
             lines.append(f"{e.model}  {task}: " + ", ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
-    first = found[0]
-    lines.append(
-        f"{first.scored} tokens scored, each once; windows of {first.context} tokens; "
-        "KV bytes in a checkpoint's own dtype"
-    )
-    return "\n".join(lines)
+    for e in found[:1]:
+        lines.append(
+            f"{e.scored} tokens scored, each once; windows of {e.context} tokens; KV bytes in a checkpoint's own dtype"
+        )
+    return lines
+
+
+def evaluation_text(found: list[Evaluation]) -> str:
+    """A table for people."""
+    return "\n".join([table(*_table(found)), *_notes(found)])
 
 
 def evaluation_dict(found: list[Evaluation]) -> list[dict[str, Any]]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import html
+import os
 from dataclasses import replace
 from typing import Any
 
@@ -10,21 +12,37 @@ from hf_attn_patch.grouping import KVGrouping, divisors
 
 from .errors import ConversionError
 from .heads import LayerAttention
+from .hub import resolve
 from .planner import Plan, make_plan
 from .reader import Source
-from .report import cache_itemsize, human, kv_bytes_per_token, numbers, stack_rows, table
+from .report import cache_itemsize, html_table, human, kv_bytes_per_token, numbers, stack_rows, table
 from .safetensors_header import DTYPE_BITS
 
 
-def inspect_source(source: Source, context: int = 8192) -> dict[str, Any]:
-    """What ``inspect --json`` prints.
+class Inspection(dict[str, Any]):
+    """What ``inspect --json`` prints; as text and in notebooks it is a table."""
+
+    def __str__(self) -> str:
+        return inspection_text(self)
+
+    def _repr_html_(self) -> str:
+        (stacks, choices), lines = _tables(self), _sentences(self)
+        parts = [f"<p>{html.escape(lines[0])}</p>", html_table(*stacks), f"<p>{html.escape(lines[1])}</p>"]
+        return "".join([*parts, html_table(*choices), *(f"<p>{html.escape(line)}</p>" for line in lines[2:])])
+
+
+def inspect_source(source: Source | str | os.PathLike[str], context: int = 8192) -> Inspection:
+    """Heads, KV bytes a token, and what each possible number of KV heads would save.
 
     Args:
+        source: a checkpoint folder, a hub id, or a source that was opened already.
         context: tokens for which the whole cache's size is given.
 
     Raises:
         ConversionError: the checkpoint is broken or of an unknown family.
     """
+    if not isinstance(source, Source):
+        source = resolve(source)
     plan = make_plan(source, {})
     itemsize = cache_itemsize(plan)
     now = kv_bytes_per_token(plan.layers, itemsize, new=False)
@@ -34,19 +52,23 @@ def inspect_source(source: Source, context: int = 8192) -> dict[str, Any]:
         del row["kv_heads_after"]
         kv = row["kv_heads"] if isinstance(row["kv_heads"], int) else max(row["kv_heads"])
         row["kind"] = KVGrouping(row["heads"], kv).kind
-    return {
-        "source": source.name,
-        "model_type": source.config.get("model_type"),
-        "language_model": plan.model_type,
-        "attention": rows,
-        "tensors": len(source.tensors),
-        "bytes": plan.bytes_before,
-        "kv_bytes_per_token": now,
-        "context": context,
-        "kv_bytes_at_context": now * context,
-        "choices": [choice for n in common_choices(plan) if (choice := _choice(plan, n, itemsize, now)) is not None],
-        "warnings": [w for w in plan.warnings if not w.startswith("every layer already")],
-    }
+    return Inspection(
+        {
+            "source": source.name,
+            "model_type": source.config.get("model_type"),
+            "language_model": plan.model_type,
+            "attention": rows,
+            "tensors": len(source.tensors),
+            "bytes": plan.bytes_before,
+            "kv_bytes_per_token": now,
+            "context": context,
+            "kv_bytes_at_context": now * context,
+            "choices": [
+                choice for n in common_choices(plan) if (choice := _choice(plan, n, itemsize, now)) is not None
+            ],
+            "warnings": [w for w in plan.warnings if not w.startswith("every layer already")],
+        }
+    )
 
 
 def common_choices(plan: Plan) -> list[int]:
@@ -85,16 +107,17 @@ def _weights_saved(source: Source, layer: LayerAttention) -> int:
     return saved
 
 
-def inspection_text(facts: dict[str, Any]) -> str:
-    """``inspect`` for people."""
-    language = facts["language_model"]
-    inner = "" if language == facts["model_type"] else f", language model {language}"
-    stacks = [
+Table = tuple[tuple[str, ...], list[tuple[object, ...]]]
+
+
+def _tables(facts: dict[str, Any]) -> tuple[Table, Table]:
+    """(header, rows) of the attentions, and of the numbers of KV heads to choose from."""
+    context = facts["context"]
+    stacks: list[tuple[object, ...]] = [
         (r["attention"], r["layers"], r["heads"], numbers(r["kv_heads"]), r["head_dim"], r["kind"])
         for r in facts["attention"]
     ]
-    context = facts["context"]
-    choices = [
+    choices: list[tuple[object, ...]] = [
         (
             c["kv_heads"],
             c["kind"],
@@ -105,14 +128,25 @@ def inspection_text(facts: dict[str, Any]) -> str:
         )
         for c in facts["choices"]
     ]
-    lines = [
+    return (
+        (("attention", "layers", "heads", "KV heads", "head dim", "kind"), stacks),
+        (("KV heads", "kind", "per token", f"at {context}", "of now", "weights saved"), choices),
+    )
+
+
+def _sentences(facts: dict[str, Any]) -> list[str]:
+    """Before the first table, before the second, and after it."""
+    language, context = facts["language_model"], facts["context"]
+    inner = "" if language == facts["model_type"] else f", language model {language}"
+    return [
         f"{facts['source']}: {facts['model_type']}{inner}, {facts['tensors']} tensors, {human(facts['bytes'])}",
-        "",
-        table(("attention", "layers", "heads", "KV heads", "head dim", "kind"), stacks),
-        "",
         f"KV cache: {human(facts['kv_bytes_per_token'])} per token, "
         f"{human(facts['kv_bytes_at_context'])} at {context} tokens",
-        "",
-        table(("KV heads", "kind", "per token", f"at {context}", "of now", "weights saved"), choices),
+        *(f"note: {warning}" for warning in facts["warnings"]),
     ]
-    return "\n".join(lines + [f"note: {warning}" for warning in facts["warnings"]])
+
+
+def inspection_text(facts: dict[str, Any]) -> str:
+    """``inspect`` for people."""
+    (stacks, choices), (title, cache, *notes) = _tables(facts), _sentences(facts)
+    return "\n".join([title, "", table(*stacks), "", cache, "", table(*choices), *notes])

@@ -75,6 +75,11 @@ class Plan:
 
         return plan_text(self)
 
+    def _repr_html_(self) -> str:
+        from .report import plan_html
+
+        return plan_html(self)
+
     @property
     def bytes_before(self) -> int:
         return sum(t.nbytes for t in self.source.tensors.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -129,15 +130,29 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
+def html_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """:func:`table` for notebooks."""
+    lines = [("th", header), *(("td", row) for row in rows)]
+    return (
+        "<table>"
+        + "".join(
+            "<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in row) + "</tr>" for tag, row in lines
+        )
+        + "</table>"
+    )
+
+
 def numbers(value: int | list[int]) -> str:
     """One number of heads or a list of them."""
     return str(value) if isinstance(value, int) else format_numbers(value)
 
 
-def plan_text(plan: Plan, workers: int = 1) -> str:
-    """``--dry-run`` for people."""
-    facts = plan_dict(plan, workers)
-    rows = [
+ATTENTION = ("attention", "layers", "heads", "head dim", "KV heads", "after")
+
+
+def attention_rows(facts: dict[str, Any]) -> list[tuple[object, ...]]:
+    """Under :data:`ATTENTION`, of :func:`plan_dict`."""
+    return [
         (
             r["attention"],
             r["layers"],
@@ -148,19 +163,42 @@ def plan_text(plan: Plan, workers: int = 1) -> str:
         )
         for r in facts["attention"]
     ]
+
+
+def plan_lines(plan: Plan, facts: dict[str, Any]) -> list[tuple[str, str]]:
+    """(what, how much) below the table of heads."""
     kv, size, tensors = facts["kv_bytes_per_token"], facts["bytes"], facts["tensors"]
-    result = facts["result_model_type"]
-    lines = [
-        f"{plan.source.name}: {facts['model_type']}" + (f" -> {result}" if result != facts["model_type"] else ""),
-        "",
-        table(("attention", "layers", "heads", "head dim", "KV heads", "after"), rows),
-        "",
-        f"method            {plan.method.name}: {plan.method.summary}",
-        f"KV cache          {human(kv['before'])} -> {human(kv['after'])} per token ({kv['after'] / kv['before']:.1%})",
-        f"tensors           {tensors['before']} -> {tensors['after']}: {tensors['changed']} changed, "
-        f"{tensors['copied']} copied",
-        f"weights           {human(size['before'])} -> {human(size['after'])} in {len(plan.shards)} file(s)",
-        f"disk needed       {human(facts['disk_needed'])}",
-        f"memory needed     {human(facts['memory_needed'])} beside the programs themselves",
+    return [
+        ("method", f"{plan.method.name}: {plan.method.summary}"),
+        ("KV cache", f"{human(kv['before'])} -> {human(kv['after'])} per token ({kv['after'] / kv['before']:.1%})"),
+        (
+            "tensors",
+            f"{tensors['before']} -> {tensors['after']}: {tensors['changed']} changed, {tensors['copied']} copied",
+        ),
+        ("weights", f"{human(size['before'])} -> {human(size['after'])} in {len(plan.shards)} file(s)"),
+        ("disk needed", human(facts["disk_needed"])),
+        ("memory needed", f"{human(facts['memory_needed'])} beside the programs themselves"),
+        *(("note", warning) for warning in plan.warnings),
     ]
-    return "\n".join(lines + [f"note              {warning}" for warning in plan.warnings])
+
+
+def plan_title(facts: dict[str, Any]) -> str:
+    """The source, and what its family becomes."""
+    before, after = facts["model_type"], facts["result_model_type"]
+    return f"{facts['source']}: {before}" + (f" -> {after}" if after != before else "")
+
+
+def plan_text(plan: Plan, workers: int = 1) -> str:
+    """``--dry-run`` for people."""
+    facts = plan_dict(plan, workers)
+    lines = [plan_title(facts), "", table(ATTENTION, attention_rows(facts)), ""]
+    return "\n".join(lines + [f"{what:<17} {how}" for what, how in plan_lines(plan, facts)])
+
+
+def plan_html(plan: Plan) -> str:
+    """A plan in a notebook."""
+    facts = plan_dict(plan)
+    return (
+        f"<p>{html.escape(plan_title(facts))}</p>{html_table(ATTENTION, attention_rows(facts))}"
+        f"{html_table(('', ''), plan_lines(plan, facts))}"
+    )

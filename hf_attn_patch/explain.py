@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,8 +38,8 @@ class Explanation:
         return "\n".join(lines + [f"  {name:<{width}}  {text}" for name, text in self.rows()])
 
     def _repr_html_(self) -> str:
-        cells = "".join(f"<tr><td>{name}</td><td>{text}</td></tr>" for name, text in self.rows())
-        return f"<p>{self.request.describe()}</p><table><tr><th>backend</th><th></th></tr>{cells}</table>"
+        cells = "".join(f"<tr><td>{name}</td><td>{html.escape(text)}</td></tr>" for name, text in self.rows())
+        return f"<p>{html.escape(self.request.describe())}</p><table>{cells}</table>"
 
 
 def request_for(B: int, HQ: int, HKV: int, Sq: int, Sk: int, D: int) -> AttentionRequest:
