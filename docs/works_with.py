@@ -24,8 +24,8 @@ that the other tool does. `python docs/works_with.py` runs them and writes this 
 """
 
 TAIL = """
-Not here: bitsandbytes' kernels want a GPU; a checkpoint that it quantized is refused by `hf-attn convert` with the same
-sentence as torchao's. vLLM's rows are its loaders' rules written as a test, not a run of vLLM.
+Not here: models that bitsandbytes quantizes, which `enable` switches like others; their checkpoints are refused by
+`hf-attn convert` with the same sentence as torchao's. vLLM's rows are its loaders' rules written as a test, not a run of vLLM.
 """
 
 
