@@ -25,7 +25,9 @@ that the other tool does. `python docs/works_with.py` runs them and writes this 
 
 TAIL = """
 Not here: models that bitsandbytes quantizes, which `enable` switches like others; their checkpoints are refused by
-`hf-attn convert` with the same sentence as torchao's. vLLM's rows are its loaders' rules written as a test, not a run of vLLM.
+`hf-attn convert` with the same sentence as torchao's. vLLM's rows are its loaders' rules written as a test, not a run
+of vLLM; so are llama.cpp's, and its own converter (of llama-cpp-python 0.3.36) wrote what they expect for a converted
+Llama.
 """
 
 
