@@ -9,11 +9,13 @@ the same batch: AdamW, bf16 arithmetic on fp32 weights, no gradient checkpointin
     ours-compile    ... and --compile
     teacher         ours, distilling from a teacher of the same size
     teacher-compile ... and --compile
-    teacher-forward the teacher's forward alone, logits and all: what `teacher` may cost more than `ours`
+    forward         the teacher's forward alone, logits and all: what `teacher` may cost more than `ours`
+    forward-compile ... and its layers compiled
     sdpa            the same loop with attn_implementation sdpa
     flash4          the same loop with flash_attention_4, if FlashAttention-4 is installed
     plain-sdpa      a loop that lets the model make its own logits and loss, attn_implementation sdpa
     trl             TRL's SFTTrainer, packing="wrapped" (it lets documents see each other), sdpa
+    trl-compile     ... and its torch_compile
     trl-flash4      TRL's SFTTrainer, packing by documents, flash_attention_4
 """
 
@@ -39,8 +41,8 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 ROWS = [
-    "ours", "ours-compile", "teacher", "teacher-compile", "teacher-forward", "sdpa", "flash4", "plain-sdpa", "trl",
-    "trl-flash4",
+    "ours", "ours-compile", "teacher", "teacher-compile", "forward", "forward-compile", "sdpa", "flash4", "plain-sdpa",
+    "trl", "trl-compile", "trl-flash4",
 ]  # fmt: skip
 SHAPES: dict[str, dict[str, Any]] = {
     # Llama 3.2 1B
@@ -96,7 +98,7 @@ def run_ours(row: str, args: argparse.Namespace) -> dict[str, Any]:
     from hf_attn_patch.training import load_run, parse_options
 
     run = load_run(parse_options(uptrain_options(row, args)))
-    if row == "teacher-forward":
+    if row.startswith("forward"):
         return time_forward(run, args)
     if row == "plain-sdpa":
         plain_loss(run.objective)
@@ -131,6 +133,8 @@ def time_forward(run: Any, args: argparse.Namespace) -> dict[str, Any]:
 
     device = run.accelerator.device
     model = run.student.to(device, torch.bfloat16).eval()
+    if run.options.compile:
+        run.objective.compile_layers()
     steps = list(itertools.islice(run.data.steps(Position(), 0, 1), 5))
     batches = [run.data.framing.collate(step.micro[0]).to(device) for step in steps]
     for _ in range(2):  # the first time warms up
@@ -170,7 +174,7 @@ def run_trl(row: str, args: argparse.Namespace) -> dict[str, Any]:
             max_length=args.length, packing=True, packing_strategy="bfd" if flash else "wrapped",
             gradient_checkpointing=False, bf16=torch.cuda.is_available(), save_strategy="no", report_to=[],
             logging_steps=10**6, optim="adamw_torch_fused" if torch.cuda.is_available() else "adamw_torch",
-            dataset_text_field="text", max_grad_norm=1.0,
+            dataset_text_field="text", max_grad_norm=1.0, torch_compile=row == "trl-compile",
         ),
         callbacks=[clock],
     )  # fmt: skip
@@ -186,8 +190,8 @@ def wait() -> None:
 
 
 def missing(row: str) -> str | None:
-    needed = {"trl": ["trl", "datasets"], "trl-flash4": ["trl", "datasets", "flash_attn"], "flash4": ["flash_attn"]}
-    absent = [name for name in needed.get(row, []) if importlib.util.find_spec(name) is None]
+    needed = (["trl", "datasets"] if row.startswith("trl") else []) + (["flash_attn"] if "flash4" in row else [])
+    absent = [name for name in needed if importlib.util.find_spec(name) is None]
     return f"{absent[0]} is not installed" if absent else None
 
 
@@ -252,15 +256,15 @@ def main() -> None:
 
 def conclude(speeds: dict[str, float]) -> None:
     """Against the best peer, and what a teacher costs."""
-    peers = {row: speed for row, speed in speeds.items() if not row.startswith(("ours", "teacher"))}
+    peers = {row: speed for row, speed in speeds.items() if not row.startswith(("ours", "teacher", "forward"))}
     for row in ("ours", "ours-compile"):
         if row in speeds and peers:
             best = max(peers, key=lambda name: peers[name])
             print(f"\n{row}: {speeds[row] / peers[best]:.2f} times {best}, the fastest of the others")
-    for taught, alone in (("teacher", "ours"), ("teacher-compile", "ours-compile")):
-        if taught in speeds and alone in speeds and "teacher-forward" in speeds:
-            cost = (1 / speeds[taught] - 1 / speeds[alone]) * speeds["teacher-forward"]
-            print(f"\n{taught}: the teacher costs {cost:.2f} of its forward alone")
+    for how in ("", "-compile"):
+        if speeds.keys() >= {taught := f"teacher{how}", alone := f"ours{how}", forward := f"forward{how}"}:
+            cost = (1 / speeds[taught] - 1 / speeds[alone]) * speeds[forward]
+            print(f"\n{taught}: the teacher costs {cost:.2f} of its {forward}")
 
 
 def report(results: dict[str, Any], args: argparse.Namespace) -> None:

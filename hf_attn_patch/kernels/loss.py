@@ -19,8 +19,8 @@ from torch import Tensor
 
 from .decode_kernel import _tanh
 
-#: at most so many words at a time
-BLOCK = 4096
+#: at most so many words at a time, and words a warp
+BLOCK, A_WARP = 4096, 512
 
 
 class RawLogits(NamedTuple):
@@ -107,7 +107,8 @@ def _rows_kernel(
         z = _load(x, bias_ptr, at, valid, scale, cap, HAS_BIAS, CAPPED)
         is_label = at == label
         said += tl.sum(tl.where(is_label, z, 0.0), 0)
-        d = ce_weight * (tl.exp(z - lse) - tl.where(is_label, 1.0, 0.0))
+        p = tl.exp(z - lse)
+        d = ce_weight * (p - tl.where(is_label, 1.0, 0.0))
         if TAUGHT:
             t = _load(teacher, teacher_bias_ptr, at, valid, teacher_scale, teacher_cap, TEACHER_BIAS, TEACHER_CAPPED)
             log_s, log_t = z * cold - soft_lse, t * cold - teacher_lse
@@ -115,7 +116,7 @@ def _rows_kernel(
             # a word that the teacher rules out contributes nothing, also where a log is -inf
             kl += tl.sum(tl.where(valid & (q != 0.0), q * (log_t - log_s), 0.0), 0)
             if DISTILLED:
-                d += kl_weight * (tl.exp(log_s) - q) / cold
+                d += kl_weight * ((tl.exp(log_s) if SOFTENED else p) - q) / cold
         if WANTED:
             if CAPPED:
                 d *= 1 - (z / cap) * (z / cap)
@@ -158,7 +159,7 @@ def rows_loss(
             logits.scale, logits.softcap or 1.0, told.scale, told.softcap or 1.0, ce_weight, kl_weight, 1.0 / tau,
             ignore, HAS_BIAS=logits.bias is not None, CAPPED=bool(logits.softcap), TAUGHT=teacher is not None,
             DISTILLED=kl_weight != 0.0, TEACHER_BIAS=told.bias is not None, TEACHER_CAPPED=bool(told.softcap),
-            SOFTENED=tau != 1.0, WANTED=grad is not None, BLOCK=block, num_warps=max(1, min(8, block // 256)),
+            SOFTENED=tau != 1.0, WANTED=grad is not None, BLOCK=block, num_warps=max(1, min(32, block // A_WARP)),
         )  # fmt: skip
     return torch.stack([ce.sum(), kl.sum()])
 
