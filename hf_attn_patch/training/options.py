@@ -25,7 +25,7 @@ class UptrainOptions:
     teacher: str | None = _option(None, "The model to distil from, usually the one that was converted.")
     output: str = _option("uptrained", "Folder for the trained model, best/ and checkpoints/.")
     objective: Literal["auto", "causal", "seq2seq", "encoder"] = _option("auto", "The loss; auto asks the config.")
-    dataset: str = _option("", "A hub data set, or a file or folder of text, JSONL or Parquet.")
+    dataset: str = _option("", "A data set of the hub or of a folder, or a file or folder of text, JSONL or Parquet.")
     dataset_config: str | None = _option(None, "The hub data set's configuration.")
     dataset_split: str = _option("train", "The hub data set's split.")
     dataset_glob: str | None = _option(None, "Which files of a folder, such as '**/*.py'.")

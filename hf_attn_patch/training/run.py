@@ -184,6 +184,10 @@ def make_accelerator(options: UptrainOptions) -> Any:
         configured = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         on_gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true"
         precision = configured if configured != "no" or not on_gpu else "bf16"
+    installed = [str(tracker) for tracker in accelerate.tracking.get_available_trackers()]
+    if options.log_with and options.log_with not in ["all", *installed]:
+        there = ", ".join(installed) or "none"
+        raise TrainingError(f"--log-with {options.log_with}: that tracker is not installed; installed: {there}")
     launched = int(os.environ.get("WORLD_SIZE", 1))
     # several processes without any GPU are meant for the CPU; accelerate would run each of them alone
     cpu = launched > 1 and not torch.accelerator.is_available()

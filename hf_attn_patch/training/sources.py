@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,8 +30,8 @@ def open_documents(
 
     Args:
         name: a file, a folder (every text, JSONL or Parquet file below it, in the order of their names; or what
-            ``save_to_disk`` of datasets wrote) or the id of a data set on the hub.
-        config: the hub data set's configuration.
+            ``save_to_disk`` of datasets wrote; or a clone of a data set of the hub) or its id on the hub.
+        config: the data set's configuration. split: of a data set that has several.
         pattern: which files of a folder, such as ``**/*.py``.
         unit: what one document is in plain text: a file, a paragraph (between blank lines) or a line.
             ``auto``: a file in a folder, a paragraph in a single file.
@@ -47,7 +48,7 @@ def open_documents(
                 raise TrainingError(f"{name} has no split {split!r}; it has {', '.join(found)}")
             found = found[split]
         found = found.to_iterable_dataset()
-    elif path.exists():
+    elif path.exists() and not _is_clone(path):
         files = _files(path, pattern)
         kinds = {TABLES.get(f.suffix.lower(), "text") for f in files}
         if len(kinds) > 1:
@@ -67,15 +68,27 @@ def open_documents(
             kind, data_files=[str(f) for f in files], split="train", streaming=True, **options
         )
     else:
-        if name.startswith((".", "/", "~")) or path.suffix.lower() in TEXT_SUFFIXES | set(TABLES):
+        if not path.exists() and (
+            name.startswith((".", "/", "~")) or path.suffix.lower() in TEXT_SUFFIXES | set(TABLES)
+        ):
             raise TrainingError(f"there is no file or folder {name}")
         try:
-            found = datasets.load_dataset(name, config, split=split, streaming=True)
+            found = datasets.load_dataset(str(path) if path.exists() else name, config, split=split, streaming=True)
         except Exception as error:  # the hub fails in many ways; all mean the same to the user
             raise TrainingError(
                 f"{name} is neither a local path nor a readable data set of the hub ({type(error).__name__}: {error})"
             ) from error
     return found
+
+
+def _is_clone(path: Path) -> bool:
+    """Whether a folder is a data set of the hub, with a card that says which files are which split's."""
+    card = path / "README.md"
+    if not card.is_file():
+        return False
+    with card.open(encoding="utf-8", errors="replace") as file:
+        head = [line.rstrip() for line in itertools.islice(file, 200)]
+    return head[:1] == ["---"] and any(line in ("configs:", "dataset_info:") for line in head)
 
 
 def take_fields(record: dict[str, Any], fields: tuple[str, ...], name: str) -> tuple[str, ...]:

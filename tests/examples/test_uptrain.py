@@ -211,6 +211,9 @@ def test_what_cannot_work_is_refused_with_a_way_out(world, uptrain, tmp_path):
     assert "--sequence-length 512 is more than the model's 256 positions" in refused(
         uptrain, arguments(world, "x", sequence_length=512)
     )
+    assert "--log-with none-such: that tracker is not installed; installed: " in refused(
+        uptrain, arguments(world, "x", log_with="none-such")
+    )
     assert "--tokens 50M" in refused(uptrain, arguments(world, "x", tokens=None))
     (tmp_path / "wrong.yaml").write_text("learning_rate: 1\n")
     assert "unknown options: learning_rate" in refused(uptrain, ["--config", str(tmp_path / "wrong.yaml")])

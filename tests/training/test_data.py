@@ -189,6 +189,72 @@ def test_local_files_of_every_kind(tmp_path):
     assert _texts(open_documents(str(tmp_path / "a.parquet"))) == ["p", "q"]
 
 
+def _store(kind: str, folder, documents: list[str]):
+    """The documents as ``kind``, and what to give to --dataset."""
+    import datasets
+
+    table = datasets.Dataset.from_dict({"text": documents})
+    if kind == "text files":
+        for index, text in enumerate(documents):
+            (folder / f"{index:03}.txt").write_text(text)
+        return folder
+    if kind == "jsonl":
+        (folder / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+        return folder / "a.jsonl"
+    if kind == "parquet":
+        table.to_parquet(folder / "a.parquet")
+        return folder / "a.parquet"
+    if kind == "saved to disk":
+        table.save_to_disk(folder / "saved")
+        return folder / "saved"
+    other = datasets.Dataset.from_dict({"text": ["another split, not to be trained on"] * 5})
+    if kind == "saved splits":
+        datasets.DatasetDict({"train": table, "test": other}).save_to_disk(folder / "saved")
+        return folder / "saved"
+    clone = folder / "clone"  # of a repository of the hub
+    table.to_parquet(clone / "data" / "train-00000-of-00001.parquet")
+    other.to_parquet(clone / "data" / "test-00000-of-00001.parquet")
+    (clone / "README.md").write_text(
+        "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: data/train-*\n"
+        "  - split: test\n    path: data/test-*\n---\n# Some texts\n"
+    )
+    return clone
+
+
+KINDS = ["text files", "jsonl", "parquet", "saved to disk", "saved splits", "clone"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_of_data_gives_the_same_tokens_and_resumes(tmp_path, kind):
+    documents = [f"document {i}\n\nof {i % 7} parts, with a tab\t, ünïcode and a last line" for i in range(40)]
+    data = str(_store(kind, tmp_path, documents))
+    before, stream.BLOCK = stream.BLOCK, 8
+    try:
+        make = lambda: TokenStream(lambda: open_documents(data), Letters(), seed=None)  # noqa: E731
+        through = list(itertools.islice(pack(make(), 32), 70))
+        tokens = [token for p in through for token in p.ids]
+        wanted = _packed_by_hand(documents, 32)
+        shared = min(len(tokens), len(wanted))
+        assert shared > 2000
+        assert tokens[:shared] == wanted[:shared]
+        position = Position(**json.loads(json.dumps(through[25].position.as_dict())))
+        again = list(itertools.islice(pack(make(), 32, position), 44))
+        assert [p.ids for p in again] == [p.ids for p in through[26:]]
+    finally:
+        stream.BLOCK = before
+
+
+def _packed_by_hand(documents: list[str], S: int) -> list[int]:
+    """Tokens as sequences hold them: a single token that is left of a document at a cut predicts nothing and goes."""
+    out: list[int] = []
+    for text in documents:
+        rest = [*map(ord, text), 0]
+        while len(rest) > 1:
+            room = S - len(out) % S
+            out, rest = out + rest[:room], rest[room:]
+    return out
+
+
 def test_the_datasets_library_resumes_a_stream_exactly(tmp_path):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"text number {i} "}) + "\n" for i in range(50)))
     before, stream.BLOCK = stream.BLOCK, 8
