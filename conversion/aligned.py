@@ -38,7 +38,13 @@ class Aligned:
             for layer in plan.layers
             if any(n.startswith(layer.prefix) and "norm" in n[len(layer.prefix) :] for n in plan.source.tensors)
         }
-        self.record: dict[str, Any] = {"group": group, "keys_averaged": [], "order": {}}
+        self.record: dict[str, Any] = {"group": group, "keys_averaged": [], "order": {}, "notes": []}
+        averaged = sum(layer.changes and layer.prefix in self.normed for layer in plan.layers)
+        if averaged:
+            self.record["notes"].append(
+                f"the keys of {averaged} layers are averaged, not aligned, because a norm after them depends on their"
+                " basis: --calibrate TEXT keeps more"
+            )
 
     def __call__(self, weights: AttentionWeights) -> AttentionWeights:
         layer = weights.layer

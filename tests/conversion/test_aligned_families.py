@@ -26,6 +26,8 @@ def test_lossless_where_heads_are_one_in_several_bases(model_type, tmp_path):
         before, after = (kind.from_pretrained(tmp_path / d).eval()(ids).logits for d in ("src", "dst"))
     assert float((after - before).abs().max()) < 1e-4 * float(before.abs().max())
     assert len(record["details"]["keys_averaged"]) == (2 if model_type in KEYS_HAVE_A_NORM else 0)
+    notes = ["the keys of 2 layers are averaged"] if model_type in KEYS_HAVE_A_NORM else []
+    assert [note.split(",")[0] for note in record["details"]["notes"]] == notes
 
 
 def test_similar_grouping_finds_heads_that_are_apart(tmp_path):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -239,3 +241,48 @@ def test_tokenizers_that_are_not_the_models(tmp_path: Path) -> None:
     with pytest.raises(ConversionError, match="tokenizer"):
         convert(src, tmp_path / "dst", 2, calibrate=str(tmp_path / "text.txt"))
     assert not (tmp_path / "dst").exists()
+
+
+MEASURE = """
+import pathlib, sys, threading, time
+from hf_attn_patch.conversion import convert
+
+def held():
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) * 1024
+
+def run(source):
+    convert(source, f"{source}-out", 2, method="auto", calibrate="text.txt", calibration_tokens=512,
+            calibration_length=32, refit=source == "few")
+
+run("few")  # imports, thread pools
+before, peak, done = held(), 0, threading.Event()
+
+def look():
+    global peak
+    while not done.wait(0.005):
+        peak = max(peak, held())
+
+watch = threading.Thread(target=look)
+watch.start()
+run("many")
+done.set()
+watch.join()
+print(peak - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="asks Linux for the memory in use")
+def test_one_layer_at_a_time_is_in_memory(tmp_path: Path) -> None:
+    """The weights stay in their file, which is mapped; what is allocated does not grow with the layers."""
+    (tmp_path / "text.txt").write_text("\n".join(DOCUMENTS))
+    for name, layers in (("few", 1), ("many", 16)):
+        model = tiny_llama(4, hidden_size=256, intermediate_size=2048, num_hidden_layers=layers)
+        save_tiny(tmp_path / name, model)
+    del model
+    size = (tmp_path / "many" / "model.safetensors").stat().st_size
+    done = subprocess.run([sys.executable, "-c", MEASURE], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    allocated = int(done.stdout.split()[-1])
+    assert allocated < 0.4 * size, f"{allocated / 1e6:.0f} MB for {size / 1e6:.0f} MB of weights"

@@ -37,6 +37,20 @@ def test_similarities_of_a_real_model_survive():
         assert got["aligned"] > 0.8
 
 
+def test_a_little_calibration_keeps_more():
+    """A tenth of the example's own calibration text."""
+    rows = run("--count", "60", "--kv-heads", "3", "--methods", "aligned,calibrated", "--calibration-tokens", "2000")
+    aligned, calibrated = (rows[3, method]["converted"] for method in ("aligned", "calibrated"))
+    assert calibrated > 0.95
+    assert 1 - calibrated < 0.6 * (1 - aligned)
+
+
+@pytest.mark.slow
+def test_calibrated_as_the_example_does_it():
+    """12 heads to 3, untrained: the similarities of sentences that it has not seen are in the same order."""
+    assert run("--kv-heads", "3", "--methods", "calibrated")[3, "calibrated"]["converted"] >= 0.97
+
+
 @pytest.mark.slow
 def test_distillation_brings_them_back():
     row = run("--count", "60", "--kv-heads", "2", "--methods", "mean", "--distill", "12")[2, "mean"]
