@@ -17,8 +17,9 @@ from .layout import DENSE, Layout
 from .pattern import Pattern
 from .request import AttentionError
 
-#: families whose layers extend the mask that they are given by scores of their own: they get what eager would get
-EXTENDS_MASKS = frozenset({"deepseek_v4"})
+#: families whose layers read or extend the mask that they are given (scores of their own, routers, attention in their
+#: own code beside the interface): they get what eager would get
+EXTENDS_MASKS = frozenset({"bigbird_pegasus", "deepseek_v4", "doge", "nllb-moe"})
 
 
 def build_mask(

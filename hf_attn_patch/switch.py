@@ -40,7 +40,7 @@ def enable(
     Raises:
         AttentionError: the model's attention does not go through transformers' attention interface.
     """
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     if not isinstance(model, PreTrainedModel):
         raise AttentionError(f"{type(model).__name__} is not a transformers model; use hf_attn_patch.attention in it")
@@ -64,10 +64,15 @@ def enable(
         raise AttentionError(f"cuda_graphs={cuda_graphs!r} is not known; choose True, 'compiled' or False")
     register()
     model.set_attn_implementation(NAME)
+    kinds = {type(module.config) for module in model.modules() if isinstance(module, PreTrainedModel)}
     for module in model.modules():
         # up to 5.22 the call above misses stacks that hold a copy of their parent's config (the T5 family)
         if isinstance(module, PreTrainedModel) and module.config._attn_implementation != NAME:
             module.set_attn_implementation(NAME)
+        # an EncoderDecoderModel gives its parts new configs, and their layers keep the old ones
+        config = getattr(module, "config", None)
+        if isinstance(config, PreTrainedConfig) and type(config) in kinds and config._attn_implementation != NAME:
+            config._attn_implementation = NAME
         if backend is None:
             module.__dict__.pop(BACKEND_ATTRIBUTE, None)
         else:

@@ -33,6 +33,27 @@ def test_enable_a_loaded_model(name: str) -> None:
         assert_close(run(model, inputs), run(pair(name)[1], inputs))
 
 
+def test_enable_reaches_layers_with_an_older_config() -> None:
+    """EncoderDecoderModel gives its parts new configs; the layers of the encoder that was given keep the old one."""
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    config = transformers.BertConfig(**sizes, num_attention_heads=4)
+    decoder_config = transformers.BertConfig(**sizes, num_attention_heads=4, is_decoder=True, add_cross_attention=True)
+    torch.manual_seed(0)
+    model = transformers.EncoderDecoderModel(
+        encoder=transformers.BertModel(config), decoder=transformers.BertLMHeadModel(decoder_config)
+    ).eval()
+    ids = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    with torch.no_grad():
+        before = model(input_ids=ids, attention_mask=mask, decoder_input_ids=ids[:, :5]).logits
+        hf_attn_patch.enable(model)
+        after = model(input_ids=ids, attention_mask=mask, decoder_input_ids=ids[:, :5]).logits
+    configs = [m.config for m in model.modules() if hasattr(m, "config")]
+    assert {c._attn_implementation for c in configs} == {"hf_attn_patch"}
+    torch.testing.assert_close(after, before, atol=2e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("name", families(trait="core"))
 def test_set_attn_implementation_and_back(name: str) -> None:
     family = FAMILIES[name]
