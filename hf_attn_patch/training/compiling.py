@@ -37,7 +37,10 @@ def compile_layers(model: Any, *, one_shape: bool) -> int:
     # among the ancestors' names, because FSDP2 gives a layer a class of its own
     layers = [m for m in model.modules() if any(c.__name__ in kinds for c in type(m).__mro__)]
     for layer in layers:
-        layer.compile(dynamic=False if one_shape else None)
+        # what is checkpointed is traced whole or not at all, and attention is not: then its surroundings by themselves
+        parts = list(layer.children()) if getattr(layer, "gradient_checkpointing", False) else [layer]
+        for part in parts:
+            part.compile(dynamic=False if one_shape else None)
     return len(layers)
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+import transformers
 from tiny import tiny_llama
 
 from hf_attn_patch.training import compiling
 from hf_attn_patch.training.losses import IGNORE
 from hf_attn_patch.training.objectives import CausalObjective
+from hf_attn_patch.training.other_objectives import EncoderObjective, Seq2SeqObjective
 from hf_attn_patch.training.packing import PackedBatch
 
 
@@ -33,7 +37,7 @@ def objective():
     torch._dynamo.reset()
 
 
-def compiled(objective: CausalObjective) -> int:
+def compiled() -> int:
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
@@ -51,14 +55,18 @@ def result(objective: CausalObjective, given: PackedBatch) -> list[torch.Tensor]
     return [sums.loss.detach(), *(p.grad.clone() for p in objective.parameters())]
 
 
-def test_losses_and_gradients_stay_and_nothing_is_compiled_twice(objective, quick):
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_losses_and_gradients_stay_and_nothing_is_compiled_twice(objective, quick, checkpointing):
+    if checkpointing:
+        objective.model.train().gradient_checkpointing_enable({"use_reentrant": False})
     batches = [batch([7, 20]), batch([40], 1), batch([3, 11, 12, 30, 41], 2), batch([], 3)]
     plain = [result(objective, b) for b in batches]
     objective.compile_layers()
     ours = [result(objective, batches[0])]
-    graphs = compiled(objective)
+    graphs = compiled()
+    assert graphs > 0
     ours += [result(objective, b) for b in batches[1:]]
-    assert compiled(objective) == graphs
+    assert compiled() == graphs
     for a, b in zip(ours, plain, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
@@ -73,7 +81,7 @@ def test_more_layers_are_no_more_graphs(quick):
         objective = CausalObjective(model)
         objective.compile_layers()
         result(objective, batch([9]))
-        found.append(compiled(objective))
+        found.append(compiled())
     assert found[0] == found[1] > 0
 
 
@@ -95,3 +103,43 @@ def test_attention_is_ours_but_not_traced(objective, quick):
     result(objective, batch([9]))
     reasons = " ".join(torch._dynamo.utils.counters["graph_break"])
     assert "attention_forward" in reasons
+
+
+def tiny_families():
+    torch.manual_seed(0)
+    small = {"vocab_size": 512, "pad_token_id": 0}
+    return {
+        "gpt2": transformers.GPT2LMHeadModel(
+            transformers.GPT2Config(vocab_size=512, n_embd=64, n_layer=2, n_head=4, n_positions=64)
+        ),
+        "t5": transformers.T5ForConditionalGeneration(
+            transformers.T5Config(
+                **small, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, decoder_start_token_id=0
+            )
+        ),
+        "bert": transformers.BertForMaskedLM(
+            transformers.BertConfig(
+                **small, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128
+            )
+        ),
+    }
+
+
+@pytest.mark.parametrize("family", ["gpt2", "t5", "bert"])
+def test_other_families_stay_as_they_are(family, quick):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = tiny_families()[family].eval()  # without dropout
+    model.set_attn_implementation("hf_attn_patch")
+    make = {"gpt2": CausalObjective, "t5": Seq2SeqObjective, "bert": EncoderObjective}[family]
+    objective = make(model)
+    if family == "gpt2":
+        batches = [batch([7, 20]), batch([40], 1)]
+    else:  # padded ones of other lengths
+        batches = [objective.check_batch(torch.device("cpu")) for _ in range(2)]
+        batches[1] = replace(batches[1], ids=batches[1].ids.roll(1, 1))
+    plain = [objective(b, mode="hidden").detach() for b in batches]
+    objective.compile_layers()
+    ours = [objective(b, mode="hidden").detach() for b in batches]
+    assert compiled() > 0
+    torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
