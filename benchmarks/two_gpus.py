@@ -16,6 +16,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,10 @@ RUNS = [
 FP32_LIMIT = 1e-4
 
 
-def curve(run: tuple[str, int, str, int], work: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """The training log of one run, a process (or two) of its own."""
+def curve(
+    run: tuple[str, int, str, int], work: Path, args: argparse.Namespace, gpu: int | None = None
+) -> list[dict[str, Any]]:
+    """The training log of one run, a process (or two) of its own, on one ``gpu`` or on all that are seen."""
     name, gpus, precision, micro = run
     config = ("cpu" if gpus == 1 else "ddp") if args.cpu else ("single_gpu" if gpus == 1 else "fsdp2")
     output = work / name.replace(", ", "-").replace(" ", "-")
@@ -58,8 +61,26 @@ def curve(run: tuple[str, int, str, int], work: Path, args: argparse.Namespace) 
     }  # fmt: skip
     launch = ["-m", "accelerate.commands.launch", "--config_file", f"examples/accelerate/{config}.yaml"]
     script = ["examples/uptrain.py", *(part for k, v in options.items() for part in (f"--{k}", str(v)))]
-    subprocess.run([sys.executable, *launch, *script], check=True, cwd=ROOT)
+    seen = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": str(gpu)}
+    subprocess.run([sys.executable, *launch, *script], check=True, cwd=ROOT, env={**os.environ, **seen})
     return [json.loads(line) for line in (output / "training_log.jsonl").open()]
+
+
+def all_curves(work: Path, args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
+    """The runs on one GPU side by side, one on each; then those on two."""
+    alone, together = ([run for run in RUNS if run[1] == n] for n in (1, 2))
+    if args.cpu:
+        return {run[0]: curve(run, work, args) for run in RUNS}
+    gpus = [int(gpu) for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "0,1").split(",")[:2]]
+
+    def lane(i: int) -> list[Any]:
+        return [curve(run, work, args, gpus[i]) for run in alone[i :: len(gpus)]]
+
+    with ThreadPoolExecutor(len(gpus)) as pool:
+        found = list(pool.map(lane, range(len(gpus))))
+    curves = {run[0]: found[i % len(gpus)][i // len(gpus)] for i, run in enumerate(alone)}
+    curves |= {run[0]: curve(run, work, args) for run in together}
+    return {run[0]: curves[run[0]] for run in RUNS}
 
 
 def losses(entries: list[dict[str, Any]]) -> list[float]:
@@ -99,7 +120,7 @@ def main() -> None:
     subprocess.run(
         [sys.executable, "-c", convert, "convert", source, converted, "--kv-heads", "2", "--overwrite"], check=True
     )
-    curves = {run[0]: curve(run, args.work, args) for run in RUNS}
+    curves = all_curves(args.work, args)
     print("\n| step | " + " | ".join(curves) + " |\n|" + "---|" * (len(curves) + 1))
     rows = list(zip(*(losses(entries) for entries in curves.values()), strict=True))
     for index, (entry, row) in enumerate(zip(next(iter(curves.values())), rows, strict=True)):
