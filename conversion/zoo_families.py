@@ -177,6 +177,7 @@ ZOO = [
     _grouped("biogpt", replace(_LAYERED, layer="layers.{i}.self_attn."), prefixes=("biogpt.", "")),
     _grouped("bert", _BERT, _BERT_CROSS, prefixes=("bert.", "")),
     _grouped("roberta", _BERT, _BERT_CROSS, prefixes=("roberta.", "")),
+    _grouped("electra", _BERT, _BERT_CROSS, prefixes=("electra.", "")),
     _grouped(
         "distilbert",
         replace(

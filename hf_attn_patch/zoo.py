@@ -25,6 +25,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "clip": ("clip", "clip_text_model", "clip_vision_model"),
     "codegen": ("codegen",),
     "distilbert": ("distilbert",),
+    "electra": ("electra",),
     "falcon": ("falcon",),
     "gpt2": ("gpt2",),
     "gpt_neo": ("gpt_neo",),

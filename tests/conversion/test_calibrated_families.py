@@ -31,7 +31,9 @@ STOCK = (
     "gpt_oss",
     "mixtral",
 )
-ZOO = ("gpt2", "gpt_neox", "opt", "gptj", "codegen", "gpt_neo", "mpt", "bert", "roberta", "distilbert")
+ZOO = (
+    "gpt2", "gpt_neox", "opt", "biogpt", "gptj", "codegen", "gpt_neo", "mpt", "bert", "roberta", "electra", "distilbert"
+)  # fmt: skip
 PAIRED = ("t5", "mt5", "bart", "mbart", "marian")
 
 

@@ -230,6 +230,7 @@ CASES = [
     Case("biogpt", "AutoModelForCausalLM", {**_TEXT, **_NO_DROP, **QUIET, "max_position_embeddings": 64}, _PROJ),
     Case("bert", "AutoModelForMaskedLM", {**_TEXT, **_NO_DROP}, _KV, "encoder"),
     Case("roberta", "AutoModelForMaskedLM", {**_TEXT, **_NO_DROP}, _KV, "encoder"),
+    Case("electra", "AutoModelForMaskedLM", {**_TEXT, **_NO_DROP, "embedding_size": 16}, _KV, "encoder"),
     Case(
         "distilbert",
         "AutoModelForMaskedLM",

@@ -93,7 +93,7 @@ def test_padding_changes_nothing(case, padding, attn):
         feed["position_ids"] = (feed["attention_mask"].cumsum(-1) - 1).clamp(min=0)
         if case.stock in ("bloom", "mpt"):  # ALiBi needs none
             del feed["position_ids"]
-    elif case.stock in ("bert", "distilbert") and padding == "left":
+    elif case.stock in ("bert", "electra", "distilbert") and padding == "left":
         pytest.skip("absolute positions that the model counts from the padding")
     elif case.kind == "seq2seq" and case.stock not in ("t5", "mt5") and padding == "left":
         pytest.skip("absolute positions that the encoder counts from the padding")
@@ -202,6 +202,26 @@ def test_compiles_as_one_graph(case):
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="eager")  # the tracing is what can fail, not the code made
     torch.testing.assert_close(output(compiled, feed), want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.slow
+@cases
+def test_compiles_by_inductor(case):
+    """The code that torch.compile makes by default (C++ here), forward and gradients."""
+    torch._dynamo.reset()
+    model, feed = case.make(2, "hf_attn_patch").train(), case.inputs(padding=None)
+    compiled = torch.compile(model, fullgraph=True)
+    found = []
+    for m in (model, compiled):
+        model.zero_grad()
+        out = output(m, feed)
+        out.double().pow(2).mean().backward()
+        found.append((out.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}))
+    (want, wanted), (got, grads) = found
+    torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-4)
+    assert grads.keys() == wanted.keys()
+    for name, grad in wanted.items():
+        torch.testing.assert_close(grads[name], grad, atol=2e-5, rtol=1e-3)
 
 
 @cases
