@@ -1,7 +1,7 @@
 """docs/families-tested.md, made from a test run.
 
     make families-tested                       # runs the tests of this folder, and writes the page
-    python tests/modeling/family_table.py report.xml > docs/families-tested.md   # from a run with --junitxml=report.xml
+    python tests/modeling/family_table.py *.xml > docs/families-tested.md   # from runs with --junitxml=report.xml
 
 A cell says "yes" if every test of that family and column passed, "NO" if one failed, "-" where there is none.
 """
@@ -32,21 +32,22 @@ COLUMNS = {
     "converts": ("test_mean_is_the_mean", "test_a_grouped_checkpoint"),
     "generates": ("test_generate_and_what_it_caches", "test_beam_search"),
     "trains": ("test_gradients_are", "test_gradient_checkpointing"),
+    "compiles": ("test_compiles",),
 }
 
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        report = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(folder) / "report.xml"
+        reports = [Path(name) for name in sys.argv[1:]] or [Path(folder) / "report.xml"]
         if len(sys.argv) == 1:
-            command = [sys.executable, "-m", "pytest", str(FOLDER), "-q", f"--junitxml={report}"]
+            command = [sys.executable, "-m", "pytest", str(FOLDER), "-q", f"--junitxml={reports[0]}"]
             subprocess.run(command, stdout=sys.stderr, check=False)
         cells: dict[tuple[str, str], set[str]] = {}
         families: dict[str, None] = {}
-        for case in ElementTree.parse(report).iter("testcase"):
+        for case in (case for report in reports for case in ElementTree.parse(report).iter("testcase")):
             name, _, parameters = case.get("name", "").partition("[")
             for column, prefixes in COLUMNS.items():
-                if not name.startswith(prefixes):
+                if not parameters or not name.startswith(prefixes):
                     continue
                 family = re.split(r"[-\]]", parameters.rstrip("]"))[-1]
                 families[family] = None

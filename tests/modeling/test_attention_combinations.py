@@ -219,6 +219,22 @@ def test_steps_on_every_cache(kind, chunks, pad, form, **options):
         assert own.layers[0].keys.shape[1] == options["hkv"]
 
 
+def test_dropout_keeps_the_mean_and_drops_whole_weights():
+    """Of one key (weight 1), a dropped weight leaves 0 and a kept one the value / 0.75; the mean stays."""
+    options = {**dict.fromkeys(("window", "softcap", "norm", "scale")), "bias": False, "hkv": 2, "position": "none"}
+    m = build(**options, causal=False, sinks=False, dropout=0.25)
+    x = data(1, B=1).expand(4000, 1, E)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        m.o_proj.weight.copy_(torch.eye(E))
+        whole, dropped = m(x)[:1, 0].unflatten(-1, (HQ, D)), m.train()(x)[:, 0].unflatten(-1, (HQ, D))
+    share = dropped / whole  # [4000, HQ, D], one number for all of a head
+    torch.testing.assert_close(share, share[..., :1].expand_as(share))
+    kept = (share[..., 0] - 1 / 0.75).abs() < 1e-9
+    assert torch.equal(kept, share[..., 0] != 0)
+    assert (kept.double().mean(0) - 0.75).abs().max() < 0.03  # four standard deviations
+
+
 def test_alibi_beside_a_sink_and_in_half_precision():
     """A sink sees what one row of biases for all queries leaves out; in bf16 that row has no near distances."""
     names = ("window", "softcap", "norm", "bias", "scale")
