@@ -72,7 +72,7 @@ def execute(
             plan.tensors[n].nbytes for s in plan.shards if f"copy {s.name}" in folder.done for n in s.tensors
         )
         check_space(dst, plan.bytes_after - finished + MARGIN)
-        left = any(f"unit {number}" not in folder.done for number in range(len(plan.units)))
+        left = any(job not in folder.done for job in _unit_jobs(plan))
         merge = plan.method.build(plan, plan.options) if left else _nothing
         _Work(plan, folder, merge, allow_nonfinite, progress).run(workers)
         digests = {
@@ -93,6 +93,11 @@ def execute(
                 folder.write_text(name, text)
         folder.commit(json.dumps(plan.new_config, indent=2, ensure_ascii=False) + "\n")
     return record
+
+
+def _unit_jobs(plan: Plan) -> list[str]:
+    """The journal's names of all that is computed; with an ordered method what it tells of itself is one of them."""
+    return [f"unit {number}" for number in range(len(plan.units))] + ["details"] * plan.method.ordered
 
 
 def _nothing(weights: Any) -> Any:
@@ -117,13 +122,6 @@ class _Work:
     def run(self, workers: int) -> None:
         plan = self.plan
         home = {name: shard.name for shard in plan.shards for name in shard.tensors}
-        if plan.method.ordered:
-            # what a layer becomes depends on those below it: all of them again, unless all are there
-            again = any(f"unit {number}" not in self.folder.done for number in range(len(plan.units)))
-            for number in range(len(plan.units)):
-                self.unit(number, again)
-            if again:
-                self.folder.mark("details", getattr(self.merge, "record", None))
         with ThreadPoolExecutor(workers) as pool:
             # a file's units come right after its copy, so that its pages are still in memory
             jobs = []
@@ -139,6 +137,13 @@ class _Work:
                 self.stop.set()
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
+        if plan.method.ordered:  # after the copies, which are quick and may find that a tensor is not finite
+            # what a layer becomes depends on those below it: all of them again, unless all are there
+            again = any(job not in self.folder.done for job in _unit_jobs(plan))
+            for number in range(len(plan.units)):
+                self.unit(number, again)
+            if again:
+                self.folder.mark("details", getattr(self.merge, "record", None))
 
     def guarded(self, function: Callable[[Any], None], argument: Any) -> None:
         if not self.stop.is_set():

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hf_attn_patch.conversion import ConversionError, convert, plan, verify
+from tiny import python_sources, save_tiny, tiny_llama
 from tiny_families import tiny_model
 
 
@@ -132,6 +134,46 @@ def test_resume_does_not_do_the_work_again(
     convert(made, tmp_path / "dst", resume=True)
     assert len(computed) == len(made.units) - sum(job.startswith("unit") for job in finished)
     assert contents(tmp_path / "dst") == whole
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_killed_while_it_calibrates(resume: bool, tmp_path: Path) -> None:
+    """Layers depend on those below: what was calibrated is done again, and gives the same bytes."""
+    model = tiny_llama(4, num_hidden_layers=3)
+    made = plan(
+        save_tiny(tmp_path / "src", model), 2, check_load=False, calibrate=str(tmp_path / "text.txt"), refit=False,
+        calibration_tokens=500, calibration_length=16, method="calibrated",
+    )  # fmt: skip
+    (tmp_path / "text.txt").write_text(python_sources()[0].read_text()[:9000])
+    convert(made, tmp_path / "whole")
+    whole, dst = contents(tmp_path / "whole"), tmp_path / "dst"
+    number, kills, layers = 4, 0, set()
+    while killed_at(number, lambda: convert(made, dst)):
+        kills += 1
+        assert not dst.exists()
+        journal = (tmp_path / ".dst.hf-attn" / "journal.jsonl").read_text()
+        layers.add(journal.count('"unit '))
+        convert(made, dst, resume=resume)
+        assert contents(dst) == whole
+        shutil.rmtree(dst)
+        number += 5
+    assert kills > 3
+    assert layers & {1, 2}  # some were killed between two layers
+    assert verify(tmp_path / "src", tmp_path / "whole").ok
+
+
+def test_a_tensor_that_is_not_finite_is_found_before_calibration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_llama(4)
+    with torch.no_grad():
+        model.lm_head.weight[3, 3] = float("nan")
+    src = save_tiny(tmp_path / "src", model)
+    (tmp_path / "text.txt").write_text(python_sources()[0].read_text()[:9000])
+    monkeypatch.setattr("hf_attn_patch.conversion.calibrated.Calibrated._pass", lambda self: pytest.fail("too late"))
+    with pytest.raises(ConversionError, match=r"lm_head\.weight"):
+        convert(src, tmp_path / "dst", 2, method="calibrated", calibrate=str(tmp_path / "text.txt"))
+    assert not (tmp_path / "dst").exists()
 
 
 def test_resume_of_something_else_is_refused(src: Path, tmp_path: Path) -> None:
