@@ -12,7 +12,7 @@ from .commands import user_errors
 @click.command()
 @click.argument("models", nargs=-1, required=True, metavar="MODEL...")
 @click.option("--text", required=True, metavar="FILE", help="Text, or JSONL with a field 'text'.")
-@click.option("--source", metavar="SRC", help="The model that KL and top-1 agreement are measured to.")
+@click.option("--source", metavar="SRC", help="The model that KL and top-1 agreement are measured to; a row too.")
 @click.option(
     "--context", type=click.IntRange(min=2), default=1024, show_default=True,
     help="Tokens of a window, and before the tokens whose decoding is timed.",

@@ -169,7 +169,7 @@ def evaluate(
     Args:
         models: checkpoint folders or hub ids.
         text: a text file, or JSONL with a field ``text``.
-        source: the model that KL and agreement are measured to.
+        source: the model that KL and agreement are measured to; evaluated first where it is none of ``models``.
         context: tokens of a window, and before the tokens whose decoding is timed; at most what a model can read.
         stride: by how much windows move on; half of ``context`` by default.
         tokens: of the text at most.
@@ -188,9 +188,12 @@ def evaluate(
         raise ConversionError(f"--text: there is no file {text}")
     content = "\n\n".join(documents(str(text), 0))
     truth = None if source is None else load_causal(source, where, dtype, attention)
+    if source is not None and not any(_same(name, source) for name in models):
+        models = [source, *models]  # what was lost is seen beside what there was
     found = Evaluations()
     for name in tqdm(models, desc="evaluating", unit="model", disable=None):
-        model = load_causal(name, where, dtype, attention)
+        is_source = source is not None and _same(name, source)
+        model = truth if is_source else load_causal(name, where, dtype, attention)
         try:
             tokenizer = load_tokenizer(name)
             if source is not None and truth is not None:
@@ -202,7 +205,9 @@ def evaluate(
             raise ConversionError(f"{name}: its tokenizer has ids that the model has no embedding for")
         limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or context
         used = min(context, limit)
-        loss, kl, agreement, count = score(model, ids, used, stride or max(1, used // 2), truth)
+        loss, kl, agreement, count = score(model, ids, used, stride or max(1, used // 2), None if is_source else truth)
+        if is_source:
+            kl, agreement = 0.0, 1.0
         room = min(used, limit - 40)
         fast = decoding_speed(model, ids, room) if speed and room > 0 else None
         tasks = run_lm_eval(model, tokenizer, lm_eval) if lm_eval else None
@@ -210,6 +215,11 @@ def evaluate(
         found.append(Evaluation(name, loss, perplexity, count, used, kv_bytes(name), fast, kl, agreement, tasks))
         del model
     return found
+
+
+def _same(name: str, other: str) -> bool:
+    """Whether two names are one checkpoint."""
+    return name == other or (Path(name).exists() and Path(name).resolve() == Path(other).resolve())
 
 
 def kv_bytes(name: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from pathlib import Path
 
 import pytest
@@ -171,7 +172,11 @@ def test_windows_score_every_token_once() -> None:
 def test_evaluate(folder: Path, tmp_path: Path) -> None:
     """The loss of one window is transformers' own; a model's distance to itself is none."""
     src, text = str(folder / "src"), folder / "text.txt"
-    (found,) = evaluate([src], text, source=src, context=64, tokens=64, speed=False)
+    twin = str(shutil.copytree(src, tmp_path / "twin"))
+    source, found = evaluate([twin], text, source=src, context=64, tokens=64, speed=False)
+    assert (source.model, source.kl, source.agreement) == (src, 0, 1)  # what was lost is seen beside what there was
+    assert source.loss == pytest.approx(found.loss)
+    assert [e.model for e in evaluate([twin, src], text, source=src, tokens=20, speed=False)] == [twin, src]
     model = AutoModelForCausalLM.from_pretrained(src).eval()
     ids = torch.tensor([trained_tokenizer()(text.read_text())["input_ids"][:64]])
     with torch.no_grad():
