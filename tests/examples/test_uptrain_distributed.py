@@ -63,20 +63,25 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
-@pytest.mark.parametrize("how", [DDP, FSDP2], ids=["ddp", "fsdp2"])
-def test_two_processes_train_as_one_does(world, how):
-    if not (world / "one").exists():
-        train(world, ONE, "one")
-    together = "sharded" if how is FSDP2 else "replicated"
-    train(world, how, together)
-    alone, shared = losses(world, "one"), losses(world, together)
-    assert len(alone) == 2 * (6 + 3)
-    assert alone[-2] < alone[0] - 0.05  # they learn something
-    torch.testing.assert_close(torch.tensor(shared), torch.tensor(alone), rtol=0, atol=2e-6)
-    ours, theirs = weights(world / "one"), weights(world / together)
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        torch.testing.assert_close(theirs[name], ours[name], rtol=0, atol=1e-4)
+@pytest.mark.parametrize(
+    ("how", "more"),
+    [(DDP, []), (FSDP2, []), (FSDP2, ["--compile", "true"]), (FSDP2, ["--mode", "lora", "--gradient-checkpointing"])],
+    ids=["ddp", "fsdp2", "fsdp2 compiled", "fsdp2 lora checkpointed"],
+)
+def test_two_processes_train_as_one_does(world, how, more):
+    lora = "lora" in more
+    alone, together = "one-lora" if lora else "one", "two-" + "".join(more).replace("--", "-") + how[1]
+    if not (world / alone).exists():
+        train(world, ONE, alone, *(["--mode", "lora"] if lora else []))
+    train(world, how, together, *more)
+    ours, theirs = losses(world, alone), losses(world, together)
+    assert len(ours) == 2 * (6 + 3)
+    assert ours[-2] < ours[0] - (0.001 if lora else 0.05)  # they learn something
+    torch.testing.assert_close(torch.tensor(theirs), torch.tensor(ours), rtol=0, atol=2e-6)
+    before, after = weights(world / alone), weights(world / together)
+    assert before.keys() == after.keys()
+    for name in before:
+        torch.testing.assert_close(after[name], before[name], rtol=0, atol=1e-4)
 
 
 def test_a_sharded_run_goes_on_bitwise_from_its_checkpoint(world):
