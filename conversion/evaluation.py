@@ -187,7 +187,7 @@ def evaluate(
     if not Path(text).expanduser().is_file():
         raise ConversionError(f"--text: there is no file {text}")
     content = "\n\n".join(documents(str(text), 0))
-    truth = None if source is None else load_causal(source, where, dtype, attention)
+    truth: Any = None if source is None else load_causal(source, where, dtype, attention)
     if source is not None and not any(_same(name, source) for name in models):
         models = [source, *models]  # what was lost is seen beside what there was
     found = Evaluations()
