@@ -57,7 +57,8 @@ def curve(
     options = {
         "model": work / "converted", "teacher": work / args.shape, "dataset": work / "text.jsonl", "output": output,
         "tokens": args.tokens, "sequence-length": args.length, "batch-size": 8, "micro-batch-size": micro, "lr": 1e-3,
-        "ce": 1, "held-out-every": 20, "eval-tokens": 8 * args.length, "eval-every": 10, "checkpoint-every": 0, "precision": precision,
+        "ce": 1, "held-out-every": 20, "eval-tokens": 8 * args.length, "eval-every": 10,
+        "checkpoint-every": 0, "precision": precision,
     }  # fmt: skip
     launch = ["-m", "accelerate.commands.launch", "--config_file", f"examples/accelerate/{config}.yaml"]
     script = ["examples/uptrain.py", *(part for k, v in options.items() for part in (f"--{k}", str(v)))]
