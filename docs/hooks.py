@@ -11,6 +11,8 @@ from hf_attn_patch.conversion.families import FAMILIES, Stack
 from hf_attn_patch.conversion.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
+#: from a line with >>> to the next empty line, or the end of the docstring
+DOCTEST = re.compile(r'^( *)>>> .*(?:\n\1(?!""")(?=.*\S).*)*', re.MULTILINE)
 
 
 def on_startup(**_: Any) -> None:
@@ -21,8 +23,9 @@ def on_startup(**_: Any) -> None:
     shutil.copytree(ROOT / "hf_attn_patch", target, ignore=skip)
     for folder in ("modeling", "conversion"):
         shutil.copytree(ROOT / folder, target / folder, ignore=skip)
-    for path in target.rglob("*.py"):  # docstrings have Sphinx's :class:`X`, which Markdown would print as it stands
-        path.write_text(re.sub(r":[a-z]+:`~?([^`]+)`", r"`\1`", path.read_text(encoding="utf-8")), encoding="utf-8")
+    for path in target.rglob("*.py"):  # what docstrings have that Markdown would print as it stands, or quote
+        text = re.sub(r":[a-z]+:`~?([^`]+)`", r"`\1`", path.read_text(encoding="utf-8"))  # Sphinx's :class:`X`
+        path.write_text(DOCTEST.sub(r"\1```pycon\n\g<0>\n\1```", text), encoding="utf-8")
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
