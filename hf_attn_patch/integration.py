@@ -77,7 +77,9 @@ def attention_forward(
             **kwargs,
         )
     tracing = torch.compiler.is_compiling()
-    weights = bool(output_attentions) or (_active_collector.get() is not None and _weights_are_collected())
+    weights = bool(output_attentions) or (
+        (_may_be_collected(module) if tracing else _active_collector.get() is not None) and _weights_are_collected()
+    )
     name = module.__dict__.get(BACKEND_ATTRIBUTE)
     call: Any = None
     if attention_mask is None and position_bias is None and cu_seq_lens_q is None and not tracing:
@@ -159,6 +161,12 @@ def _refuse_unknown(module: torch.nn.Module, kwargs: dict[str, Any]) -> None:
                 f"{type(module).__name__} passes {name!r}, which selects or weighs keys in a way that hf_attn_patch "
                 'does not know; load this model with attn_implementation="eager"'
             )
+
+
+def _may_be_collected(module: torch.nn.Module) -> bool:
+    """While tracing: whether to look for a collector. Outside the forward that opens one, dynamo cannot look (it breaks
+    the graph at each layer); there only hooks can collect, and they break it themselves."""
+    return bool(_active_collector.compiling or module._forward_hooks)
 
 
 def _weights_are_collected() -> bool:

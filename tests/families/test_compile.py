@@ -37,6 +37,24 @@ def test_forward_in_one_graph(name: str, padding: str) -> None:
     assert_close(gradients(model, found), gradients(eager, wanted), rtol=2e-5)
 
 
+def test_layers_compiled_one_by_one() -> None:
+    """No layer breaks its graph to look for somebody who collects weights; and who asks for them still gets them."""
+    inputs = {"input_ids": torch.arange(12).reshape(2, 6) + 3, "use_cache": False}
+    model, eager = build("llama", IMPLEMENTATION), pair("llama")[1]
+    with torch.no_grad():
+        for fullgraph in (
+            True,
+            False,
+        ):  # False: the hooks break the graph, on any attention
+            for layer in model.model.layers:
+                layer.compile(fullgraph=fullgraph, backend="eager")
+            torch.testing.assert_close(model(**inputs).logits, eager(**inputs).logits, atol=1e-5, rtol=1e-5)
+        found, wanted = (m(**inputs, output_attentions=True).attentions for m in (model, eager))
+    assert len(found) == len(wanted) > 0
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
 def _generate(model: Any, prompt: dict[str, torch.Tensor], **kwargs: Any) -> torch.Tensor:
     options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "cache_implementation": "static"}
     return model.generate(**prompt, **options, **kwargs)

@@ -196,7 +196,7 @@ COMPILED = ("gpt2", "gpt_neox", "bert", "bloom", "gpt_neo", "vit")
     [pytest.param(c, id=c.stock, marks=() if c.stock in COMPILED else pytest.mark.slow) for c in CASES],
 )
 def test_compiles_as_one_graph(case):
-    model = case.make(2)
+    model = case.make(2, "hf_attn_patch")
     feed = case.inputs(padding="right" if case.kind in ("causal", "encoder") else None)
     want = output(model, feed)
     torch._dynamo.reset()
