@@ -28,6 +28,7 @@ from .engine import from_heads, to_heads
 from .errors import ConversionError
 from .layerwise import Block, Side, caller, load, sides
 from .layouts import AttentionWeights
+from .loadcheck import device_named
 from .moments import Moments
 from .pairs import text_pairs
 from .planner import Plan, Unit
@@ -65,7 +66,7 @@ class Calibrated:
     ) -> None:
         refuse(plan)
         self.plan, self.refit = plan, refit
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = device_named(device)
         self.aligned = Aligned(plan, group or "adjacent")
         self.units = {unit.layer.prefix: unit for unit in plan.units}
         self.original = load(plan)
@@ -77,7 +78,7 @@ class Calibrated:
             str(calibrate),
             tokens=calibration_tokens,
             length=calibration_length,
-            longest=longest(plan, PAIR_LENGTH if both else LENGTH if causal else ENCODER_LENGTH),
+            longest=longest(plan, PAIR_LENGTH if both else LENGTH if causal else ENCODER_LENGTH, calibration_length),
             seed=plan.seed,
             whole=not causal,
         )
@@ -306,10 +307,16 @@ def tokenizer_of(plan: Plan) -> Any:
         raise ConversionError(f"--calibrate: {error}; put the tokenizer's files beside the weights") from None
 
 
-def longest(plan: Plan, at_most: int) -> int:
-    """Tokens of a calibration sequence: what the model can read, and no more than ``at_most``."""
-    limit = getattr(plan.text_config, "max_position_embeddings", None) or at_most
-    return min(at_most, max(2, int(limit) - 2))
+def longest(plan: Plan, at_most: int, asked: int | None = None) -> int:
+    """Tokens of a calibration sequence: what the model can read, and no more than ``at_most``.
+
+    Raises:
+        ConversionError: ``asked`` is more than that, or nothing.
+    """
+    limit = getattr(plan.text_config, "max_position_embeddings", None)
+    if asked is not None and (asked < 2 or (limit and asked > limit)):
+        raise ConversionError(f"--calibration-length {asked}: give 2 or more" + f", at most {limit}" * bool(limit))
+    return min(at_most, max(2, int(limit or at_most) - 2))
 
 
 def on(weights: AttentionWeights, device: torch.device) -> AttentionWeights:

@@ -23,7 +23,7 @@ from .errors import ConversionError
 from .harness import import_lm_eval, run_lm_eval, task_names
 from .hub import resolve
 from .inspection import inspect_source
-from .loadcheck import quiet
+from .loadcheck import device_named, quiet
 from .report import html_table, human, table
 
 
@@ -183,7 +183,7 @@ def evaluate(
     if lm_eval:
         import_lm_eval()
         task_names(lm_eval)
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    where = device_named(device)
     if not Path(text).expanduser().is_file():
         raise ConversionError(f"--text: there is no file {text}")
     content = "\n\n".join(documents(str(text), 0))

@@ -64,7 +64,7 @@ class Method:
             if name not in known:
                 raise ConversionError(
                     f"method {self.name!r} has no option --{name.replace('_', '-')} ({value!r})"
-                    + ("; --calibrate TEXT asks for method calibrated" if self.name == "aligned" else "")
+                    + ("; a calibration text is for method calibrated" if name.startswith("calibrat") else "")
                 )
             known[name] = value
         return known

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from hf_attn_patch.conversion import ConversionError, calibrated, convert
+from hf_attn_patch.conversion import ConversionError, calibrated, convert, evaluate
 from hf_attn_patch.conversion.calibration_text import calibration_ids, typical_length
 from hf_attn_patch.conversion.moments import Moments
 from tiny import python_sources, save_tiny, tiny_llama, trained_tokenizer
@@ -241,6 +241,24 @@ def test_tokenizers_that_are_not_the_models(tmp_path: Path) -> None:
     with pytest.raises(ConversionError, match="tokenizer"):
         convert(src, tmp_path / "dst", 2, calibrate=str(tmp_path / "text.txt"))
     assert not (tmp_path / "dst").exists()
+
+
+@pytest.mark.parametrize("length", [1, 0, -5, 257, 100_000])
+def test_sequences_that_the_model_cannot_read(length: int, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("\n".join(DOCUMENTS))
+    src = save_tiny(tmp_path / "src", tiny_llama(4))
+    with pytest.raises(ConversionError, match="give 2 or more, at most 256"):
+        convert(src, tmp_path / "dst", 2, calibrate=str(tmp_path / "text.txt"), calibration_length=length)
+
+
+@pytest.mark.parametrize("name", ["nonsense", "cuda:99"])
+def test_devices_that_are_not_here(name: str, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("\n".join(DOCUMENTS))
+    src = save_tiny(tmp_path / "src", tiny_llama(4))
+    with pytest.raises(ConversionError, match=f"--device {name} cannot be used here"):
+        convert(src, tmp_path / "dst", 2, calibrate=str(tmp_path / "text.txt"), device=name)
+    with pytest.raises(ConversionError, match=f"--device {name} cannot be used here"):
+        evaluate([src], tmp_path / "text.txt", device=name)
 
 
 MEASURE = """
