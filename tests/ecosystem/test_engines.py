@@ -69,17 +69,38 @@ def test_llama_cpp_knows_every_tensor(family: str, tmp_path: Path) -> None:
     assert config["num_key_value_heads"] == HKV  # becomes attention.head_count_kv
 
 
+def permuted(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """LlamaModel.permute of the converter: rows of each head, its halves in turns. [heads * D, E]."""
+    return weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
+
+
+def rope(x: torch.Tensor, theta: float, interleaved: bool) -> torch.Tensor:
+    """[S, heads, D] turned by position: pairs (j, j + D/2) as transformers does, or (2j, 2j + 1) as llama.cpp does."""
+    S, _, D = x.shape
+    angle = torch.arange(S)[:, None] * theta ** (-torch.arange(0, D, 2) / D)
+    pairs = x.unflatten(-1, (-1, 2)) if interleaved else x.unflatten(-1, (2, -1)).transpose(-1, -2)
+    turned = torch.view_as_complex(pairs.contiguous()) * torch.polar(torch.ones_like(angle), angle)[:, None]
+    return torch.view_as_real(turned).flatten(-2)  # scores do not depend on the order of the pairs
+
+
 @works_with("llama.cpp", "RoPE's order of rows, turned KV head by KV head", "convert_hf_to_gguf.py")
-def test_llama_cpp_permutes_the_grouped_heads(tmp_path: Path) -> None:
-    """Its LlamaModel.permute takes k_proj apart into num_key_value_heads heads and interleaves their halves."""
+def test_llama_cpp_turns_the_grouped_heads_right(tmp_path: Path) -> None:
+    """It permutes k_proj by num_key_value_heads of the config; its RoPE on that gives the scores of transformers'."""
     config, tensors = converted("llama", tmp_path)
-    weight = tensors["model.layers.0.self_attn.k_proj.weight"]
-    heads, D = config["num_key_value_heads"], config["hidden_size"] // config["num_attention_heads"]
-    turned = weight.reshape(heads, 2, weight.shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(weight.shape)
-    for h in range(heads):
-        halves = weight[h * D : (h + 1) * D].chunk(2)
-        assert torch.equal(turned[h * D : (h + 1) * D : 2], halves[0])
-        assert torch.equal(turned[h * D + 1 : (h + 1) * D : 2], halves[1])
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    theta = config["rope_parameters"]["rope_theta"]
+    q, k = (tensors[f"model.layers.0.self_attn.{name}_proj.weight"].float() for name in "qk")
+    x = torch.randn(7, config["hidden_size"], generator=torch.Generator().manual_seed(0))
+
+    def scores(q: torch.Tensor, k: torch.Tensor, interleaved: bool) -> torch.Tensor:
+        queries = rope((x @ q.T).unflatten(-1, (heads, -1)), theta, interleaved)
+        keys = rope((x @ k.T).unflatten(-1, (kv_heads, -1)), theta, interleaved)
+        return torch.einsum("qhd,khd->hqk", queries, keys.repeat_interleave(heads // kv_heads, 1))
+
+    want = scores(q, k, interleaved=False)
+    torch.testing.assert_close(scores(permuted(q, heads), permuted(k, kv_heads), interleaved=True), want)
+    wrong = scores(permuted(q, heads), permuted(k, 2 * kv_heads), interleaved=True)  # another number of heads
+    assert not torch.allclose(wrong, want, rtol=0.1)
 
 
 @works_with("torchao", "a quantized source is refused in one sentence", "hf-attn convert QUANTIZED DST --kv-heads 8")
