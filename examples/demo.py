@@ -138,8 +138,10 @@ def run(command: list[str], shown: list[str], to: Path | None = None) -> None:
     typed = shlex.join(shown) + (f" > {shlex.quote(str(to))}" if to else "")
     print(f"$ {typed}", flush=True)
     quiet = {"TOKENIZERS_PARALLELISM": "true", "HF_HUB_OFFLINE": "1"}  # everything is here already
+    # threads that wait spinning, the default, are many times slower as soon as something else runs on the machine too
+    patient = {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive")}
     with to.open("w") if to else contextlib.nullcontext() as file:
-        done = subprocess.run(command, env={**os.environ, **quiet}, check=False, stdout=file)
+        done = subprocess.run(command, env={**os.environ, **quiet, **patient}, check=False, stdout=file)
     if done.returncode:
         sys.exit(f"demo: this failed: {typed}")
 
