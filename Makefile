@@ -56,8 +56,9 @@ docs: $(VENV)/.ready  ## build the documentation, warnings as errors
 works-with: $(VENV)/.tools  ## run the works-with tests and write docs/works-with.md
 	$(WITH_TOOLS) $(VENV)/bin/python docs/works_with.py
 
-families-tested: $(VENV)/.tools  ## run the tests of modeling/ and write docs/families-tested.md
+families-tested: $(VENV)/.tools  ## run the tests of modeling/ and write docs/families-tested.md and the README's table
 	$(WITH_TOOLS) $(VENV)/bin/python tests/modeling/family_table.py > $@.tmp && mv $@.tmp docs/families-tested.md
+	$(VENV)/bin/python tests/modeling/family_table.py --readme
 
 gpu:  ## the tests that need a CUDA device, with the Python at hand
 	$(PYTHON) -m pytest -m gpu

@@ -2,6 +2,7 @@
 
     make families-tested                       # runs the tests of this folder, and writes the page
     python tests/modeling/family_table.py *.xml > docs/families-tested.md   # from runs with --junitxml=report.xml
+    python tests/modeling/family_table.py --readme                          # the page's table into the README
 
 A cell says "yes" if every test of that family and column passed, "NO" if one failed, "-" where there is none.
 """
@@ -36,7 +37,23 @@ COLUMNS = {
 }
 
 
+def table_of(text: str) -> str:
+    """The table about families in a page."""
+    return text[text.index("| family |") :].partition("\n\n")[0].strip()
+
+
+def into_readme() -> None:
+    """Put the page's table where the README has one."""
+    root = FOLDER.parents[1]
+    readme, page = root / "README.md", root / "docs" / "families-tested.md"
+    text = readme.read_text(encoding="utf-8")
+    readme.write_text(text.replace(table_of(text), table_of(page.read_text(encoding="utf-8"))), encoding="utf-8")
+
+
 def main() -> None:
+    if sys.argv[1:] == ["--readme"]:
+        into_readme()
+        return
     with tempfile.TemporaryDirectory() as folder:
         reports = [Path(name) for name in sys.argv[1:]] or [Path(folder) / "report.xml"]
         if len(sys.argv) == 1:
