@@ -86,7 +86,7 @@ def plan(heads: int, tiles: int, slots: int, tuning: Tuning, varlen: bool) -> tu
     if chunk < tiles:  # a cut that follows the heads spares a worker its second head, where it costs next to nothing
         even = -(-tiles // -(-tiles // chunk))
         rounds = -(-(heads * (tiles // even)) // slots)
-        if tiles % even == 0 and rounds * even <= chunk * 1.03:
+        if even >= tuning.least and tiles % even == 0 and rounds * even <= chunk * 1.03:
             chunk = even
     if chunk % tiles == 0 and tuning.direct is None:
         return False, heads, 0

@@ -8,7 +8,7 @@ import interpreter
 import pytest
 import torch
 from conformance import assert_conforms
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("triton")
@@ -243,6 +243,7 @@ def test_any_shape(B: int, HKV: int, G: int, Sq: int, Sk: int, data: st.DataObje
 
 
 @given(heads=st.integers(1, 600), tiles=st.integers(0, 3000), slots=st.integers(1, 600), least=st.integers(1, 16))
+@example(heads=1, tiles=70, slots=5, least=15)  # a cut that follows the head would be shorter than the least
 def test_plan_covers_every_tile(heads: int, tiles: int, slots: int, least: int) -> None:
     split, workers, chunk = plan(heads, tiles, slots, Tuning(least=least), varlen=False)
     if split:
