@@ -232,13 +232,13 @@ class GrowingMixin:
         if tokens_to_remove <= 0 and not self.is_initialized:
             return
         room = self._held()
-        shared = room is not None and room.shared()
         super().crop(tokens_to_remove)  # type: ignore[misc]
         if room is not None and self._held() is None:
+            room.views = self.keys, self.values  # lets the old ones go: they count if somebody holds them
             offset = self.keys.storage_offset() - room.buffers[0].storage_offset()
             start = offset // room.buffers[0].stride(2)
             # whoever kept a view of the removed states must not see them overwritten
-            if shared:
+            if room.shared():
                 self._room = None
             else:
                 self._keep(room, start, start + self.keys.shape[2])
