@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .decode_line import LN2, LOG2E, key_range, line_of, lse_offset, tiles_of
 
@@ -43,7 +43,7 @@ def decode_kernel(
     BLOCK_DV: tl.constexpr, BLOCK_B: tl.constexpr, M_TILES: tl.constexpr, SPLIT: tl.constexpr, CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_END: tl.constexpr, MASK: tl.constexpr,
     BIAS: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_LSE: tl.constexpr, PAGED: tl.constexpr, LAZY_SUM: tl.constexpr,
-    EVICT: tl.constexpr, PDL: tl.constexpr, PRECISION: tl.constexpr,
+    EVICT: tl.constexpr, PDL: tl.constexpr, EARLY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Attention of a query tile over a worker's tiles of keys.
 
@@ -53,6 +53,10 @@ def decode_kernel(
     pid = tl.program_id(0)
     worker = pid // M_TILES
     m_tile = pid % M_TILES
+    if PDL == 2:
+        gdc_launch_dependents()
+    if EARLY:
+        gdc_wait()
 
     if SPLIT:
         n, upto, total, chunk = line_of(
@@ -191,7 +195,7 @@ def decode_kernel(
                 v = tl.load(v_rows[:, None] + offs_dv[None, :], mask=v_mask, other=0.0, eviction_policy=EVICT)
             acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
 
-        if PDL:  # noqa: SIM102 (a constant). The merge may be set up while the last results are written
+        if PDL == 1:  # noqa: SIM102 (a constant). The merge may be set up while the last results are written
             if tile + count >= stop:
                 gdc_launch_dependents()
         if LAZY_SUM:

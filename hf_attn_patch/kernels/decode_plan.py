@@ -37,7 +37,8 @@ class Tuning:
     direct: bool | None = None
     lazy_sum: bool = True
     evict: str = ""
-    pdl: bool = True
+    pdl: int = 1
+    early: bool = False
     registers: int | None = None
 
 
