@@ -16,112 +16,7 @@ from transformers.cache_utils import (
     LinearAttentionAndSlidingWindowAttentionLayer,
 )
 
-ROUND_TO = 256  # capacities are multiples of this many keys
-
-
-def _capacity(needed: int, growth: float, expected: int | None, limit: int | None = None) -> int:
-    """Keys to make room for when ``needed`` must fit: more by ``growth``, but not past what is known to be enough."""
-    target = max(needed, int(needed * growth))
-    for bound in (expected, limit):
-        if bound is not None and needed <= bound:
-            target = min(target, bound)
-    return -(-target // ROUND_TO) * ROUND_TO
-
-
-def _buffer(old: Tensor, like: Tensor, capacity: int) -> Tensor:
-    """A buffer ``[B, HKV, capacity, D]`` that starts with ``old [B, HKV, S, D]``; the rest is left as it comes."""
-    B, H, _, D = like.shape
-    buffer = like.new_empty(B, H, capacity, D)
-    if old.numel():
-        buffer.narrow(2, 0, old.shape[2]).copy_(old)
-    return buffer
-
-
-def _holders(tensor: Tensor) -> int:
-    """How many tensors share this one's memory, itself included (the storage object made to ask counts too)."""
-    count: int = torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)  # type: ignore[attr-defined]
-    return count - 1
-
-
-def _in_place_allowed() -> bool:
-    """False where an in-place write would disturb a graph: autograd counts a write as a change of every view of the
-    buffer, and a compiled graph would bake in the position. There the layers concatenate, as ``DynamicLayer`` does."""
-    return not (torch.is_grad_enabled() or torch.compiler.is_compiling())
-
-
-class _Room:
-    """K and V buffers ``[B, HKV, capacity, D]``, and the views of ``[start, end)`` that a layer's states are."""
-
-    __slots__ = ("buffers", "capacity", "end", "geometry", "inference", "recorded", "shapes", "start", "views")
-
-    def __init__(self, buffers: tuple[Tensor, Tensor], start: int, end: int) -> None:
-        self.buffers = buffers
-        self.capacity = buffers[0].shape[2]
-        self.inference = buffers[0].is_inference()
-        self.geometry = tuple((*b.shape[:2], b.shape[3], b.stride(), b.storage_offset()) for b in buffers)
-        self.shapes: tuple[torch.Size, torch.Size] | None = None  # of the states that were appended last
-        self.recorded = False  # a recorded step writes to this memory: better to stay in it
-        self.keep(start, end)
-
-    def span(self, start: int, end: int) -> tuple[Tensor, Tensor]:
-        """Views of ``[start, end)``; ``as_strided`` takes half of the time of ``narrow``, and this runs per token."""
-        (k, v), ((kB, kH, kD, k_stride, k_offset), (vB, vH, vD, v_stride, v_offset)) = self.buffers, self.geometry
-        return (
-            k.as_strided((kB, kH, end - start, kD), k_stride, k_offset + start * kD),
-            v.as_strided((vB, vH, end - start, vD), v_stride, v_offset + start * vD),
-        )
-
-    def keep(self, start: int, end: int) -> tuple[Tensor, Tensor]:
-        self.start, self.end, self.views = start, end, self.span(start, end)
-        return self.views
-
-    def write(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Behind ``end``, which moves."""
-        end = self.end + key_states.shape[2]
-        keys, values = self.span(self.end, end)
-        keys.copy_(key_states)
-        values.copy_(value_states)
-        self.end, self.shapes = end, (key_states.shape, value_states.shape)
-
-    def has_room(self, new: int) -> bool:
-        """A buffer made under inference_mode may not be written outside of it."""
-        return self.end + new <= self.capacity and (not self.inference or torch.is_inference_mode_enabled())
-
-    def takes(self, key_states: Tensor, value_states: Tensor) -> bool:
-        """A quick yes for states like the last ones, which is what decoding appends."""
-        k, v = self.buffers
-        return (
-            self.shapes is not None
-            and key_states.shape == self.shapes[0]
-            and value_states.shape == self.shapes[1]
-            and key_states.dtype == k.dtype
-            and value_states.dtype == v.dtype
-            and key_states.device == k.device
-            and self.has_room(key_states.shape[2])
-        )
-
-    def move_to_front(self, stored: int) -> bool:
-        """Move the ``stored`` keys in use to the front of the same buffers, if that makes room and disturbs nobody."""
-        if self.start == 0 or self.shared():
-            return False
-        for buffer in self.buffers:
-            kept = buffer[:, :, self.start : self.end]
-            buffer[:, :, :stored].copy_(kept.clone() if self.start < stored else kept)
-        self.start, self.end = 0, stored
-        return True
-
-    def reorder(self, rows: Tensor) -> bool:
-        """Put the batch's ``rows [B]`` in this order, in the same buffers, if that is allowed and disturbs nobody."""
-        if len(rows) != self.geometry[0][0] or not _in_place_allowed() or not self.has_room(0) or self.shared():
-            return False
-        for buffer in self.buffers:
-            kept = buffer[:, :, self.start : self.end]
-            kept.copy_(kept.index_select(0, rows.to(buffer.device)))
-        return True
-
-    def shared(self) -> bool:
-        """True if someone holds a view of the buffers besides the layer."""
-        return any(_holders(buffer) > 2 for buffer in self.buffers)
+from .cache_room import ROUND_TO, Room, buffer_from, capacity_for, in_place_allowed
 
 
 class GrowingMixin:
@@ -129,20 +24,20 @@ class GrowingMixin:
 
     growth: float = 1.25
     expected_length: int | None = None
-    _room: _Room | None = None
+    _room: Room | None = None
 
     keys: Any
     values: Any
     is_initialized: bool
 
-    def _held(self) -> _Room | None:
+    def _held(self) -> Room | None:
         """The room, if ``keys`` and ``values`` are still the views made of it (nobody replaced or moved them)."""
         room = self._room
         if room is not None and self.keys is room.views[0] and self.values is room.views[1]:
             return room
         return None
 
-    def _keep(self, room: _Room, start: int, end: int) -> tuple[Tensor, Tensor]:
+    def _keep(self, room: Room, start: int, end: int) -> tuple[Tensor, Tensor]:
         """Make ``[start, end)`` of the room the layer's states."""
         self._room = room
         self.keys, self.values = views = room.keep(start, end)
@@ -163,13 +58,13 @@ class GrowingMixin:
                 return False
         return True
 
-    def _append(self, key_states: Tensor, value_states: Tensor, limit: int | None = None) -> _Room | None:
+    def _append(self, key_states: Tensor, value_states: Tensor, limit: int | None = None) -> Room | None:
         """Write ``[B, HKV, S, D]`` states behind the stored ones; the room that now holds both.
 
-        None, with nothing changed, where only concatenation is right: see :func:`_in_place_allowed` and :meth:`_fits`,
+        None, with nothing changed, where only concatenation is right: see :func:`in_place_allowed` and :meth:`_fits`,
         or if more than ``limit`` keys would have to fit.
         """
-        if not _in_place_allowed():
+        if not in_place_allowed():
             return None
         room, new = self._held(), key_states.shape[2]
         if room is None or not room.takes(key_states, value_states):
@@ -183,20 +78,20 @@ class GrowingMixin:
         room.write(key_states, value_states)
         return room
 
-    def _new_room(self, like_keys: Tensor, like_values: Tensor, stored: int, limit: int | None) -> _Room:
+    def _new_room(self, like_keys: Tensor, like_values: Tensor, stored: int, limit: int | None) -> Room:
         """Larger buffers that start with the stored states and have room for one more ``like`` them."""
-        capacity = _capacity(stored + like_keys.shape[2], self.growth, self.expected_length, limit)
-        buffers = (_buffer(self.keys, like_keys, capacity), _buffer(self.values, like_values, capacity))
-        return _Room(buffers, 0, stored)
+        capacity = capacity_for(stored + like_keys.shape[2], self.growth, self.expected_length, limit)
+        buffers = (buffer_from(self.keys, like_keys, capacity), buffer_from(self.values, like_values, capacity))
+        return Room(buffers, 0, stored)
 
     def _limit(self) -> int | None:
         """The most keys that are ever kept in the buffers."""
         return None
 
-    def reserve(self) -> _Room | None:
+    def reserve(self) -> Room | None:
         """The room behind the stored states, with space for one token that someone else writes; None if there is none
         to be had in place."""
-        if not _in_place_allowed() or not self.is_initialized or self.keys.dim() != 4 or not self.keys.numel():
+        if not in_place_allowed() or not self.is_initialized or self.keys.dim() != 4 or not self.keys.numel():
             return None
         room = self._held()
         if room is None or not room.has_room(1):
@@ -256,7 +151,7 @@ class GrowingMixin:
         except BaseException:
             self.keys, self.values = room.views
             raise
-        self._keep(_Room((self.keys, self.values), room.start, room.end), room.start, room.end)
+        self._keep(Room((self.keys, self.values), room.start, room.end), room.start, room.end)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         room = self._held()

@@ -25,7 +25,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from hf_attn_patch import cache_layers
+from hf_attn_patch import cache_room
 from hf_attn_patch.cache import GrowingCache, use_growing_cache
 from hf_attn_patch.cache_layers import GrowingMixin
 
@@ -156,8 +156,8 @@ def test_assisted_decoding(monkeypatch: pytest.MonkeyPatch, family: str) -> None
     expected, _ = generate(model, 1)
     for generator in (model, assistant):
         use_growing_cache(generator)
-    init, rooms = cache_layers._Room.__init__, []
-    monkeypatch.setattr(cache_layers._Room, "__init__", lambda *args: (rooms.append(1), init(*args))[1])
+    init, rooms = cache_room.Room.__init__, []
+    monkeypatch.setattr(cache_room.Room, "__init__", lambda *args: (rooms.append(1), init(*args))[1])
     tokens, cache = generate(model, 1, assistant_model=assistant)
     assert_growing(cache)
     assert len(rooms) == 4  # one a layer and model: what is taken back leaves its room to what follows
