@@ -21,12 +21,10 @@ import argparse
 import json
 import math
 import multiprocessing
-import os
 import sys
 import time
-from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,289 +32,11 @@ if __name__ == "__main__":  # see benchmarks/__init__.py
     sys.path[0] = str(Path(__file__).parents[1])
 
 import torch
-from hf_attn_patch.conversion.align import merge_aligned
-from hf_attn_patch.conversion.aligned import permuted
-from hf_attn_patch.conversion.families import Stack
-from hf_attn_patch.conversion.group import pair_losses, similar_order
-from hf_attn_patch.conversion.heads import LayerAttention, stack_layers
-from hf_attn_patch.conversion.layouts import AttentionWeights
-from hf_attn_patch.conversion.pool import first_of, mean_of
-from hf_attn_patch.conversion.refit import RefitRecipe, refit
-from transformers import LlamaForCausalLM
 
-from benchmarks.code_lm import FULL, SMALL, Corpus, Recipe, Size, autocast, corpus, forward, held_out_loss, train
+from benchmarks.code_lm import FULL, SMALL, Size, corpus
+from benchmarks.quality_methods import METHODS, RECIPES, varied
 from benchmarks.quality_report import best_recipe, report
-
-DATA_SEED = 1000  # of the uptraining text; the base model's is its own seed
-
-
-@dataclass(frozen=True)
-class Conversion:
-    """A conversion by name: how heads are merged, on what text, and what is fitted after."""
-
-    merge: str  # mean | first | random | aligned
-    calibrated: bool = False
-    refit: RefitRecipe | None = None
-    tokens: int = 500_000  # calibration text; at most 1% of the pretraining tokens
-    similar: bool = False  # heads grouped by what they lose together
-
-
-METHODS = {
-    "random": Conversion("random"),
-    "first": Conversion("first"),
-    "mean": Conversion("mean"),
-    "aligned": Conversion("aligned"),
-    "calibrated": Conversion("aligned", True),
-    "similar": Conversion("aligned", True, similar=True),
-    "mean+refit": Conversion("mean", False, RefitRecipe()),
-    "calibrated+refit": Conversion("aligned", True, RefitRecipe()),
-}
-
-#: how models are uptrained: tokens and the loss are filled in
-RECIPES = {
-    "plain": Recipe(0, 16_384, 5e-4, warmup=0.1),
-}
-
-
-def varied(text: str, known: dict[str, Any]) -> Any:
-    """``NAME:field=value:...``: an entry of ``known`` with fields of its own, or of its refit, changed."""
-    name, *changes = text.split(":")
-    found = known[name]
-    for change in changes:
-        key, value = change.split("=")
-        refitted = getattr(found, "refit", None)
-        owner = found if hasattr(found, key) else refitted
-        old = getattr(owner, key)
-        new = value == "True" if isinstance(old, bool) else type(old)(float(value) if isinstance(old, int) else value)
-        found = (
-            replace(found, **{key: new}) if owner is found else replace(found, refit=replace(refitted, **{key: new}))
-        )
-    return found
-
-
-def heads_of(attention: torch.nn.Module, layer: LayerAttention) -> AttentionWeights:
-    """The projections of a Llama attention module, head by head."""
-    D = layer.head_dim
-    q, k, v = (getattr(attention, n).weight.detach().unflatten(0, (-1, D)) for n in ("q_proj", "k_proj", "v_proj"))
-    return AttentionWeights(
-        layer, q=q, k=k, v=v, o=attention.o_proj.weight.detach().unflatten(1, (-1, D)).transpose(0, 1)
-    )
-
-
-@torch.no_grad()
-def moments(model: LlamaForCausalLM, ids: torch.Tensor) -> list[torch.Tensor]:
-    """E[x x^T] of what every layer's attention reads, x extended by 1; fp64 sums."""
-    E = model.config.hidden_size
-    sums = [torch.zeros(E + 1, E + 1, dtype=torch.float64, device=ids.device) for _ in model.model.layers]
-    hooks = []
-    for total, layer in zip(sums, model.model.layers, strict=True):
-
-        def add(_m: Any, _args: Any, kwargs: dict[str, Any], total: torch.Tensor = total) -> None:
-            x = kwargs["hidden_states"].flatten(0, -2).float()
-            x = torch.cat([x, torch.ones_like(x[:, :1])], 1)
-            total += (x.T @ x).double()
-
-        hooks.append(layer.self_attn.register_forward_pre_hook(add, with_kwargs=True))
-    for block in ids.split(16):
-        with autocast(ids.device):
-            model.model(input_ids=block, use_cache=False)
-    for hook in hooks:
-        hook.remove()
-    return [total / ids.numel() for total in sums]
-
-
-def convert(model: LlamaForCausalLM, kv_heads: int, how: Conversion, ids: torch.Tensor, seed: int) -> LlamaForCausalLM:
-    """A copy of ``model`` with ``kv_heads`` KV heads; ``ids`` [N, S] is the calibration text."""
-    config = replace_config(model, kv_heads)
-    student = LlamaForCausalLM(config).to(ids.device).eval()
-    state = model.state_dict()
-    student.load_state_dict({k: v for k, v in state.items() if ".k_proj" not in k and ".v_proj" not in k}, strict=False)
-    known = moments(model, ids) if how.calibrated else [None] * len(model.model.layers)
-    layers = [replace(x, new_kv_heads=kv_heads) for x in stack_layers(Stack(), model.config, "the base model")]
-    generator = torch.Generator().manual_seed(seed)
-    for new, old, layer, moment in zip(student.model.layers, model.model.layers, layers, known, strict=True):
-        weights = heads_of(old.self_attn, layer)
-        if how.similar:
-            weights = permuted(weights, similar_order(pair_losses(weights, moment=moment), kv_heads))
-        assert weights.k is not None
-        assert weights.v is not None
-        if how.merge == "aligned":
-            weights = merge_aligned(weights, moment=moment)
-        elif how.merge == "random":
-            shape = (kv_heads, *weights.k.shape[1:])
-            drawn = [torch.randn(shape, generator=generator).to(weights.k) * 0.02 for _ in range(2)]
-            weights = replace(weights, k=drawn[0], v=drawn[1])
-        else:
-            pool = mean_of if how.merge == "mean" else first_of
-            weights = replace(weights, k=pool(weights.k, layer.merged), v=pool(weights.v, layer.merged))
-        with torch.no_grad():
-            for name in "qkv":
-                getattr(new.self_attn, f"{name}_proj").weight.copy_(getattr(weights, name).flatten(0, 1))
-            new.self_attn.o_proj.weight.copy_(weights.o.transpose(0, 1).flatten(1))
-    if how.refit:
-        refit(
-            model,
-            student.model.layers,
-            model.model.layers,
-            ids,
-            how.refit,
-            trained=lambda layer: list(layer.self_attn.parameters()),
-            autocast=lambda: autocast(ids.device),
-            noise=1e-5 if ids.is_cuda else 1e-10,
-        )
-    return student
-
-
-def replace_config(model: LlamaForCausalLM, kv_heads: int) -> Any:
-    config = type(model.config).from_dict(model.config.to_dict())
-    config.num_key_value_heads = kv_heads
-    return config
-
-
-def weights_file(cache: Path, size: Size, *parts: object) -> Path:
-    """Where a base model ("base", seed) or a converted one ("student", seed, KV heads, method) is kept."""
-    name = "-".join(str(p) for p in (f"{size.hidden}x{size.layers}-{size.tokens}", *parts))
-    return cache / (name.replace("+", "_").replace(":", "_") + ".pt")
-
-
-class Bench:
-    """One process's work: holds the corpus, trains, converts, uptrains. Weights are passed on as files."""
-
-    def __init__(self, size: Size, cache: Path, device: str, compiled: bool) -> None:
-        self.size, self.cache, self.device = size, cache, torch.device(device)
-        self.compiled = compiled
-        torch.set_float32_matmul_precision("high")
-        torch._dynamo.config.recompile_limit = 64
-        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "4")  # in each of several workers
-        torch._dynamo.config.automatic_dynamic_shapes = False  # few shapes, each worth a graph of its own
-        if self.device.type == "cpu":
-            torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-        self.data: Corpus = corpus(size, cache, log=lambda text: print(text, flush=True)).to(self.device)
-
-    def file(self, *parts: object) -> Path:
-        return weights_file(self.cache, self.size, *parts)
-
-    def load(self, file: Path, kv_heads: int | None = None) -> LlamaForCausalLM:
-        config = self.size.config()
-        config.num_key_value_heads = kv_heads or self.size.heads
-        model = LlamaForCausalLM(config)
-        model.load_state_dict(torch.load(file, map_location="cpu"))
-        return model.to(self.device).eval()
-
-    def compile(self, model: LlamaForCausalLM, batch_tokens: int) -> None:
-        """Compile the layers (one graph serves all of them) if asked for and if this machine can."""
-        if not self.compiled:
-            return
-        for layer in model.model.layers:
-            layer.compile()
-        rows = max(1, batch_tokens // self.size.seq)
-        ids = self.data.train[: rows * self.size.seq].long().view(rows, -1)
-        model.train()
-        try:
-            with autocast(self.device):
-                forward(model, ids)[0].float().mean().backward()
-        except Exception as error:  # the compiler raises anything; the work goes on without it
-            print(f"not compiled: {type(error).__name__}: {str(error)[:300]}", flush=True)
-            self.uncompile(model)
-            self.compiled = False
-        model.zero_grad(set_to_none=True)
-
-    def uncompile(self, model: LlamaForCausalLM) -> None:
-        for layer in model.model.layers:
-            layer._compiled_call_impl = None
-
-    def loss(self, model: LlamaForCausalLM) -> float:
-        return held_out_loss(model, self.data.held_out, self.size.seq)
-
-    def calibration(self, tokens: int) -> torch.Tensor:
-        tokens = min(tokens, self.size.tokens // 100)
-        blocks = self.data.blocks(self.size.seq, DATA_SEED)
-        return torch.stack([next(blocks)[:-1] for _ in range(max(1, tokens // self.size.seq))]).long()
-
-    def measured(self, start: float, **record: Any) -> dict[str, Any]:
-        peak = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0
-        return {**record, "seconds": round(time.time() - start, 2), "peak_gpu_bytes": peak}
-
-    def base(self, seed: int) -> dict[str, Any]:
-        """Train the multi-head model."""
-        start, file, size = time.time(), self.file("base", seed), self.size
-        if not file.exists():
-            torch.manual_seed(seed)
-            model = LlamaForCausalLM(size.config()).to(self.device)
-            self.compile(model, size.batch_tokens)
-            recipe = Recipe(size.tokens, size.batch_tokens, size.lr)
-            batches = self.data.batches(size.tokens, size.batch_tokens, size.seq, seed)
-            train(model, batches, recipe, log=lambda text: print(f"base {seed}:{text}", flush=True))
-            torch.save(model.state_dict(), file)
-        return self.measured(start, kind="base", seed=seed, loss=self.loss(self.load(file)))
-
-    def convert(self, seed: int, kv_heads: int, method: str) -> dict[str, Any]:
-        """Convert it, and measure it untrained."""
-        teacher = self.load(self.file("base", seed))
-        how = varied(method, METHODS)
-        ids = self.calibration(how.tokens)
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        start = time.time()
-        student = convert(teacher, kv_heads, how, ids, seed)
-        record = self.measured(start, kind="untrained", seed=seed, kv_heads=kv_heads, method=method)
-        torch.save(student.state_dict(), self.file("student", seed, kv_heads, method))
-        return {**record, "loss": self.loss(student)}
-
-    def uptrain(
-        self, seed: int, kv_heads: int, method: str, share: float, distil: bool, recipe_name: str
-    ) -> dict[str, Any]:
-        """Uptrain a converted model (or, with all its KV heads, the original: the control)."""
-        start = time.time()
-        base = self.file("base", seed)
-        control = kv_heads == self.size.heads
-        student = self.load(base if control else self.file("student", seed, kv_heads, method), kv_heads)
-        recipe = replace(varied(recipe_name, RECIPES), tokens=round(share * self.size.tokens), distil=distil)
-        recipe = replace(recipe, batch_tokens=min(recipe.batch_tokens, self.size.batch_tokens))
-        teacher = self.load(base) if distil or recipe.hidden else None
-        self.compile(student, recipe.batch_tokens)
-        batches = self.data.batches(recipe.tokens, recipe.batch_tokens, self.size.seq, DATA_SEED)
-        final = train(student, batches, recipe, teacher)
-        self.uncompile(student)
-        return self.measured(
-            start,
-            kind="uptrained",
-            seed=seed,
-            kv_heads=kv_heads,
-            method=method,
-            share=share,
-            distil=distil,
-            recipe=recipe_name,
-            training_loss=final,
-            loss=self.loss(student),
-        )
-
-
-_bench: Bench | None = None
-
-
-def _begin(size: Size, cache: Path, device: str, compiled: bool) -> None:
-    """In each worker: a GPU of its own where there are several."""
-    global _bench
-    if device == "cuda":
-        number = (multiprocessing.current_process()._identity or (1,))[0] - 1
-        device = f"cuda:{number % torch.cuda.device_count()}"
-        torch.cuda.set_device(device)
-    _bench = Bench(size, cache, device, compiled)
-
-
-def _do(name: str, *args: Any) -> dict[str, Any]:
-    assert _bench is not None
-    return getattr(_bench, name)(*args)  # type: ignore[no-any-return]
-
-
-class Inline:
-    """The pool's interface, in this process: work is done when it is asked for."""
-
-    def submit(self, call: Callable[..., Any], *args: Any) -> Future[Any]:
-        future: Future[Any] = Future()
-        future.set_result(call(*args))
-        return future
+from benchmarks.quality_worker import Inline, begin, do, weights_file
 
 
 class Work:
@@ -334,13 +54,13 @@ class Work:
 
     def run(self) -> None:
         options = self.options
-        begin = (self.size, options.cache, options.device, options.compile)
+        how = (self.size, options.cache, options.device, options.compile)
         corpus(self.size, options.cache)  # once, before the workers read it
         if options.workers:
             context = multiprocessing.get_context("spawn")
-            self.pool: Any = ProcessPoolExecutor(options.workers, context, initializer=_begin, initargs=begin)
+            self.pool: Any = ProcessPoolExecutor(options.workers, context, initializer=begin, initargs=how)
         else:
-            _begin(*begin)
+            begin(*how)
             self.pool = Inline()
         for seed in options.seeds:
             self.submit("base", seed)
@@ -377,7 +97,7 @@ class Work:
             self.follow(known)
             return
         self.records = [r for r in self.records if r is not known]
-        self.pending.append(self.pool.submit(_do, kind, *args))
+        self.pending.append(self.pool.submit(do, kind, *args))
 
     def follow(self, record: dict[str, Any]) -> None:
         """Submit what can start once ``record`` is there."""

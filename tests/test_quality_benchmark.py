@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 ROOT = Path(__file__).parents[1]
 LOSSES = {"a": 2.0, "b": 1.5, "c": 1.8}
@@ -45,7 +46,7 @@ class FakePool:
 def test_other_seeds_run_what_the_first_chose(load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quality, report = load("quality"), load("quality_report")
     monkeypatch.setattr(quality, "corpus", lambda *_: None)
-    monkeypatch.setattr(quality, "_begin", lambda *_: None)
+    monkeypatch.setattr(quality, "begin", lambda *_: None)
     monkeypatch.setattr(quality, "Inline", FakePool)
     options = argparse.Namespace(
         out=tmp_path, cache=tmp_path, device="cpu", compile=False, workers=0, seeds=[0, 1, 2], kv_heads=[4, 2],
@@ -76,7 +77,7 @@ def test_what_another_run_left_is_kept_and_not_gone_on_with(
 ) -> None:
     quality = load("quality")
     monkeypatch.setattr(quality, "corpus", lambda *_: None)
-    monkeypatch.setattr(quality, "_begin", lambda *_: None)
+    monkeypatch.setattr(quality, "begin", lambda *_: None)
     monkeypatch.setattr(quality, "Inline", FakePool)
     options = argparse.Namespace(
         out=tmp_path, cache=tmp_path, device="cpu", compile=False, workers=0, seeds=[0], kv_heads=[2],
@@ -92,10 +93,10 @@ def test_what_another_run_left_is_kept_and_not_gone_on_with(
 
 
 def test_conversions_at_a_toy_size(load: Any) -> None:
-    quality = load("quality")
+    methods, code_lm = load("quality_methods"), load("code_lm")
     torch.manual_seed(0)
-    size = replace(quality.SMALL, hidden=32, intermediate=48, layers=2, heads=4, vocab=64, seq=16)
-    model = quality.LlamaForCausalLM(size.config()).eval()
+    size = replace(code_lm.SMALL, hidden=32, intermediate=48, layers=2, heads=4, vocab=64, seq=16)
+    model = LlamaForCausalLM(size.config()).eval()
     with torch.no_grad():
         for layer in model.model.layers:
             for p in layer.self_attn.parameters():
@@ -103,8 +104,8 @@ def test_conversions_at_a_toy_size(load: Any) -> None:
     ids = torch.randint(0, 64, (128, 16))
     errors = {}
     for name in ("mean", "calibrated", "calibrated+refit"):
-        student = quality.convert(model, 2, quality.METHODS[name], ids, 0)
+        student = methods.convert(model, 2, methods.METHODS[name], ids, 0)
         with torch.no_grad():
-            x, y = (quality.forward(m, ids[:32])[1][-1] for m in (model, student))
+            x, y = (code_lm.forward(m, ids[:32])[1][-1] for m in (model, student))
         errors[name] = float((x - y).norm())
     assert errors["calibrated+refit"] < 0.9 * errors["calibrated"] < errors["mean"]
