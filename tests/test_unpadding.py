@@ -11,6 +11,7 @@ import torch
 from conformance import assert_conforms
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from padded import BERT, CAUSAL, ENCODERS, GQA, MASKS, assert_same, batch, build, run
 from peft import LoraConfig, get_peft_model
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import (
@@ -21,24 +22,13 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     BertForSequenceClassification,
-    BertForTokenClassification,
     BertModel,
     FalconH1Config,
     FalconH1ForCausalLM,
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    GPT2Config,
-    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
     LlamaModel,
-    MixtralConfig,
-    MixtralForCausalLM,
-    OPTConfig,
-    OPTForCausalLM,
-    RobertaConfig,
-    RobertaForMaskedLM,
     RobertaModel,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -46,52 +36,6 @@ from transformers.masking_utils import sdpa_mask
 
 from hf_attn_patch import unpadded
 from hf_attn_patch.packing import IGNORE
-
-SIZES = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-}
-GQA = {**SIZES, "num_key_value_heads": 2}
-BERT = {**SIZES, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "num_labels": 3}
-GPT2 = GPT2Config(
-    vocab_size=64, n_embd=32, n_layer=2, n_head=4, initializer_range=0.2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
-)
-OPT = OPTConfig(
-    vocab_size=64,
-    hidden_size=32,
-    ffn_dim=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    word_embed_proj_dim=32,
-    dropout=0.0,
-    init_std=0.2,
-    pad_token_id=0,
-)
-GEMMA3 = Gemma3TextConfig(**GQA, head_dim=8, sliding_window=4, layer_types=["sliding_attention", "full_attention"])
-MIXTRAL = MixtralConfig(**GQA, num_local_experts=4, output_router_logits=True, router_aux_loss_coef=0.1)
-CAUSAL: dict[str, tuple[Any, Any]] = {
-    "llama": (LlamaForCausalLM, LlamaConfig(**GQA)),
-    "gemma3": (Gemma3ForCausalLM, GEMMA3),
-    "gpt2": (GPT2LMHeadModel, GPT2),
-    "opt": (OPTForCausalLM, OPT),
-    "mixtral": (MixtralForCausalLM, MIXTRAL),
-}
-ENCODERS: dict[str, tuple[Any, Any]] = {
-    "bert": (BertForMaskedLM, BertConfig(**BERT)),
-    "bert tokens": (BertForTokenClassification, BertConfig(**BERT)),
-    "roberta": (RobertaForMaskedLM, RobertaConfig(**{**BERT, "pad_token_id": 1})),
-}
-# rows of S=7: padded on the right, left, left with other lengths, both ways and full
-MASKS = {
-    "right": [[1] * 5 + [0] * 2, [1] * 2 + [0] * 5, [1] * 7],
-    "left": [[0] * 2 + [1] * 5, [0] * 5 + [1] * 2, [1] * 7],
-    "both": [[1] * 3 + [0] * 4, [0] * 3 + [1] * 4, [1] * 7, [0] * 7, [0] * 2 + [1] * 3 + [0] * 2],
-}
 
 
 def packed_reference(module: Any, q: Any, k: Any, v: Any, mask: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
@@ -127,49 +71,6 @@ def _registered() -> Iterator[None]:
     yield
     for interface in (AttentionInterface, AttentionMaskInterface):
         interface._global_mapping.pop("packed_reference")
-
-
-def build(cls: Any, config: Any, attention: str = "hf_attn_patch") -> Any:
-    torch.manual_seed(0)
-    model = cls._from_config(copy.deepcopy(config), attn_implementation=attention)
-    return model.eval()
-
-
-def batch(side: str, pad: int = 0, labels: bool = True) -> dict[str, torch.Tensor]:
-    mask = torch.tensor(MASKS[side])
-    torch.manual_seed(2)
-    ids = torch.randint(2, 64, mask.shape).where(mask == 1, pad)
-    out = {"input_ids": ids, "attention_mask": mask}
-    if labels:
-        predictor = torch.cat([torch.zeros_like(mask[:, :1]), mask[:, :-1]], dim=1)
-        out["labels"] = ids.where((mask * predictor == 1) & (torch.rand(mask.shape) < 0.8), IGNORE)
-    return out
-
-
-def run(model: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, torch.Tensor]]:
-    model.zero_grad()
-    output = model(**inputs)
-    output.loss.backward()
-    return output, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_same(model: Any, inputs: dict[str, Any], **kwargs: Any) -> Any:
-    """Loss, gradients and the outputs at real tokens."""
-    expected, expected_grads = run(model, inputs)
-    with unpadded(model, **kwargs):
-        output, grads = run(model, inputs)
-    torch.testing.assert_close(output.loss, expected.loss)
-    assert grads.keys() == expected_grads.keys()
-    for name in grads:
-        torch.testing.assert_close(grads[name], expected_grads[name], rtol=1e-3, atol=2e-5, msg=lambda m, n=name: n + m)
-    real = inputs["attention_mask"] == 1
-    for name in ("logits", "last_hidden_state"):
-        if name in expected:
-            torch.testing.assert_close(output[name][real], expected[name][real], rtol=1e-3, atol=1e-4)
-            assert (output[name][~real] == 0).all()
-    again, _ = run(model, inputs)  # undone
-    torch.testing.assert_close(again.logits, expected.logits)
-    return output
 
 
 @pytest.mark.parametrize("attention", ["hf_attn_patch", "packed_reference", "sdpa", "eager"])
@@ -306,46 +207,6 @@ def test_targets_on_padding() -> None:
         model(**dirty)
     with unpadded(model, drop_padding_targets=True):
         torch.testing.assert_close(model(**dirty).loss, clean)
-
-
-@pytest.mark.parametrize("attention", ["hf_attn_patch", "sdpa"])
-@pytest.mark.parametrize(
-    "options", [{}, {"num_beams": 2}, {"prefill_chunk_size": 4}, {"cache_implementation": "static"}]
-)
-@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "opt"])
-def test_generate(family: str, options: dict[str, Any], attention: str) -> None:
-    """The prompt runs packed where borders can be given, into a cache that looks as if it had not."""
-    model, inputs, widths = build(*CAUSAL[family], attention), batch("left", labels=False), []
-    options = {"max_new_tokens": 5, "do_sample": False, **options}
-    if family == "opt" and attention == "sdpa":
-        pytest.skip("refused: OPT makes its mask without position_ids")
-    expected = model.generate(**inputs, **options)
-    with unpadded(model):
-        embedding = model.get_input_embeddings()
-        hook = embedding.register_forward_hook(lambda m, args, out: widths.append(tuple(out.shape[:2])))
-        torch.testing.assert_close(model.generate(**inputs, **options), expected)
-        hook.remove()
-    if attention == "hf_attn_patch" and options.keys() <= {"max_new_tokens", "do_sample"}:
-        assert widths == [(1, 14), (3, 1), (3, 1), (3, 1), (3, 1)]
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_prefill_leaves_the_padded_cache(side: str) -> None:
-    model, inputs = build(*CAUSAL["llama"]), batch(side, labels=False)
-    real = inputs["attention_mask"] == 1
-    with torch.no_grad():
-        expected = model(**inputs, use_cache=True)
-        with unpadded(model):
-            output = model(**inputs, use_cache=True)
-            last = model(**inputs, use_cache=True, logits_to_keep=1).logits
-    torch.testing.assert_close(output.logits[real], expected.logits[real], rtol=1e-3, atol=1e-4)
-    if side == "left":
-        torch.testing.assert_close(last, expected.logits[:, -1:], rtol=1e-3, atol=1e-4)
-    for a, b in zip(output.past_key_values.layers, expected.past_key_values.layers, strict=True):
-        for x, y in ((a.keys, b.keys), (a.values, b.values)):
-            assert x.shape == y.shape
-            torch.testing.assert_close(x.transpose(1, 2)[real], y.transpose(1, 2)[real], rtol=1e-3, atol=1e-4)
-            assert (x.transpose(1, 2)[~real] == 0).all()
 
 
 def test_gradient_checkpointing() -> None:
