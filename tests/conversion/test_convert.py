@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from checkpoints import same, tensors
 from click.testing import CliRunner
-from hf_attn_patch.conversion import ConversionError, convert, from_pretrained, inspect_source, plan, verify
+from hf_attn_patch.conversion import convert, inspect_source, plan, verify
 from hf_attn_patch.conversion.hub import resolve
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_families import COMMON, tiny_model
+from tiny_families import tiny_model
 
 from hf_attn_patch.cli import main
 
@@ -28,21 +29,6 @@ def run(*arguments: object, code: int = 0) -> Any:
     result = CliRunner().invoke(main, [str(a) for a in arguments])
     assert result.exit_code == code, result.output
     return result
-
-
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    out: dict[str, torch.Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        out.update(load_file(file))
-    return out
-
-
-def same(one: Path, other: Path) -> None:
-    a, b = tensors(one), tensors(other)
-    assert a.keys() == b.keys()
-    for name in a:
-        assert a[name].dtype == b[name].dtype
-        assert torch.equal(a[name].view(torch.uint8), b[name].view(torch.uint8)), name
 
 
 @pytest.fixture(scope="module")
@@ -234,44 +220,6 @@ print("fine")
     assert done.stdout.strip() == "fine", done.stderr
 
 
-@pytest.mark.parametrize("model_type", ["llama", "phi3", "stablelm", "falcon"])
-def test_conversion_while_loading_equals_conversion_on_disk(model_type: str, tmp_path: Path) -> None:
-    tiny_model(model_type).save_pretrained(tmp_path / "src", max_shard_size="20KB")
-    convert(tmp_path / "src", tmp_path / "dst", kv_heads=2)
-    written = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "dst")
-    loaded = from_pretrained(transformers.AutoModelForCausalLM, tmp_path / "src", num_key_value_heads=2)
-    assert type(loaded) is type(written)
-    state = written.state_dict()
-    assert loaded.state_dict().keys() == state.keys()
-    assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.state_dict().items())
-    assert torch.equal(loaded(IDS).logits, written(IDS).logits)
-    loaded.save_pretrained(tmp_path / "saved")
-    same(tmp_path / "saved", tmp_path / "dst")
-
-
-def test_conversion_while_loading_takes_the_usual_arguments(src: Path) -> None:
-    model, info = from_pretrained(
-        transformers.LlamaForCausalLM, src, num_key_value_heads=4, method="first", dtype=torch.float32,
-        attn_implementation="eager", output_loading_info=True,
-    )  # fmt: skip
-    assert not info["missing_keys"]
-    assert model.dtype == torch.float32
-    assert model.config.num_key_value_heads == 4
-    assert model.config._attn_implementation == "eager"
-    assert model.generation_config.bos_token_id == 1
-    with pytest.raises(ConversionError, match="evenly"):
-        from_pretrained(transformers.LlamaForCausalLM, src, num_key_value_heads=3)
-
-
-def test_a_stock_class_cannot_load_a_grouped_gpt2(tmp_path: Path) -> None:
-    config = transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64)
-    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "src")
-    model = from_pretrained(transformers.AutoModelForCausalLM, tmp_path / "src", num_key_value_heads=2)
-    assert model(IDS, use_cache=True).past_key_values.layers[0].keys.shape[1] == 2
-    with pytest.raises(ConversionError, match="pass an Auto class"):
-        from_pretrained(transformers.GPT2LMHeadModel, tmp_path / "src", num_key_value_heads=2)
-
-
 def test_a_plan_prints_what_it_will_do(src: Path) -> None:
     assert "8 changed, 21 copied" in str(plan(src, 2))
 
@@ -323,64 +271,6 @@ def test_inspect(src: Path) -> None:
     assert "MQA" in text
     assert json.loads(run("inspect", src, "--json").stdout) == facts
     assert "no config.json" in run("inspect", src.parent, code=2).stderr
-
-
-TEXT = {**COMMON, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 0]}}
-VISION = {
-    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 16,
-    "patch_size": 8,
-}  # fmt: skip
-VLMS: dict[str, dict[str, Any]] = {
-    "llava": {
-        "text_config": {"model_type": "llama", **COMMON},
-        "vision_config": {"model_type": "clip_vision_model", **VISION},
-    },
-    "qwen2_vl": {
-        "text_config": TEXT,
-        "vision_config": {"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "patch_size": 8},
-    },
-    "gemma3": {
-        "text_config": {**COMMON, "head_dim": 6},
-        "vision_config": {"model_type": "siglip_vision_model", **VISION},
-    },
-    "idefics3": {
-        "text_config": {"model_type": "llama", **COMMON},
-        "vision_config": {"model_type": "idefics3_vision", **VISION},
-    },
-}
-
-
-@pytest.mark.parametrize("model_type", list(VLMS))
-def test_the_language_model_inside_a_vlm(model_type: str, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(model_type, **VLMS[model_type])
-    model = transformers.AutoModelForImageTextToText.from_config(config)
-    model.save_pretrained(tmp_path / "src")
-    convert(tmp_path / "src", tmp_path / "dst", kv_heads=2)
-    before, after = tensors(tmp_path / "src"), tensors(tmp_path / "dst")
-    changed = {name for name in before if before[name].shape != after[name].shape}
-    assert changed
-    assert all(".self_attn." in name and "vision" not in name and "visual" not in name for name in changed)
-    for name in before.keys() - changed:
-        assert torch.equal(before[name], after[name])
-    loaded, info = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "dst", output_loading_info=True)
-    assert not info["missing_keys"]
-    assert not info["unexpected_keys"]
-    assert loaded(IDS, use_cache=True).past_key_values.layers[0].keys.shape[1] == 2
-    assert "language model" in run("inspect", tmp_path / "dst").stdout
-
-
-def test_a_flat_config_of_an_older_qwen2_vl(tmp_path: Path) -> None:
-    """Checkpoints on the hub have the language model's numbers at the top of config.json."""
-    torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model("qwen2_vl", **VLMS["qwen2_vl"])
-    transformers.AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path / "src")
-    raw = json.loads((tmp_path / "src" / "config.json").read_text())
-    text = raw.pop("text_config")
-    (tmp_path / "src" / "config.json").write_text(json.dumps({**text, **raw}))
-    convert(tmp_path / "src", tmp_path / "dst", kv_heads=4)
-    loaded = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "dst")
-    assert loaded.config.text_config.num_key_value_heads == 4
 
 
 def test_a_base_model_without_a_head(tmp_path: Path) -> None:

@@ -8,21 +8,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from checkpoints import tensors
 from hf_attn_patch.conversion import ConversionError, convert
-from safetensors.torch import load_file
 from tiny_families import FAMILIES, tiny_model
 from torch import Tensor
 
-HEADS, WIDTH = 8, 32
+HEADS = 8
 FLAT_NORMS = ("olmo2", "olmo3", "olmoe", "flex_olmo", "minimax_m2")
 IDS = torch.tensor([[5, 9, 33, 2, 17, 60, 41]])
-
-
-def tensors(folder: Path) -> dict[str, Tensor]:
-    out: dict[str, Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        out.update(load_file(file))
-    return out
 
 
 def reload(folder: Path, name: str) -> Any:
