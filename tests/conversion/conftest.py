@@ -1,11 +1,15 @@
-"""Most tests here are about means of heads, written out by hand; those about calibration keep the real default."""
+"""What several files share. Most tests here are about means of heads, written out by hand; those about calibration keep
+the real default."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hf_attn_patch.conversion import methods
+from tiny_families import tiny_model
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -15,3 +19,24 @@ def _pooling(request: pytest.FixtureRequest) -> Iterator[None]:
         methods.DEFAULT = "mean"
     yield
     methods.DEFAULT = default
+
+
+@pytest.fixture(scope="session")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sources")
+    model = tiny_model("llama")
+    model.save_pretrained(folder / "single")
+    model.save_pretrained(folder / "sharded", max_shard_size="20KB")
+    return folder
+
+
+@pytest.fixture
+def src(sources: Path, tmp_path: Path) -> Path:
+    shutil.copytree(sources / "single", tmp_path / "src")
+    return tmp_path / "src"
+
+
+@pytest.fixture
+def sharded(sources: Path, tmp_path: Path) -> Path:
+    shutil.copytree(sources / "sharded", tmp_path / "src")
+    return tmp_path / "src"
