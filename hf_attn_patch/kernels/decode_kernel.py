@@ -43,7 +43,7 @@ def decode_kernel(
     BLOCK_DV: tl.constexpr, BLOCK_B: tl.constexpr, M_TILES: tl.constexpr, SPLIT: tl.constexpr, CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_END: tl.constexpr, MASK: tl.constexpr,
     BIAS: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_LSE: tl.constexpr, PAGED: tl.constexpr, LAZY_SUM: tl.constexpr,
-    EVICT: tl.constexpr, PDL: tl.constexpr, EARLY: tl.constexpr, PRECISION: tl.constexpr,
+    EVICT: tl.constexpr, PDL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Attention of a query tile over a worker's tiles of keys.
 
@@ -53,9 +53,7 @@ def decode_kernel(
     pid = tl.program_id(0)
     worker = pid // M_TILES
     m_tile = pid % M_TILES
-    if PDL == 2:
-        gdc_launch_dependents()
-    if EARLY:
+    if PDL:  # set up while the kernel before still ran
         gdc_wait()
 
     if SPLIT:
@@ -195,7 +193,7 @@ def decode_kernel(
                 v = tl.load(v_rows[:, None] + offs_dv[None, :], mask=v_mask, other=0.0, eviction_policy=EVICT)
             acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
 
-        if PDL == 1:  # noqa: SIM102 (a constant). The merge may be set up while the last results are written
+        if PDL and SPLIT:  # noqa: SIM102 (constants). The merge is set up while the last results are written
             if tile + count >= stop:
                 gdc_launch_dependents()
         if LAZY_SUM:

@@ -210,8 +210,7 @@ def _plan(
     span = Sk if window is None else min(Sk, window + Sq - 1)
     sms = sm_count(q.device)
     tuning = tuning or choose(q.dtype, D, DV, B * HKV, span, sms, varlen)
-    pdl = tuning.pdl if overlaps(q.device) else 0
-    early = tuning.early and overlaps(q.device)
+    pdl = tuning.pdl and overlaps(q.device)
     block_m = tuning.block_m or min(64, max(16, power_of_two(G * Sq)))
     m_tiles = -(-G * Sq // block_m)
     slots = max(1, sms * tuning.per_sm * tuning.waves // m_tiles)
@@ -234,7 +233,7 @@ def _plan(
         "HAS_END": end is not None,
         "HAS_SINKS": sinks is not None,
         "HAS_LSE": return_lse,
-        "PDL": pdl if split else 0,
+        "PDL": pdl,
     }
     decode = Launch(
         decode_kernel,
@@ -253,12 +252,11 @@ def _plan(
             "BIAS": bias_kind,
             "PAGED": block_table is not None,
             "LAZY_SUM": tuning.lazy_sum,
-            "EARLY": early,
             "EVICT": tuning.evict,
             "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
             **common,
         },
-        {"num_warps": tuning.warps, "num_stages": tuning.stages, "maxnreg": tuning.registers, "launch_pdl": early},
+        {"num_warps": tuning.warps, "num_stages": tuning.stages, "maxnreg": tuning.registers, "launch_pdl": pdl},
     )
     combine = None
     if split:
@@ -268,7 +266,7 @@ def _plan(
             (B * HQ * Sq, -(-DV // block_dv)),
             (B, HKV, G, Sq, Sk, window or 0, chunk, workers),
             {"BLOCK_P": block_p, "BLOCK_DV": block_dv, **common},
-            {"num_warps": 4, "launch_pdl": pdl > 0},
+            {"num_warps": 4, "launch_pdl": pdl},
         )
     part = workers * 2 * G * Sq * (DV + 1) if split else 0
     out_strides = (Sq * HQ * DV, DV, HQ * DV, 1)  # [B, Sq, HQ, Dv] in memory

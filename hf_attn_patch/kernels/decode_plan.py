@@ -23,7 +23,7 @@ class Tuning:
         direct: True: one worker a head, False: split by length; None: as the shapes suggest.
         lazy_sum: add up the softmax denominator across a tile's keys only at the end.
         evict: cache hint for K and V.
-        pdl: let the merge be set up while the workers run (programmatic dependent launch).
+        pdl: set up each of the two kernels while the one before it runs (programmatic dependent launch).
         registers: the most that a thread may use, None: as the compiler likes.
     """
 
@@ -37,8 +37,7 @@ class Tuning:
     direct: bool | None = None
     lazy_sum: bool = True
     evict: str = ""
-    pdl: int = 1
-    early: bool = False
+    pdl: bool = True
     registers: int | None = None
 
 
