@@ -112,7 +112,7 @@ def test_tuning_leaves_nothing_behind() -> None:
     assert torch.isfinite(attention(q, q, q)).all()
 
 
-def test_the_ladder_follows_the_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_ladder_follows_the_numbers() -> None:
     def first(Sq: int, Sk: int, B: int = 16) -> str:
         request = request_for(B, 32, 8, Sq, Sk, 128)._replace(
             device="cuda", capability=90, dtype=torch.bfloat16, causal=True
