@@ -16,7 +16,7 @@ from .grouping import GroupingError, KVGrouping
 if TYPE_CHECKING:
     from .cache import GrowingCache
     from .dispatch import use_backend
-    from .explain import explain
+    from .explanation import explain
     from .functional import attention, attention_varlen
     from .request import AttentionError
     from .switch import enable, override
@@ -31,7 +31,7 @@ _LAZY = {
     "attention": "functional",
     "attention_varlen": "functional",
     "enable": "switch",
-    "explain": "explain",
+    "explain": "explanation",
     "override": "switch",
     "unpadded": "unpadding",
     "use_backend": "dispatch",

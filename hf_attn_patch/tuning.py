@@ -12,7 +12,7 @@ import torch
 from . import crossovers as numbers
 from .crossovers import Crossovers
 from .dispatch import attend, forget, order, reasons
-from .explain import request_for
+from .explanation import request_for
 from .layout import full
 
 #: seconds of one call of a backend: (backend, B, HQ, HKV, Sq, Sk, D) -> float

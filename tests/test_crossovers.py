@@ -15,7 +15,7 @@ from hf_attn_patch import AttentionError, attention, crossovers, dispatch
 from hf_attn_patch.cli import main
 from hf_attn_patch.crossovers import SHIPPED, Crossovers, read, tuning_file, using, write
 from hf_attn_patch.dispatch import order
-from hf_attn_patch.explain import request_for
+from hf_attn_patch.explanation import request_for
 from hf_attn_patch.tuning import tuned
 
 GPU = "NVIDIA H200"

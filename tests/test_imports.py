@@ -111,6 +111,16 @@ def test_any_module_can_come_first() -> None:
     assert out.splitlines() == [EXPECTED] * len(statements), out
 
 
+def test_no_module_has_a_public_name() -> None:
+    """Importing a module sets it on its package: it would stand where people look for the function."""
+    public = {
+        f"{p.__name__}.{name}"
+        for p in (hf_attn_patch, hf_attn_patch.modeling, hf_attn_patch.conversion)
+        for name in p.__all__
+    }
+    assert not public & set(modules())
+
+
 def test_every_public_name_is_there() -> None:
     for package in (hf_attn_patch, hf_attn_patch.modeling, hf_attn_patch.conversion):
         tree = ast.parse(Path(str(package.__file__)).read_text())
