@@ -17,7 +17,7 @@ from torch import Tensor
 from .backends import flash2, flash3, flash4, flex, reference, torch_sdpa, torch_varlen, triton_decode
 from .ladder import order
 from .layout import DENSE, FULL, Layout, remembered_full
-from .request import AttentionError, AttentionRequest, Operands
+from .request import AttentionError, AttentionRequest, Operands, query_class
 
 logger = logging.getLogger("hf_attn_patch")
 
@@ -186,8 +186,8 @@ def prepare(facts: tuple[Any, ...], layout: Layout) -> Known:
     """
     known: Known | None = layout.chosen.get(facts)
     if known is None:
-        q, k, v, dtype, device, *options, name = facts
-        request = _request(q, k, v, dtype, device, layout, tuple(options), False)
+        q, _, v, dtype, device, *options, name = facts
+        request = _request(q, v, dtype, device, layout, tuple(options), False)
         name, run = choose(request, name)
         shorter = getattr(_MODULES[name], "shorter", None)  # a backend's way for the commonest calls
         run = run if shorter is None else shorter(request, layout) or run
@@ -225,7 +225,7 @@ def attend(
     if torch.compiler.is_compiling() if tracing is None else tracing:
         deterministic = deterministic or torch.are_deterministic_algorithms_enabled()  # which can be traced
         facts = facts_of(q, k, v, softcap, sinks, bias, dropout, weights, True, name)
-        request = _request(q.shape, k.shape, v.shape, q.dtype, q.device, layout, (*facts[5:-2], deterministic), True)
+        request = _request(q.shape, v.shape, q.dtype, q.device, layout, (*facts[5:-2], deterministic), True)
         run = choose(request, facts[-1])[1]
     else:
         facts = facts_of(q, k, v, softcap, sinks, bias, dropout, weights, deterministic, name)
@@ -236,7 +236,6 @@ def attend(
 
 def _request(
     q_shape: torch.Size,
-    k_shape: torch.Size,
     v_shape: torch.Size,
     dtype: torch.dtype,
     device: torch.device,
@@ -256,7 +255,7 @@ def _request(
         kv_heads=HKV,
         head_dim=D,
         value_dim=Dv,
-        q_class=1 if Sq == 1 else (16 if Sq <= 16 else 17),
+        q_class=query_class(Sq),
         work_bits=-1 if tracing else (B * HQ * Sq * Sk * D).bit_length(),
         streams=-1 if tracing else B * HKV,
         rows=0 if tracing or Sq > 16 else HQ // HKV * Sq,

@@ -10,7 +10,7 @@ import torch
 
 from .dispatch import _capability, reasons
 from .grouping import KVGrouping
-from .request import AttentionRequest
+from .request import AttentionRequest, query_class
 
 
 @dataclass(frozen=True)
@@ -42,18 +42,19 @@ class Explanation:
         return f"<p>{html.escape(self.request.describe())}</p><table>{cells}</table>"
 
 
-def request_for(B: int, HQ: int, HKV: int, Sq: int, Sk: int, D: int) -> AttentionRequest:
-    """The request of a causal call without padding or gradients, on this machine's first device."""
-    cuda = torch.cuda.is_available()
+def request_for(B: int, HQ: int, HKV: int, Sq: int, Sk: int, D: int, device: str | None = None) -> AttentionRequest:
+    """The request of a causal call without padding or gradients, on this machine's first device or on one of a type."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    cuda = device == "cuda"
     return AttentionRequest(
-        device="cuda" if cuda else "cpu",
-        capability=_capability(torch.device("cuda")) if cuda else 0,
+        device=device,
+        capability=_capability(torch.device(device)) if cuda else 0,
         dtype=torch.bfloat16 if cuda else torch.float32,
         heads=HQ,
         kv_heads=HKV,
         head_dim=D,
         value_dim=D,
-        q_class=1 if Sq == 1 else (16 if Sq <= 16 else 17),
+        q_class=query_class(Sq),
         work_bits=(B * HQ * Sq * Sk * D).bit_length(),
         streams=B * HKV,
         rows=0 if Sq > 16 else HQ // HKV * Sq,
@@ -96,31 +97,18 @@ def explain(
     dtype = dtype or getattr(model, "dtype", None) or torch.get_default_dtype()
     window: int = getattr(text, "sliding_window", None) or 0
     visibility = "packed" if packed else ("full" if not padded else ("dense" if q_len <= 16 else "padded"))
-    request = AttentionRequest(
-        device=device_type,
-        capability=_capability(torch.device(device_type)) if device_type == "cuda" else 0,
+    biased = text.model_type in ("t5", "mt5", "umt5")
+    request = request_for(batch, heads, kv_heads, q_len, kv_len, head_dim, device_type)._replace(
         dtype=dtype,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        value_dim=head_dim,
-        q_class=1 if q_len == 1 else (16 if q_len <= 16 else 17),
-        work_bits=(batch * heads * q_len * kv_len * head_dim).bit_length(),
-        streams=batch * kv_heads,
-        rows=0 if q_len > 16 else heads // kv_heads * q_len,
-        square=q_len == kv_len,
         visibility=visibility,
         causal=q_len > 1 and visibility != "dense",
         windowed=0 < window < kv_len and q_len > 1 and visibility != "dense",
         softcap=getattr(text, "attn_logit_softcapping", None) is not None,
         sinks=text.model_type == "gpt_oss",
-        bias=text.model_type in ("t5", "mt5", "umt5"),
-        bias_grad=training and text.model_type in ("t5", "mt5", "umt5"),
+        bias=biased,
+        bias_grad=training and biased,
         dropout=training and bool(getattr(text, "attention_dropout", 0.0)),
         grad=training,
-        weights=False,
-        per_head_mask=False,
         deterministic=torch.are_deterministic_algorithms_enabled(),
-        tracing=False,
     )
     return Explanation(request, tuple(reasons(request)))

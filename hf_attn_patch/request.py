@@ -13,11 +13,16 @@ class AttentionError(ValueError):
     """A request that cannot be run exactly; the message names it and the way out."""
 
 
+def query_class(q_len: int) -> int:
+    """The class of a number of queries: 1, 16 (2 to 16 of them) or 17 (more)."""
+    return 1 if q_len == 1 else (16 if q_len <= 16 else 17)
+
+
 class AttentionRequest(NamedTuple):
     """The facts of a call, hashable: two calls with equal requests take the same backend.
 
-    Lengths are classes, not numbers, so that a growing cache does not ask anew at each token: ``q_class`` is 1, 16
-    (2 to 16 queries) or 17 (more); ``work_bits`` is the bit length of B * HQ * Sq * Sk * D.
+    Lengths are classes, not numbers, so that a growing cache does not ask anew at each token: ``q_class`` is that of
+    :func:`query_class`; ``work_bits`` is the bit length of B * HQ * Sq * Sk * D.
     """
 
     device: str

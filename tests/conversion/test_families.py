@@ -34,7 +34,7 @@ def pooled(rows: Tensor, kv_heads: int, new: int) -> Tensor:
     return torch.cat([sum(heads[g * per_group : (g + 1) * per_group]) / per_group for g in range(new)])
 
 
-def kv_rows(name: str, model_type: str, head_dim: int, kv_heads: int) -> tuple[list[int], list[int], list[int]]:
+def kv_rows(model_type: str, head_dim: int, kv_heads: int) -> tuple[list[int], list[int], list[int]]:
     """Which rows of a tensor are q, k and v; a fused layout is spelled out number by number."""
     D, group = head_dim, HEADS // kv_heads
     q: list[int] = []
@@ -60,7 +60,7 @@ FUSED = {"phi3": "qkv_proj", "falcon": "query_key_value", "gpt_bigcode": "attn.c
 def expected(name: str, old: Tensor, model_type: str, head_dim: int, kv_heads: int, new: int) -> Tensor | None:
     """The tensor ``name`` after mean-pooling; None if it disappears."""
     if model_type in FUSED and FUSED[model_type] in name:
-        q, k, v = kv_rows(name, model_type, head_dim, kv_heads)
+        q, k, v = kv_rows(model_type, head_dim, kv_heads)
         parts = old[q], pooled(old[k], kv_heads, new), pooled(old[v], kv_heads, new)
         if model_type == "phi3":
             return torch.cat(parts)
@@ -118,7 +118,7 @@ def make_heads_equal(model: Any, model_type: str, groups: int) -> None:
         for name, parameter in model.named_parameters():
             index: list[int] | None = None
             if model_type in FUSED and FUSED[model_type] in name:
-                _, k, v = kv_rows(name, model_type, D, HEADS)
+                _, k, v = kv_rows(model_type, D, HEADS)
                 index = list(range(parameter.shape[0]))
                 for rows in (k, v):
                     for h in range(HEADS):
