@@ -86,8 +86,7 @@ def command_line() -> str:
 @click.option(
     "--method",
     metavar="NAME",
-    help=f"{AUTO} (calibrated with --calibrate, otherwise aligned), {', '.join(METHODS)}.  "
-    "[default: auto: calibrated with --calibrate, otherwise aligned]",
+    help=f"{AUTO} (calibrated with --calibrate, otherwise aligned), {', '.join(METHODS)}.  [default: {AUTO}]",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="For methods that draw numbers or text.")
 @method_options
