@@ -16,7 +16,8 @@ DISTRIBUTIONS: dict[str, str | None] = {"vLLM": None, "llama.cpp": "gguf"}
 
 HEAD = """# Works with
 
-Each row is a test on the CPU (`tests/ecosystem/`): results are compared with eager attention, or with the arithmetic
+Each row is a test on the CPU (`tests/ecosystem/`, and for continuous batching
+`tests/families/test_continuous_batching.py`): results are compared with eager attention, or with the arithmetic
 that the other tool does. `python docs/works_with.py` runs them and writes this page.
 
 | Tool | Tried with | What | The line to write |
