@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
 from torch import Tensor
 
 from hf_attn_patch.layout import Layout
+
+
+def installed(module: str) -> bool:
+    """Whether a module of another package can be found; its parent package is imported for that."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def cut(layout: Layout, *tensors: Tensor) -> tuple[Tensor, ...]:

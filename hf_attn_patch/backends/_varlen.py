@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
@@ -32,6 +33,12 @@ def refuses_common(request: AttentionRequest, largest: int, step: int = 8) -> st
     if request.head_dim > largest or request.head_dim % step or request.value_dim != request.head_dim:
         return f"takes head_dim up to {largest} in steps of {step}, not {request.head_dim}/{request.value_dim}"
     return None
+
+
+def output_of(result: Any) -> Tensor:
+    """The output alone, of a kernel that in some releases also gives the log-sum-exp."""
+    out: Tensor = result[0] if isinstance(result, tuple) else result
+    return out
 
 
 def run_varlen(q: Tensor, k: Tensor, v: Tensor, operands: Operands, kernel: Kernel, *, clean: bool = False) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 from hf_attn_patch.layout import FULL
 from hf_attn_patch.request import AttentionRequest, Operands
 
-from ._common import cut
+from ._common import cut, installed
 from ._varlen import refuses_common, run_varlen
 
 
@@ -25,11 +24,7 @@ def _module() -> Any:
 @functools.cache
 def missing() -> str | None:
     """Why the package cannot run here, or None."""
-    try:
-        found = importlib.util.find_spec("flash_attn.flash_attn_interface")
-    except ModuleNotFoundError:
-        found = None
-    if found is None:
+    if not installed("flash_attn.flash_attn_interface"):
         return "flash-attn is not installed (pip install 'hf-attn-patch[flash2]')"
     if not torch.cuda.is_available():
         return "needs a CUDA device"

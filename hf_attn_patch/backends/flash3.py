@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from hf_attn_patch.request import AttentionRequest, Operands
 
 from . import _flash3_ops
 from ._common import cut
-from ._varlen import refuses_common, run_varlen
+from ._varlen import output_of, refuses_common, run_varlen
 
 _NAMES = ("flash_attn_interface", "flash_attn_3.flash_attn_interface")
 
@@ -75,13 +74,9 @@ def run(q: Tensor, k: Tensor, v: Tensor, request: AttentionRequest, operands: Op
     if layout.kind == FULL:
         k, v = cut(layout, k, v)
         out = module().flash_attn_func(*(t.transpose(1, 2) for t in (q, k, v)), **options)
-        return _first(out).transpose(1, 2), None
+        return output_of(out).transpose(1, 2), None
 
     def kernel(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int) -> Tensor:
-        return _first(module().flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q, max_k, **options))
+        return output_of(module().flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q, max_k, **options))
 
     return run_varlen(q, k, v, operands, kernel, clean=True), None
-
-
-def _first(out: Any) -> Tensor:
-    return out[0] if isinstance(out, tuple) else out

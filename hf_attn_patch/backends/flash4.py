@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
 from typing import Any
 
 import torch
@@ -13,8 +12,8 @@ from torch import Tensor
 from hf_attn_patch.layout import FULL
 from hf_attn_patch.request import AttentionRequest, Operands
 
-from ._common import cut
-from ._varlen import refuses_common, run_varlen
+from ._common import cut, installed
+from ._varlen import output_of, refuses_common, run_varlen
 
 
 @functools.cache
@@ -25,11 +24,7 @@ def _module() -> Any:
 @functools.cache
 def missing() -> str | None:
     """Why the package cannot run here, or None."""
-    try:
-        found = importlib.util.find_spec("flash_attn.cute")
-    except ModuleNotFoundError:
-        found = None
-    if found is None:
+    if not installed("flash_attn.cute"):
         return "flash-attn-4 is not installed (pip install 'hf-attn-patch[flash]')"
     if not torch.cuda.is_available():
         return "needs a CUDA device"
@@ -66,17 +61,13 @@ def run(q: Tensor, k: Tensor, v: Tensor, request: AttentionRequest, operands: Op
     if layout.kind == FULL:
         k, v = cut(layout, k, v)
         out = _module().flash_attn_func(*(t.transpose(1, 2) for t in (q, k, v)), **options)
-        return _first(out).transpose(1, 2), None
+        return output_of(out).transpose(1, 2), None
 
     def kernel(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int) -> Tensor:
-        return _first(
+        return output_of(
             _module().flash_attn_varlen_func(
                 q, k, v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, max_seqlen_q=max_q, max_seqlen_k=max_k, **options
             )
         )
 
     return run_varlen(q, k, v, operands, kernel, clean=True), None
-
-
-def _first(out: Any) -> Tensor:
-    return out[0] if isinstance(out, tuple) else out
