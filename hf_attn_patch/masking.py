@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from transformers import masking_utils
 
-from .integration import NAME, keep_layout
+from .call_layout import keep_layout
+from .integration import NAME
 from .layout import DENSE, Layout
 from .pattern import Pattern
 from .request import AttentionError
