@@ -46,9 +46,6 @@ def user_errors(function: Callable[..., Any]) -> Callable[..., Any]:
         except ConversionError as error:
             click.echo(f"Error: {' '.join(str(error).split())}", err=True)
             sys.exit(2)
-        except KeyboardInterrupt:
-            click.echo("Interrupted; a conversion goes on where it stopped with --resume.", err=True)
-            sys.exit(130)
 
     return wrapper
 

@@ -72,6 +72,14 @@ class LazyGroup(click.Group):
             ctx.fail(f"No such command {name!r}. {hint}")
         return super().resolve_command(ctx, args)
 
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            way_on = "; the conversion goes on where it stopped with --resume" * (ctx.invoked_subcommand == "convert")
+            click.echo(f"Interrupted{way_on}.", err=True)
+            ctx.exit(130)
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         placed = {name for names in SECTIONS.values() for name in names}
         others = tuple(name for name in sorted(COMMANDS) if name not in placed)

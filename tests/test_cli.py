@@ -61,6 +61,25 @@ def test_a_command_like_no_other_gets_the_list() -> None:
     assert all(name in text for name in COMMANDS)
 
 
+@pytest.mark.parametrize(
+    ("target", "arguments", "text"),
+    [
+        ("hf_attn_patch.env.environment", ["env"], "Interrupted.\n"),
+        (
+            "hf_attn_patch.conversion.api.plan",
+            ["convert", "a", "b", "--kv-heads", "2"],
+            "Interrupted; the conversion goes on where it stopped with --resume.\n",
+        ),
+    ],
+)
+def test_control_c(target: str, arguments: list[str], text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(target, interrupted)
+    assert run(*arguments) == (130, text)
+
+
 def test_a_wrong_flag_names_the_right_one() -> None:
     code, text = run("convert", "a", "b", "--kv-head", "8")
     assert code == 2
