@@ -131,15 +131,17 @@ known_calls: dict[Any, Known] = {}
 _MOST_KNOWN = 1024  # a growing cache makes a new kind at each token
 
 
-def remember_call(key: Any, known: Known) -> None:
+def remember_call(
+    key: Any, facts: tuple[Any, ...], layout: Layout, scale: float | None, softcap: float | None, dropout: float
+) -> None:
     """Keep what was worked out for calls of one kind, unless its layout may come to hold a mask of many queries."""
-    layout = known.layout
     needs_mask = layout.window != (None, None) or (layout.causal and layout.q_len != layout.keys)
     if layout.kind != FULL or (needs_mask and layout.q_len > 1024):
         return
     if len(known_calls) >= _MOST_KNOWN:
         known_calls.clear()
-    known_calls[key] = known
+    operands = Operands(layout, facts[0][-1] ** -0.5 if scale is None else scale, softcap, None, None, dropout)
+    known_calls[key] = prepare(facts, layout)._replace(operands=operands)
 
 
 def facts_of(

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dispatch import attend, facts_of, known_calls, prepare, remember_call
+from .dispatch import attend, facts_of, known_calls, remember_call
 from .grouping import KVGrouping
 from .layout import DENSE, FULL, Layout, full, packed
-from .request import AttentionError, Operands
+from .request import AttentionError
 
 Window = int | tuple[int | None, int | None] | None
 
@@ -74,8 +74,7 @@ def attention(
     options: dict[str, Any] = {"scale": scale, "softcap": softcap, "dropout": dropout, "name": backend}
     out = attend(q, k, v, layout=layout, sinks=sinks, bias=bias, **options)[0]
     if key is not None:
-        numbers = Operands(layout, q.shape[-1] ** -0.5 if scale is None else scale, softcap, None, None, dropout)
-        remember_call(key, prepare(facts, layout)._replace(operands=numbers))
+        remember_call(key, facts, layout, scale, softcap, dropout)
     return out
 
 

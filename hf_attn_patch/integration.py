@@ -9,10 +9,10 @@ from torch import Tensor
 from transformers.utils.output_capturing import _active_collector
 
 from .call_layout import from_borders, from_carrier, from_mask, from_positions
-from .dispatch import attend, facts_of, known_calls, prepare, remember_call
+from .dispatch import attend, facts_of, known_calls, remember_call
 from .layout import full
 from .pattern import of_carrier
-from .request import AttentionError, Operands
+from .request import AttentionError
 
 NAME = "hf_attn_patch"
 #: keyword arguments that change which keys are seen or how they are weighed, and that no backend here knows
@@ -147,10 +147,7 @@ def attention_forward(
         tracing=tracing,
     )
     if call is not None:
-        numbers = Operands(
-            layout, query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, None, None, dropout
-        )
-        remember_call(call, prepare(facts, layout)._replace(operands=numbers))
+        remember_call(call, facts, layout, scaling, softcap, dropout)
     return out.transpose(1, 2).contiguous(), found
 
 

@@ -41,18 +41,17 @@ def paged_forward(
     """
     if cu_seq_lens_q is None:
         raise AttentionError("a paged cache came without cu_seq_lens_q, which say where each request begins")
+    numbers: dict[str, Any] = {"scaling": scaling, "softcap": softcap, "sinks": sinks}
     if "kwargs" in inspect.signature(cache.update).parameters:
         changed = {**kwargs, "cu_seq_lens_k": cu_seq_lens_k, "max_length_k": max_length_k}
         key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=changed)
         if (table := changed.get("block_table")) is not None:
             pages = changed["k_cache"], changed["v_cache"], table
-            numbers: dict[str, Any] = {"scaling": scaling, "softcap": softcap, "sinks": sinks}
             return paged_decode(query, key, value, *pages, changed["cu_seq_lens_k"], **numbers), None
         cu_k, max_k = changed["cu_seq_lens_k"], changed["max_length_k"]
     elif (table := kwargs.get("block_table")) is not None:
         lengths = cu_seq_lens_k["full_attention"] if isinstance(cu_seq_lens_k, dict) else cu_seq_lens_k
         pages = pages_of(cache, module.layer_idx, table)
-        numbers = {"scaling": scaling, "softcap": softcap, "sinks": sinks}
         return paged_decode(query, key, value, *pages, lengths, **numbers), None
     else:
         key, value = cache.update(
