@@ -125,6 +125,10 @@ def decode_kernel(
         else:
             norm = tl.zeros([BLOCK_M], tl.float32)
 
+        if PAGED:
+            table_row = Table + b64 * t_b
+            keys = lo + begin * BLOCK_N + offs_n
+            number = tl.load(table_row + keys // page, mask=keys < hi, other=0)
         for i in tl.range(begin, begin + count):
             start = lo + i * BLOCK_N
             keys = start + offs_n
@@ -149,10 +153,11 @@ def decode_kernel(
                 ).to(tl.float32)
                 key_ok = key_ok & (tl.max(bias, 0) > float("-inf"))
             if PAGED:
-                number = tl.load(Table + b64 * t_b + keys // page, mask=key_ok, other=0).to(tl.int64)
                 slot = keys % page
-                k_rows = k_base + number * k_b + slot * k_s
-                v_rows = v_base + number * v_b + slot * v_s
+                k_rows = k_base + number.to(tl.int64) * k_b + slot * k_s
+                v_rows = v_base + number.to(tl.int64) * v_b + slot * v_s
+                ahead = keys + BLOCK_N  # where the next tile lies is known before this one is worked on
+                number = tl.load(table_row + ahead // page, mask=ahead < hi, other=0)
             else:
                 k_rows = k_base + start.to(tl.int64) * k_s + offs_n * k_s
                 v_rows = v_base + start.to(tl.int64) * v_s + offs_n * v_s
