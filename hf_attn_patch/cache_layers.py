@@ -173,7 +173,7 @@ class GrowingMixin:
         super().offload()  # type: ignore[misc]
 
     def reset(self) -> None:
-        # dropped, not zeroed (transformers before 5.23 zeroes, and goes on counting the zeros as keys)
+        # dropped, not zeroed (transformers before 5.18 zeroes, and goes on counting the zeros as keys)
         self.keys = self.values = self._room = None
         self.is_initialized = False
         super().reset()  # type: ignore[misc]

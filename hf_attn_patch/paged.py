@@ -1,7 +1,7 @@
 """Continuous batching: transformers' paged cache, packed queries and keys by cumulative lengths.
 
-In transformers 5.23 and later the manager takes only models whose implementation is called "sdpa" (or a flash one): use
-:func:`hf_attn_patch.override`. Up to 5.22 it looks up ``paged|hf_attn_patch``, which is registered too.
+In transformers 5.19 and later the manager takes only models whose implementation is called "sdpa" (or a flash one): use
+:func:`hf_attn_patch.override`. Up to 5.18 it looks up ``paged|hf_attn_patch``, which is registered too.
 """
 
 from __future__ import annotations

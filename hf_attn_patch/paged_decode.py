@@ -12,7 +12,7 @@ from .request import AttentionError
 
 
 def pages_of(cache: Any, layer: Any, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """A layer's pages of K and V [pages, page, HKV, D] and its block table, of transformers' cache before 5.20.
+    """A layer's pages of K and V [pages, page, HKV, D] and its block table, of transformers' cache before 5.19.
 
     Later ones hand all three themselves.
     """

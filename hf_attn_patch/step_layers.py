@@ -141,7 +141,7 @@ def reserve(cache: Any) -> StepRoom | None:
             if room is None or slot not in (-1, room.end) or position not in (-1, layer.cumulative_length):
                 return None
             position, slot = layer.cumulative_length, room.end
-        elif kind.__name__ == "DummyLayer":  # what shares another layer's K and V (transformers 5.18 on)
+        elif kind.__name__ == "DummyLayer":  # what shares another layer's K and V (transformers 5.23 on)
             rooms.append(None)
             sliding.append(False)
             continue

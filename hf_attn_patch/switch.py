@@ -66,7 +66,7 @@ def enable(
     model.set_attn_implementation(NAME)
     kinds = {type(module.config) for module in model.modules() if isinstance(module, PreTrainedModel)}
     for module in model.modules():
-        # up to 5.22 the call above misses stacks that hold a copy of their parent's config (the T5 family)
+        # up to 5.19 the call above misses stacks that hold a copy of their parent's config (the T5 family)
         if isinstance(module, PreTrainedModel) and module.config._attn_implementation != NAME:
             module.set_attn_implementation(NAME)
         # an EncoderDecoderModel gives its parts new configs, and their layers keep the old ones

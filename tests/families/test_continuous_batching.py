@@ -22,7 +22,7 @@ _BY_NAME = "kwargs" not in inspect.signature(PagedAttentionCache.update).paramet
 @works_with(
     "transformers",
     "continuous batching over a paged cache",
-    'with hf_attn_patch.override("sdpa"): model.generate_batch(prompts, ...)',  # before 5.23 without the first half
+    'with hf_attn_patch.override("sdpa"): model.generate_batch(prompts, ...)',  # before 5.19 without the first half
 )
 @pytest.mark.parametrize("name", ["llama", "llama-mqa", "qwen2", "mistral", "gpt_oss"])
 def test_generate_batch(name: str) -> None:
