@@ -2,8 +2,8 @@
 
 The text goes up through the model layer by layer, once. Of each layer the moments of its inputs are summed, its heads
 are merged with them (:mod:`.align`), and its attention is fitted to what the original layer gives (:mod:`.refit`)
-before the next layer is looked at. One layer at a time is on the device, in fp32; the model itself stays on the CPU in
-its own dtype, and so do two sets of hidden states, 2 * tokens * E numbers, unless a GPU has plenty of room for them.
+before the next layer is looked at. One layer at a time is on the device, in fp32; the model itself stays in its
+mapped file, and on the CPU are two sets of hidden states, 2 * tokens * E numbers, unless a GPU has plenty of room.
 
 An encoder-decoder goes the same way: first the encoder, then the decoder, whose two attentions are fitted together and
 whose cross-attention reads the encoder's output, the original's or the converted one's.
@@ -157,7 +157,7 @@ class Calibrated:
                 " layers read there is not finite"
             )
             self.texts = [ids[fine] for ids in self.texts]
-            ours, theirs = ((None if x is None else x[fine.to(x.device)]) for x in reversed(self.memory))
+            theirs, ours = ((None if x is None else x[fine.to(x.device)]) for x in self.memory)
             self.memory = (theirs, ours)
         raise ConversionError(
             f"{self.plan.source.name}: its embeddings are not finite; nothing can be calibrated on it"
