@@ -14,6 +14,7 @@ share of a bf16 matrix product or of a device copy in the same run; "ratio" our 
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -32,6 +33,7 @@ from benchmarks.kernel_peers import Call, UnsupportedError, contenders
 from benchmarks.kernel_rows import Inputs, Row, rows
 from benchmarks.measure import DEVICE, environment, headline, limits, median_seconds, table, write_json
 
+TURNS = 3
 SECTIONS = ("decode", "prefill", "training", "options", "paged", "packed")
 Results = dict[str, dict[str, Any]]
 
@@ -76,10 +78,43 @@ def speeds(call: Call, x: Inputs) -> dict[str, Any]:
         return {"us": eager, "eager_us": eager, "note": f"no CUDA graph: {_first_line(error)}"}
 
 
+def in_turns(calls: dict[str, Call], x: Inputs) -> Results:
+    """Medians of several turns, each begun by another contender: what ran before (the truth in fp32 runs before the
+    first) decides how fast the GPU's clock is."""
+    turns: dict[str, list[dict[str, Any]]] = {name: [] for name in calls}
+    failed: Results = {}
+    for turn in range(TURNS if DEVICE == "cuda" else 1):
+        first = turn % max(1, len(calls))
+        for name in [*list(calls)[first:], *list(calls)[:first]]:
+            if name not in failed:
+                try:
+                    turns[name].append(speeds(calls[name], x))
+                except Exception as error:
+                    failed[name] = failure(error)
+    return failed | {name: _medians(found) for name, found in turns.items() if name not in failed}
+
+
+def _medians(turns: list[dict[str, Any]]) -> dict[str, Any]:
+    first = turns[0]
+    return {k: v if isinstance(v, str) else statistics.median(t[k] for t in turns) for k, v in first.items()}
+
+
+def failure(error: Exception) -> dict[str, Any]:
+    """What is said of a contender that has no time: a peer that fails is part of the result."""
+    if isinstance(error, UnsupportedError):
+        return {"unsupported": str(error)}
+    if isinstance(error, AssertionError):
+        return {"wrong": _first_line(error)}
+    if "illegal" in str(error) or "unspecified launch failure" in str(error):
+        raise error  # nothing runs on this GPU any more
+    return {"failed": f"{type(error).__name__}: {_first_line(error)}"}
+
+
 def measure(row: Row, makers: dict[str, Callable[[Inputs], Call]]) -> dict[str, Any]:
     """One row: every contender's times, or why it has none."""
     x = Inputs(row)
-    results: Results = {}
+    calls: dict[str, Call] = {}
+    results: Results = {name: {} for name in makers}
     with torch.set_grad_enabled(row.backward):
         low = x.truth(x.dtype)
         ref = x.truth(torch.float32 if DEVICE == "cuda" else torch.float64)
@@ -89,15 +124,11 @@ def measure(row: Row, makers: dict[str, Callable[[Inputs], Call]]) -> dict[str, 
                 if row.backward:
                     call = with_gradients(call, x)
                 check(call, x, low, ref)
-                results[name] = speeds(call, x)
-            except UnsupportedError as reason:
-                results[name] = {"unsupported": str(reason)}
-            except AssertionError as error:
-                results[name] = {"wrong": _first_line(error)}
-            except Exception as error:  # a peer that fails is part of the result
-                if "illegal" in str(error) or "unspecified launch failure" in str(error):
-                    raise  # nothing runs on this GPU any more
-                results[name] = {"failed": f"{type(error).__name__}: {_first_line(error)}"}
+                calls[name] = call
+            except Exception as error:
+                results[name] = failure(error)
+        del low, ref
+        results |= in_turns(calls, x)
     unit, amount = x.work()
     out = {**asdict(row), "name": row.name, "unit": unit, "work": amount, "results": results}
     peers = {name: r["us"] for name, r in results.items() if name != "ours" and "us" in r}

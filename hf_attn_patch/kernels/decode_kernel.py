@@ -48,6 +48,7 @@ def decode_kernel(
     """Attention of a query tile over a worker's tiles of keys.
 
     MASK and BIAS: 0 none, 1 one row of Sk for all rows of a query tile, 2 a row of Sk for each.
+    PAGED: 0 no, 1 a tile's keys lie on several pages, 2 on one.
     CAUSAL: queries differ in what they see (false for one query, whose keys end at ``hi`` anyway).
     """
     pid = tl.program_id(0)
@@ -127,7 +128,9 @@ def decode_kernel(
 
         if PAGED:
             table_row = Table + b64 * t_b
-            keys = lo + begin * BLOCK_N + offs_n
+            keys = lo + begin * BLOCK_N
+            if PAGED == 1:
+                keys += offs_n
             number = tl.load(table_row + keys // page, mask=keys < hi, other=0)
         for i in tl.range(begin, begin + count):
             start = lo + i * BLOCK_N
@@ -153,10 +156,15 @@ def decode_kernel(
                 ).to(tl.float32)
                 key_ok = key_ok & (tl.max(bias, 0) > float("-inf"))
             if PAGED:
-                slot = keys % page
+                if PAGED == 1:
+                    slot = keys % page
+                    ahead = keys + BLOCK_N
+                else:
+                    slot = start % page + offs_n
+                    ahead = start + BLOCK_N
                 k_rows = k_base + number.to(tl.int64) * k_b + slot * k_s
                 v_rows = v_base + number.to(tl.int64) * v_b + slot * v_s
-                ahead = keys + BLOCK_N  # where the next tile lies is known before this one is worked on
+                # where the next tile lies is known before this one is worked on
                 number = tl.load(table_row + ahead // page, mask=ahead < hi, other=0)
             else:
                 k_rows = k_base + start.to(tl.int64) * k_s + offs_n * k_s

@@ -216,6 +216,9 @@ def _plan(
     slots = max(1, sms * tuning.per_sm * tuning.waves // m_tiles)
     split, workers, chunk = plan(B * HKV, -(-span // tuning.block_n), slots, tuning, varlen)
 
+    paged = 0
+    if block_table is not None:
+        paged = 2 if page % tuning.block_n == 0 and first is None and window is None else 1
     if block_table is None:
         kv_strides = (*k.stride()[:3], *v.stride()[:3])
     else:
@@ -250,7 +253,7 @@ def _plan(
             "SOFTCAP": softcap is not None,
             "MASK": mask_kind,
             "BIAS": bias_kind,
-            "PAGED": block_table is not None,
+            "PAGED": paged,
             "LAZY_SUM": tuning.lazy_sum,
             "EVICT": tuning.evict,
             "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",

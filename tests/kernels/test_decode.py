@@ -184,7 +184,7 @@ def test_non_causal() -> None:
     check(*inputs(2, 4, 4, 3, 70, 32), causal=False, end=ints(70, 33))
 
 
-@pytest.mark.parametrize(("Sq", "page"), [(1, 16), (1, 48), (3, 16)])
+@pytest.mark.parametrize(("Sq", "page"), [(1, 16), (1, 48), (3, 16), (1, 128), (2, 256)])
 def test_paged(Sq: int, page: int) -> None:
     B, HQ, HKV, D, most = 3, 4, 2, 32, 6
     generator = torch.Generator().manual_seed(2)
