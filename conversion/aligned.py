@@ -25,14 +25,17 @@ class Aligned:
         plan: tells where norms stand between projection and scores.
         group: ``adjacent`` merges neighbours; ``similar`` first permutes the heads so that those go together that lose
             least (not where a head's index means something: there it is ``adjacent``).
-        moments: E[x x^T] by layer prefix, see :func:`~hf_attn_patch.conversion.align.merge_aligned`; what K and V read
-            under ``(prefix, "memory")``.
+
+    Attributes:
+        moments: E[x x^T] by layer prefix, where they are known (see
+            :func:`~hf_attn_patch.conversion.align.merge_aligned`); what K and V read under ``(prefix, "memory")``.
     """
 
-    def __init__(self, plan: Plan, group: str = "adjacent", moments: dict[Any, torch.Tensor] | None = None) -> None:
+    def __init__(self, plan: Plan, group: str = "adjacent") -> None:
         if group not in GROUPINGS:
             raise ConversionError(f"--group {group!r}: choose one of {', '.join(GROUPINGS)}")
-        self.group, self.moments = group, moments or {}
+        self.group = group
+        self.moments: dict[Any, torch.Tensor] = {}
         self.normed = {
             layer.prefix
             for layer in plan.layers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -131,12 +132,9 @@ def from_heads(unit: Unit, weights: AttentionWeights) -> dict[str, Tensor]:
     return out
 
 
-_FIELDS = ("q", "q_bias", "k", "k_bias", "v", "v_bias", "o", "o_bias", "q_norm", "k_norm", "sinks")
-
-
 def _check_shapes(before: AttentionWeights, after: AttentionWeights) -> None:
     """A method gives back what it got; only k's and v's first dimension may change."""
-    for name in _FIELDS:
+    for name in (f.name for f in fields(AttentionWeights) if f.name != "layer"):
         old, new = getattr(before, name), getattr(after, name)
         if (old is None) != (new is None):
             raise AssertionError(f"the method added or lost {name} of {before.layer.prefix}")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from .config import architectures
+from .dtypes import torch_dtype
 from .errors import ConversionError
 from .planner import Plan
 
@@ -47,10 +48,7 @@ def model_class_of(raw: Mapping[str, Any], config: Any) -> Any:
 
 
 def _check(raw: Mapping[str, Any], tensors: Mapping[str, tuple[str, tuple[int, ...]]], what: str) -> None:
-    import torch
     from transformers import CONFIG_MAPPING
-
-    from .dtypes import torch_dtype
 
     config = CONFIG_MAPPING[raw["model_type"]].from_dict(dict(raw))
     model_class = model_class_of(raw, config)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from .errors import ConversionError
@@ -49,7 +49,6 @@ class Method:
     options: tuple[Option, ...] = ()
     ordered: bool = False
     exact: bool = True
-    defaults: Mapping[str, Any] = field(default_factory=dict)
 
     def build(self, plan: Plan, options: Mapping[str, Any]) -> Merge:
         module, name = self.make.split(":")
