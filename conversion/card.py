@@ -25,11 +25,18 @@ _TEXT = """\
 - Method `{method}`: {summary}{options}; seed {seed}.
 - KV cache per token: {before} before, {after} now.
 - Everything that is not attention is the source's, byte for byte. `conversion.json` records versions, source hashes
-  and the command; `hf-attn verify SOURCE THIS` recomputes and compares.
+  and the command; `hf-attn verify SOURCE THIS` {check}.
 
-The merged heads have not been trained together. Mean-pooling in particular changes what the model says until it is
-uptrained (Ainslie et al. 2023, [arXiv 2305.13245](https://arxiv.org/abs/2305.13245)).
+{caution}
 {command}"""
+
+#: of methods that look at the weights alone, and of those that read text
+_UNTRAINED = """\
+The merged heads have not been trained together. Mean-pooling in particular changes what the model says until it is
+uptrained (Ainslie et al. 2023, [arXiv 2305.13245](https://arxiv.org/abs/2305.13245))."""
+_CALIBRATED = """\
+Heads were merged by what the layers read on a calibration text{fitted}. As a whole the model has
+not been trained since: see with `hf-attn evaluate` what was lost."""
 
 
 def model_card(plan: Plan, record: dict[str, Any]) -> str:
@@ -53,6 +60,8 @@ def model_card(plan: Plan, record: dict[str, Any]) -> str:
         rows.append(f"| {r['attention']} | {r['layers']} | {r['heads']} | {kv} |")
     itemsize = cache_itemsize(plan)
     options = ", ".join(f"{k}={v}" for k, v in plan.options.items() if v is not None)
+    exact = plan.method.exact
+    fitted = ", and layers were fitted to the source's on it" if plan.options.get("refit") else ""
     name = source.name.rsplit("/", 1)[-1] if is_hub else source.folder.resolve().name
     text = _TEXT.format(
         metadata=data.to_yaml(),
@@ -66,6 +75,8 @@ def model_card(plan: Plan, record: dict[str, Any]) -> str:
         seed=plan.seed,
         before=human(kv_bytes_per_token(plan.layers, itemsize, new=False)),
         after=human(kv_bytes_per_token(plan.layers, itemsize, new=True)),
+        check="recomputes and compares" if exact else "checks what does not depend on the calibration text",
+        caution=_UNTRAINED if exact else _CALIBRATED.format(fitted=fitted),
         command=f"\n```\n{record['command']}\n```\n" if record["command"] else "",
     )
     return str(ModelCard(text))

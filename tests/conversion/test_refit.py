@@ -58,6 +58,9 @@ def test_better_than_merging_alone_and_reproducible(folder: Path, tmp_path: Path
     convert(folder / "src", tmp_path / "b", 1, calibrate=text, **SMALL)
     convert(folder / "src", tmp_path / "plain", 1, calibrate=text, refit=False, **SMALL)
     assert record["method"] == "calibrated"
+    cards = [(tmp_path / name / "README.md").read_text() for name in ("a", "plain")]
+    assert ["layers were fitted to the source's" in card for card in cards] == [True, False]
+    assert not any("recomputes" in card for card in cards)  # what depends on a text is not computed again
     assert record["details"]["calibration"]["tokens"] == 187 * 32
     for fit in record["details"]["layers"].values():
         assert fit["refitted"] < 0.9 * fit["error"]
