@@ -93,14 +93,13 @@ class Corpus:
     def to(self, device: torch.device) -> Corpus:
         return replace(self, train=self.train.to(device), held_out=self.held_out.to(device))
 
-    def blocks(self, seq: int, seed: int, start: int = 0) -> Iterator[Tensor]:
+    def blocks(self, seq: int, seed: int) -> Iterator[Tensor]:
         """Blocks of S + 1 ids in a random order, for ever (a new order each epoch), on the corpus's device."""
         count = (len(self.train) - 1) // seq
         generator = torch.Generator().manual_seed(seed)
         while True:
-            for i in torch.randperm(count, generator=generator)[start:].tolist():
+            for i in torch.randperm(count, generator=generator).tolist():
                 yield self.train[i * seq : i * seq + seq + 1]
-            start = 0
 
     def batches(self, tokens: int, batch_tokens: int, seq: int, seed: int) -> Iterator[Tensor]:
         """``tokens`` tokens in all, as int64 batches [B, S + 1]."""

@@ -6,8 +6,8 @@ A Llama with 8 heads learns to write Python from Python's own library. It is con
 averaging heads (the GQA paper's way), by aligning them in a common basis first, and by calibrating on a little text,
 and each result is uptrained, distilling from the original. Each method may read 5% of the training's tokens in all:
 what calibration reads, uptraining after it does not get. Every stage is a public command, printed before it runs.
-Without a GPU this takes about six minutes on two cores; with one, a larger model learns from all the Python code that
-is installed.
+Without a GPU this takes six or seven minutes on two cores; with one, a larger model learns from all the Python code
+that is installed.
 """
 
 from __future__ import annotations
