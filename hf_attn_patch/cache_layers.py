@@ -221,7 +221,7 @@ class GrowingSlidingMixin(GrowingMixin):
         room = self._append(key_states, value_states, self._limit())
         if room is None:
             self._room = None
-            return super(GrowingMixin, self).update(key_states, value_states, *args, **kwargs)  # type: ignore[misc,no-any-return]
+            return super(GrowingMixin, self).update(key_states, value_states, *args, **kwargs)  # type: ignore[misc]
         self.cumulative_length += new
         # as many as `get_mask_sizes` announces: while the past is recorded more may be stored
         visible = room.span(max(room.start, room.end - past - new), room.end)

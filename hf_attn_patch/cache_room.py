@@ -28,7 +28,7 @@ def buffer_from(old: Tensor, like: Tensor, capacity: int) -> Tensor:
 
 def _holders(tensor: Tensor) -> int:
     """How many tensors share this one's memory, itself included (the storage object made to ask counts too)."""
-    count: int = torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)  # type: ignore[attr-defined]
+    count: int = torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
     return count - 1
 
 

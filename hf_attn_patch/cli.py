@@ -59,7 +59,7 @@ class LazyGroup(click.Group):
         command: Any = getattr(importlib.import_module(module), attribute)
         if name in EXAMPLES:
             command.epilog = "\b\nExamples:\n" + "\n".join(f"  {line}" for line in EXAMPLES[name])
-        return command  # type: ignore[no-any-return]
+        return command
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]

@@ -69,7 +69,7 @@ class Unpadded:
         if positions is not None:
             if positions.dim() != 2:
                 raise ValueError(f"unpadded() needs position_ids of [B, S], not {tuple(positions.shape)}")
-            return positions.expand(mask.shape)  # type: ignore[no-any-return]
+            return positions.expand(mask.shape)
         if self.numbering == "counted":
             return (mask != 0).cumsum(1) - 1
         if self.numbering == "from padding_idx":

@@ -112,7 +112,7 @@ class Functions:
         scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
         numbers = (scale, causal, *window_size, deterministic)
         q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
-        out: Tensor = _Attention.apply(self.operators, q, k, v, cu_q, cu_k, max_q, max_k, *numbers)  # type: ignore[no-untyped-call]
+        out: Tensor = _Attention.apply(self.operators, q, k, v, cu_q, cu_k, max_q, max_k, *numbers)
         return out
 
 
@@ -145,10 +145,10 @@ class _Attention(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, out, lse, cu_q, cu_k)
         ctx.operators, ctx.maxima, ctx.window = operators, (max_q, max_k), window
         ctx.scale, ctx.deterministic = scale, deterministic
-        return out  # type: ignore[no-any-return]
+        return out
 
     @staticmethod
-    def backward(ctx: Any, d_out: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, d_out: Tensor) -> Any:
         q, k, v, out, lse, cu_q, cu_k = ctx.saved_tensors
         grads = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v)]
         ctx.operators.bwd(
