@@ -33,7 +33,7 @@ from benchmarks.kernel_peers import Call, UnsupportedError, contenders
 from benchmarks.kernel_rows import Inputs, Row, rows
 from benchmarks.measure import DEVICE, environment, headline, limits, median_seconds, table, write_json
 
-TURNS = 3
+TURNS, PAUSE = 3, 0.15  # seconds
 SECTIONS = ("decode", "prefill", "training", "options", "paged", "packed")
 Results = dict[str, dict[str, Any]]
 
@@ -79,14 +79,15 @@ def speeds(call: Call, x: Inputs) -> dict[str, Any]:
 
 
 def in_turns(calls: dict[str, Call], x: Inputs) -> Results:
-    """Medians of several turns, each begun by another contender: what ran before (the truth in fp32 runs before the
-    first) decides how fast the GPU's clock is."""
+    """Medians of several turns, each begun by another contender, with pauses: after matrix products at full power (of
+    the truth, of another contender) the GPU's clock is lower for a while."""
     turns: dict[str, list[dict[str, Any]]] = {name: [] for name in calls}
     failed: Results = {}
     for turn in range(TURNS if DEVICE == "cuda" else 1):
         first = turn % max(1, len(calls))
         for name in [*list(calls)[first:], *list(calls)[:first]]:
             if name not in failed:
+                time.sleep(0.0 if x.row.decode else PAUSE)
                 try:
                     turns[name].append(speeds(calls[name], x))
                 except Exception as error:

@@ -128,10 +128,10 @@ def decode_kernel(
 
         if PAGED:
             table_row = Table + b64 * t_b
-            keys = lo + begin * BLOCK_N
+            ahead = lo + begin * BLOCK_N
             if PAGED == 1:
-                keys += offs_n
-            number = tl.load(table_row + keys // page, mask=keys < hi, other=0)
+                ahead += offs_n
+            number = tl.load(table_row + ahead // page, mask=ahead < hi, other=0)
         for i in tl.range(begin, begin + count):
             start = lo + i * BLOCK_N
             keys = start + offs_n

@@ -1,0 +1,109 @@
+"""Compile the decode kernels for a Hopper GPU as a call would, on a machine without one: JSON, a line a kernel.
+
+A process of its own, because Triton decides at import whether kernels are interpreted. Arguments: names of CASES.
+"""
+
+import json
+import sys
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from hf_attn_patch.kernels import decode_launch
+from hf_attn_patch.kernels.launcher import Launch
+
+HOPPER, SMS = GPUTarget("cuda", 90, 32), 132
+TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.bool: "i1"}
+
+
+def on_meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def arguments(
+    B: int = 16, HQ: int = 32, HKV: int = 8, Sq: int = 1, Sk: int = 8192, D: int = 128, page: int = 0,
+    dtype: torch.dtype = torch.bfloat16, causal: bool = True, window: int | None = None, softcap: float | None = None,
+    lse: bool = False, **others: Any,
+) -> tuple[Any, ...]:  # fmt: skip
+    """What :func:`launch` takes. ``others``: the shapes of first, end, mask, bias, sinks that are there."""
+    kinds = {"mask": torch.bool, "bias": torch.float32, "sinks": torch.float32}
+    given = {name: on_meta(*shape, dtype=kinds.get(name, torch.int32)) for name, shape in others.items()}
+    kv = on_meta(B * Sk // page, page, HKV, D, dtype=dtype) if page else on_meta(B, HKV, Sk, D, dtype=dtype)
+    table = on_meta(B, Sk // page, dtype=torch.int32) if page else None
+    rest = (given.get(name) for name in ("first", "end", "mask", "bias", "sinks"))
+    return on_meta(B, HQ, Sq, D, dtype=dtype), kv, kv, table, *rest, D**-0.5, causal, window, softcap, lse
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {"B": 1},
+    "one worker a head": {"HKV": 32, "B": 64},
+    "padded": {"first": (16,), "end": (16,)},
+    "queries": {"Sq": 4, "first": (16,), "window": 4096, "softcap": 30.0, "sinks": (32,), "lse": True},
+    "mask": {"Sq": 4, "mask": (16, 1, 4, 8192), "causal": False, "end": (16,)},
+    "bias": {"bias": (1, 32, 1, 8192)},
+    "head_dim 80": {"D": 80},
+    "head_dim 256": {"D": 256, "B": 4},
+    "fp32": {"dtype": torch.float32},
+    "pages of 16": {"page": 16, "end": (16,)},
+    "pages of 256": {"page": 256, "end": (16,)},
+    "pages and a window": {"page": 256, "end": (16,), "window": 300},
+}
+
+
+def compiled(launch: Launch, tensors: Any) -> Any:
+    """As Triton would: it specialises on types, on what is None or 1, and on multiples of 16."""
+    kernel = launch.kernel
+    left_alone = set(kernel.do_not_specialize)
+    values = dict(zip(kernel.arg_names, (*tensors, *launch.scalars), strict=False)) | launch.constants
+    signature, constants, attributes = {}, {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        value = values[name]
+        special = isinstance(value, int) and name not in left_alone
+        if name in launch.constants or value is None or (special and value == 1):
+            signature[name], constants[(i,)] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[name], attributes[(i,)] = f"*{TYPES[value.dtype]}", [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32" if value < 2**31 else "i64"
+            if special and value % 16 == 0:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    return triton.compile(ASTSource(kernel, signature, constants, attributes), HOPPER, launch.options)
+
+
+def main() -> None:
+    started: list[tuple[Launch, Any]] = []
+
+    def first(self: Launch, _strides: Any, tensors: Any, _pointers: Any, _stream: int) -> None:
+        started.append((self, tensors))
+
+    with (
+        mock.patch.object(Launch, "first", first),
+        mock.patch.object(decode_launch, "sm_count", lambda device: SMS),
+        mock.patch.object(decode_launch, "overlaps", lambda device: True),
+    ):
+        for case in sys.argv[1:]:
+            started.clear()
+            decode_launch.launch(*arguments(**CASES[case]))
+            for launch, tensors in started:
+                made = compiled(launch, tensors)
+                ptx = made.asm["ptx"]
+                found = {
+                    "case": case,
+                    "kernel": launch.kernel.__name__,
+                    "shared": made.metadata.shared,
+                    "waits": ptx.count("griddepcontrol.wait"),
+                    "copies": ptx.count("cp.async.c"),
+                    "products": ptx.count("mma.sync") + ptx.count("wgmma.mma_async"),
+                    "loads": ptx.count("ld.global"),
+                }
+                print(json.dumps(found), flush=True)
+
+
+if __name__ == "__main__":
+    main()
