@@ -32,7 +32,8 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], d
 def test_it_compiles_for_hopper(case: str, kernels: dict[tuple[str, str], dict[str, int]]) -> None:
     decode = kernels[case, "decode_kernel"]
     assert 0 < decode["shared"] <= SHARED
-    assert decode["copies"] and decode["products"]  # keys arrive while others are worked on, by tensor cores
+    assert decode["copies"]  # keys arrive while others are worked on
+    assert bool(decode["products"]) == (case != "fp32")  # whose products are exact, so not by tensor cores
     assert decode["waits"] == 1
     assert ((case, "combine_kernel") in kernels) == (case != "one worker a head")
     if case != "one worker a head":
