@@ -67,12 +67,13 @@ def main() -> None:
     parser.add_argument("--size", choices=["auto", *SIZES], default="auto")
     parser.add_argument("--kv-heads", type=int, nargs="+", default=[2, 1], help=f"to convert to; each divides {HEADS}")
     args = parser.parse_args()
+    make_folder(parser, args.output)
+    require_kv_heads(parser, args.kv_heads, HEADS)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which ends the command that runs as well
     import torch
 
     name = args.size if args.size != "auto" else "gpu" if torch.cuda.is_available() else "cpu"
     size, out = SIZES[name], args.output
-    out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
 
     say(f"1. A model with {HEADS} heads, made anew, learns Python from {size.tokens:,} tokens")
@@ -129,6 +130,24 @@ OWN = (
 )
 
 
+def make_folder(parser: argparse.ArgumentParser, folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--output {folder} can't be made: {error.strerror}")
+
+
+def require_kv_heads(parser: argparse.ArgumentParser, wanted: list[int], heads: int) -> None:
+    """Before anything is trained, not after."""
+    for n in wanted:
+        if n < 1 or heads % n:
+            parser.error(f"--kv-heads {n}: {heads} heads cannot share {n}; {', '.join(divisors(heads))} would do")
+
+
+def divisors(n: int) -> list[str]:
+    return [str(d) for d in range(1, n + 1) if n % d == 0]
+
+
 def say(text: str) -> None:
     print(f"\n== {text}\n", flush=True)
 
@@ -153,7 +172,7 @@ def hf_attn(*arguments: object, to: Path | None = None) -> None:
 
 def run_uptrain(model: Path, output: Path, text: Path, options: dict[str, object]) -> None:
     """examples/uptrain.py, with ``options`` by their names on the command line."""
-    given = {"model": model, "dataset": text, "output": output, **options}
+    given = {"model": model, "dataset": text, "output": output, "overwrite": "true", **options}
     words = [relative(EXAMPLES / "uptrain.py")] + [part for k, v in given.items() for part in (f"--{k}", str(v))]
     run([sys.executable, *words], ["python", *words])
 

@@ -14,13 +14,13 @@ import json
 from pathlib import Path
 
 import torch
-from demo import collect_text, hf_attn, run_uptrain, say  # examples/demo.py
+from demo import collect_text, hf_attn, make_folder, require_kv_heads, run_uptrain, say  # examples/demo.py
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, T5Config, T5ForConditionalGeneration
 
 import hf_attn_patch  # noqa: F401  (registers the grouped T5)
 from hf_attn_patch.training import Count
 
-HEADS = 8
+HEADS, BATCH = 8, 16
 
 
 def make_t5(folder: Path, text: Path, width: int) -> None:
@@ -59,8 +59,19 @@ def main() -> None:
     parser.add_argument("--kv-heads", type=int, default=2)
     args = parser.parse_args()
     out = args.output
-    out.mkdir(parents=True, exist_ok=True)
-    common: dict[str, object] = {"sequence-length": args.sequence_length, "batch-size": 16, "micro-batch-size": 16}
+    if args.width < HEADS or args.width % HEADS:
+        parser.error(f"--width {args.width} is no multiple of {HEADS}, which is the number of heads")
+    if args.sequence_length < 2:
+        parser.error("--sequence-length starts at 2: one to read, one to predict")
+    if args.tokens // 10 < (least := args.sequence_length * BATCH):
+        parser.error(f"--tokens {args.tokens}: a tenth of them has to fill a step of {least:,}; give {10 * least:,}")
+    require_kv_heads(parser, [args.kv_heads], HEADS)
+    make_folder(parser, out)
+    common: dict[str, object] = {
+        "sequence-length": args.sequence_length,
+        "batch-size": BATCH,
+        "micro-batch-size": BATCH,
+    }
     common |= {
         "eval-dataset": out / "held-out.jsonl",
         "eval-tokens": 20_000,

@@ -24,6 +24,7 @@ from hf_attn_patch.training import (
     TrainingError,
     UptrainOptions,
     ahead,
+    claimed_output,
     document_lengths,
     learning_rate,
     load_checkpoint,
@@ -115,11 +116,12 @@ def uptrain(run: Run) -> Progress:
             if progress.step % options.log_every == 0:
                 values = {"loss": result.loss, "ce": result.ce, "kl": result.kl, "grad_norm": result.grad_norm}
                 values |= {"lr": lr, "tokens": progress.tokens, "epoch": step.position.epoch}
-                values |= {"tokens_per_second": speed.tokens_per_second, "mfu": speed.mfu or 0.0}
+                values |= {"tokens_per_second": speed.tokens_per_second}
+                values |= {"mfu": speed.mfu} if speed.mfu else {}
                 run.log.write({f"train/{k}": v for k, v in values.items()}, progress.step)
 
             done = progress.tokens >= total
-            if held_out and options.due(progress.step, done, options.eval_every):
+            if held_out and (done or options.due(progress.step, done, options.eval_every)):
                 evaluate()
             if result.asked or options.due(progress.step, done, options.checkpoint_every):
                 save_checkpoint(accelerator, checkpoints, progress, options.keep)
@@ -139,11 +141,12 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         options = parse_options(arguments, __doc__)
         set_seed(options.seed)
-        run = load_run(options)  # accelerator, tokenizer, data, student and teacher, checked against each other
-        try:
-            uptrain(run)
-        except torch.OutOfMemoryError as error:
-            raise TrainingError(run.out_of_memory_advice()) from error
+        with claimed_output(options):
+            run = load_run(options)  # accelerator, tokenizer, data, student and teacher, checked against each other
+            try:
+                uptrain(run)
+            except torch.OutOfMemoryError as error:
+                raise TrainingError(run.out_of_memory_advice()) from error
     except TrainingError as error:
         sys.exit(f"uptrain: {error}")
 

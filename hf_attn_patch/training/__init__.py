@@ -10,6 +10,7 @@ from .interrupts import StopSignals
 from .losses import Head, LossSums, linear_loss
 from .meters import Flops, Throughput
 from .options import UptrainOptions, parse_options
+from .output import claimed_output
 from .packing import pack
 from .run import Run, load_run
 from .schedule import Count, learning_rate
@@ -30,6 +31,7 @@ __all__ = [
     "TrainingError",
     "UptrainOptions",
     "ahead",
+    "claimed_output",
     "document_lengths",
     "learning_rate",
     "linear_loss",

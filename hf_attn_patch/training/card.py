@@ -14,24 +14,31 @@ from .options import UptrainOptions
 CONVERSION = "conversion.json"
 
 
-def write_card(folder: Path, *, options: UptrainOptions, progress: Progress, config: Any) -> None:
+def write_card(folder: Path, *, options: UptrainOptions, progress: Progress, config: Any, kind: str = "causal") -> None:
     """``README.md`` of the model in ``folder``; the source's conversion record is copied beside it."""
     record = Path(options.model, CONVERSION)
     conversion = None
     if record.is_file():
         conversion = json.loads(record.read_text(encoding="utf-8"))
         shutil.copy(record, folder)
-    (folder / "README.md").write_text(render_card(options, progress, config, conversion), encoding="utf-8")
+    (folder / "README.md").write_text(render_card(options, progress, config, conversion, kind), encoding="utf-8")
 
 
 def render_card(
-    options: UptrainOptions, progress: Progress, config: Any, conversion: dict[str, Any] | None = None
+    options: UptrainOptions,
+    progress: Progress,
+    config: Any,
+    conversion: dict[str, Any] | None = None,
+    kind: str = "causal",
 ) -> str:
     """The card as Markdown with the hub's front matter."""
     ce, kl = options.loss_weights
     heads = config.get_text_config(decoder=True)
     kv_heads = getattr(heads, "num_key_value_heads", None)
     loss = " + ".join(f"{w:g} x {name}" for w, name in ((ce, "cross-entropy"), (kl, "KL to the teacher")) if w)
+    if kind == "encoder":
+        loss = "distance of the teacher's embeddings, of tokens (relative, squared) and of texts (cosine)"
+    fitted = min(progress.tokens, -(-options.layerwise_tokens // options.tokens_per_step) * options.tokens_per_step)
     lines = [
         "---",
         "library_name: transformers",
@@ -50,6 +57,7 @@ def render_card(
         *([f"| converted from | {describe_conversion(conversion)} |"] if conversion else []),
         f"| teacher | {f'`{options.teacher}`' if options.teacher else 'none'} |",
         f"| loss | {loss} |",
+        *([f"| before that | attention fitted layer by layer on the first {fitted:,} tokens |"] if fitted else []),
         f"| trained | {options.mode} |",
         f"| peak learning rate, schedule | {options.lr:g}, {options.decay} after {options.warmup:.0%} warm-up |",
         f"| sequence length, batch | {options.sequence_length}, {options.batch_size} |",

@@ -80,7 +80,12 @@ def written_aside(target: Path, accelerator: Any = None) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
     _wait(accelerator)
-    yield aside
+    try:
+        yield aside
+    except BaseException:
+        if main:  # the room that it takes may be what was missing
+            shutil.rmtree(aside, ignore_errors=True)
+        raise
     _wait(accelerator)
     if main:
         for path in aside.rglob("*"):
@@ -104,9 +109,17 @@ def save_checkpoint(accelerator: Any, folder: Path, progress: Progress, keep: in
         if accelerator.is_main_process:
             (aside / STATE).write_text(progress.to_json())
     if accelerator.is_main_process:
-        for old in list_checkpoints(folder)[:-keep]:
-            shutil.rmtree(old)
+        remove_leftovers(folder, keep)
     return target
+
+
+def remove_leftovers(folder: Path, keep: int) -> None:
+    """All but the newest ``keep`` checkpoints, and what a kill has left half-written or half-removed."""
+    kept = list_checkpoints(folder)[-keep:]
+    for path in [*folder.glob(f"{PREFIX}*"), *folder.glob(f".{PREFIX}*")]:
+        if path not in kept:
+            (path / STATE).unlink(missing_ok=True)  # first, so that half of it is no checkpoint
+            shutil.rmtree(path)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -137,20 +150,19 @@ def replace_files(source: Path, target: Path) -> None:
     source.rmdir()
 
 
-def save_model(folder: Path, model: Any, *, extras: Callable[[Path], None]) -> None:
+def save_model(folder: Path, model: Any, *, extras: Callable[[Path], None], among: bool = False) -> None:
     """A plain model that ``from_pretrained`` reads, put in place only when it is complete.
 
     Args:
         extras: writes what stands beside the weights (tokenizer, model card).
+        among: the folder holds other things, which stay; else it becomes what was written.
     """
-    aside = folder / ".incomplete"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    model.save_pretrained(aside)
-    extras(aside)
-    for path in aside.iterdir():
-        _flush(path)
-    replace_files(aside, folder)
+    target = folder / ".model" if among else folder
+    with written_aside(target) as aside:
+        model.save_pretrained(aside)
+        extras(aside)
+    if among:
+        replace_files(target, folder)
 
 
 def _wait(accelerator: Any) -> None:

@@ -73,7 +73,7 @@ def load_model(name: str, config: Any, kind: Kind, *, attention: str, dtype: tor
     try:
         return auto.from_pretrained(name, config=config, dtype=dtype, attn_implementation=attention)
     except (OSError, ValueError, ImportError) as error:
-        raise TrainingError(f"{name} can't be loaded for the {kind} objective: {error}") from error
+        raise TrainingError(f"{name} can't be loaded for the {kind} objective: {str(error).splitlines()[0]}") from error
 
 
 def make_objective(model: Any, kind: Kind, options: UptrainOptions) -> Objective:
@@ -86,6 +86,8 @@ def make_objective(model: Any, kind: Kind, options: UptrainOptions) -> Objective
         return Seq2SeqObjective(model, weights)
     if options.teacher is None:
         raise TrainingError("encoders are uptrained by distilling embeddings: give the --teacher")
+    if (options.ce, options.kl) != (None, None):
+        raise TrainingError("--ce and --kl weigh the losses of language models; an encoder's has no weights")
     return EncoderObjective(model, weights)
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -14,6 +15,22 @@ from .schedule import Count, token_budget
 
 def _option(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
+
+
+UNDER_1 = math.nextafter(1.0, 0.0)
+ABOVE_0 = math.nextafter(0.0, 1.0)
+#: the smallest and the largest value of numbers that have one
+RANGES: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("ce", "kl", "layerwise_tokens", "lr", "weight_decay", "clip", "held_out_every"), (0, math.inf)),
+    **dict.fromkeys(("eval_tokens", "eval_every", "checkpoint_every"), (0, math.inf)),
+    **dict.fromkeys(("tokens", "pretraining_tokens", "batch_size", "micro_batch_size", "lora_rank"), (1, math.inf)),
+    **dict.fromkeys(("keep", "log_every"), (1, math.inf)),
+    **dict.fromkeys(("alpha", "temperature", "peak_tflops"), (ABOVE_0, math.inf)),
+    **dict.fromkeys(("lr_floor", "warmup"), (0, 1)),
+    **dict.fromkeys(("beta1", "beta2"), (0, UNDER_1)),
+    "sequence_length": (2, math.inf),
+    "seed": (0, 2**32 - 1),
+}
 
 
 @dataclass
@@ -73,11 +90,12 @@ class UptrainOptions:
     held_out_every: int = _option(100, "Hold out every so many-th document of --dataset; 0 for none.")
     eval_tokens: Count = _option(Count(200_000), "Evaluate on at most so many held-out tokens; 0 for never.")
     eval_every: int | None = _option(
-        None, "Steps between evaluations (default: a tenth of the run); also at both ends."
+        None, "Steps between evaluations (default: a tenth of the run); also at both ends; 0: only there."
     )
     checkpoint_every: int | None = _option(None, "Steps between checkpoints (default: a tenth of the run); 0: none.")
     keep: int = _option(1, "Checkpoints that stay.")
     resume: bool = _option(False, "Go on from the newest checkpoint in --output, if there is one.")
+    overwrite: bool = _option(False, "Replace what another run has left in --output.")
     log_every: int = _option(1, "Steps between two lines for the trackers.")
     log_with: str | None = _option(None, "Trackers of accelerate: tensorboard, trackio, wandb, ... or all.")
 
@@ -99,30 +117,38 @@ class UptrainOptions:
     @property
     def lasting(self) -> dict[str, Any]:
         """What must be the same when a run is continued: all but where and how it is watched."""
-        free = {"output", "resume", "keep", "log_every", "log_with", "micro_batch_size", "gradient_checkpointing"}
-        free |= {"compile", "peak_tflops", "checkpoint_every", "eval_every"}
+        free = {"output", "resume", "overwrite", "keep", "log_every", "log_with", "micro_batch_size"}
+        free |= {"gradient_checkpointing", "compile", "peak_tflops", "checkpoint_every", "eval_every"}
         return {k: v for k, v in asdict(self).items() if k not in free}
 
     def due(self, step: int, last: bool, every: int | None) -> bool:
-        """Whether something that happens ``every`` so many steps (None: ten times in the run) happens now."""
+        """Whether what happens every so many steps (None: ten times in the run) and at the end is due; 0: never."""
         if every is None:
             every = max(1, (self.layerwise_tokens + self.budget) // self.tokens_per_step // 10)
         return bool(every) and (last or step % every == 0)
 
     def validate(self) -> None:
         """Raises TrainingError for what can be seen to be wrong before anything is loaded."""
+        for name, (least, most) in RANGES.items():
+            value = getattr(self, name)
+            if value is not None and not least <= value <= most:  # which NaN is not either
+                low = "above 0" if least == ABOVE_0 else f"at least {least:g}"
+                high = {math.inf: "", UNDER_1: " and under 1"}.get(most, f" and at most {most:,.0f}")
+                raise TrainingError(f"--{name.replace('_', '-')} {value}: it must be {low}{high}")
         missing = [f"--{name}" for name in ("model", "dataset") if not getattr(self, name)]
         if missing:
             raise TrainingError(f"{' and '.join(missing)} must be given")
         ce, kl = self.loss_weights
         if self.teacher is None and (kl or self.layerwise_tokens):
             raise TrainingError("--kl and --layerwise-tokens need a --teacher")
-        if min(ce, kl) < 0 or ce + kl <= 0:
+        if ce + kl <= 0:
             raise TrainingError(f"the loss would be nothing: --ce {ce} and --kl {kl}; one must be above 0")
         if (self.source_field is None) != (self.target_field is None):
             raise TrainingError("--source-field and --target-field go together")
-        if min(self.sequence_length, self.batch_size, self.micro_batch_size) < 1 or self.sequence_length < 2:
-            raise TrainingError("--sequence-length must be at least 2, batch sizes at least 1")
+        if self.held_out_every == 1 and self.eval_tokens and self.eval_dataset is None:
+            raise TrainingError("--held-out-every 1 holds out all of --dataset; nothing would be left to train on")
+        if self.resume and self.overwrite:
+            raise TrainingError("--resume goes on with what is in --output, --overwrite replaces it; choose one")
         if self.budget < self.tokens_per_step:
             raise TrainingError(
                 f"{self.budget} tokens are less than one step of {self.tokens_per_step} (--batch-size "
@@ -138,24 +164,27 @@ def parse_options(arguments: Sequence[str] | None = None, description: str | Non
 
     Raises:
         TrainingError: the file has an option that does not exist, or options contradict each other.
+        SystemExit: an option does not exist or can't be read; what is wrong is on stderr.
     """
     from transformers import HfArgumentParser
 
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    parser = HfArgumentParser(UptrainOptions, description=description)
+    # no abbreviations: an option that a later version adds must not change what a script means
+    parser = HfArgumentParser(UptrainOptions, description=description, allow_abbrev=False)
     parser.add_argument("--config", help="A YAML file with options.")
     path = parser.parse_known_args(arguments)[0].config
     if path is not None:
-        parser.set_defaults(**read_yaml(path))
-    options, rest = parser.parse_args_into_dataclasses(arguments)
-    del rest
+        arguments = [*yaml_arguments(path), *arguments]  # what comes later wins
+    *found, rest = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
+    if rest:
+        parser.error(f"there is no option {' '.join(rest)}; --help lists all")
+    options: UptrainOptions = found[0]
     options.validate()
-    result: UptrainOptions = options
-    return result
+    return options
 
 
-def read_yaml(path: str) -> dict[str, Any]:
-    """Options of a YAML file, each of its type.
+def yaml_arguments(path: str) -> list[str]:
+    """A YAML file's options as they would be on the command line, which so judges both alike.
 
     Raises:
         TrainingError: it can't be read, or has an option that does not exist.
@@ -165,13 +194,15 @@ def read_yaml(path: str) -> dict[str, Any]:
     try:
         with open(path, encoding="utf-8") as file:
             found = yaml.safe_load(file) or {}
-    except (OSError, yaml.YAMLError) as error:
-        raise TrainingError(f"--config {path} can't be read: {error}") from error
-    known = {f.name for f in fields(UptrainOptions)}
-    unknown = sorted(set(found) - known)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise TrainingError(f"--config {path} can't be read: {' '.join(str(error).split())}") from error
+    if not isinstance(found, dict):
+        raise TrainingError(f"--config {path} is no list of options: each line is NAME: VALUE")
+    given = {str(name).replace("-", "_"): value for name, value in found.items()}
+    unknown = sorted(set(given) - {f.name for f in fields(UptrainOptions)})
     if unknown:
-        raise TrainingError(f"--config {path} has unknown options: {', '.join(unknown)}")
-    counts = {"tokens", "pretraining_tokens", "layerwise_tokens", "eval_tokens"}
-    floats = {"lr", "alpha"}  # YAML reads 1e-4 as text
-    return {k: Count(v) if k in counts and v is not None else float(v) if k in floats and v is not None else v
-            for k, v in found.items()}  # fmt: skip
+        raise TrainingError(f"--config {path} has unknown options: {', '.join(unknown)}; --help lists all")
+    for f in fields(UptrainOptions):  # YAML reads the bare word no as false
+        if isinstance(given.get(f.name), bool) and f.type != "bool":
+            given[f.name] = "yes" if given[f.name] else "no"
+    return [f"--{name}={value}" for name, value in given.items() if value is not None]

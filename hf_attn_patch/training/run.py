@@ -93,7 +93,7 @@ class Run:
             asked: the signal that asked this process to stop, or 0.
 
         Raises:
-            TrainingError: a sum is not finite; it says where.
+            TrainingError: a sum or the norm is not finite; it says where.
         """
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of a sharded model
         last = sums[0].new_tensor([asked, 0.0, 0.0])
@@ -101,14 +101,19 @@ class Run:
             last[1] = norm
         lines = self.accelerator.gather(torch.stack([*sums, last])[None]).double().cpu()
         losses, last = lines[:, :-1], lines[:, -1]
+        what = where = ""
         if not losses.isfinite().all():
             process, micro, _ = (~losses.isfinite()).nonzero()[0].tolist()
-            first, final = step.numbers[process][micro]
+            what, numbers = f"loss is {float(losses[process, micro, 0])}", [step.numbers[process][micro]]
+            where = f", micro-batch {micro + 1} of process {process}"
+        elif not last.isfinite().all() and self.accelerator.scaler is None:  # which passes over such a step itself
+            what, numbers = f"gradient's norm is {float(last[0, 1])}", [n for part in step.numbers for n in part]
+        if what:
+            documents = f"documents {min(n[0] for n in numbers)} to {max(n[1] for n in numbers)}"
             raise TrainingError(
-                f"the loss is {float(losses[process, micro, 0])} at step {progress.step + 1}, micro-batch {micro + 1} "
-                f"of process {process} (documents {first} to {final} of epoch {step.position.epoch}); nothing of this "
-                "step was applied. Look at these documents, lower --lr, or use --precision bf16 or no; --resume goes "
-                "on from the last checkpoint"
+                f"the {what} at step {progress.step + 1}{where} ({documents} of epoch {step.position.epoch}); nothing "
+                "of this step was applied. Look at these documents, lower --lr, or use --precision bf16 or no; "
+                "--resume goes on from the last checkpoint"
             )
         loss, ce, kl = (losses.sum((0, 1)) / step.targets).tolist()
         return StepResult(loss, ce, kl, float(last[0, 1]), int(last[:, 0].max()))
@@ -123,9 +128,9 @@ class Run:
 
             def extras(to: Path) -> None:
                 self.tokenizer.save_pretrained(to)
-                write_card(to, options=self.options, progress=progress, config=plain.config)
+                write_card(to, options=self.options, progress=progress, config=plain.config, kind=self.kind)
 
-            save_model(folder, plain, extras=extras)
+            save_model(folder, plain, extras=extras, among=folder == Path(o.output))
         self.accelerator.wait_for_everyone()
 
     def _is_transposed(self, name: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 import re
 from typing import Literal
@@ -13,6 +14,10 @@ Decay = Literal["cosine", "linear", "wsd", "constant"]
 _SUFFIX = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
 
 
+class CountError(TrainingError, argparse.ArgumentTypeError):
+    """A TrainingError that argparse passes on in its own words."""
+
+
 class Count(int):
     """A whole number that may be written with k, M, B (or G) or T.
 
@@ -20,16 +25,16 @@ class Count(int):
     (50000000, 1500000000, 2000, 7)
 
     Raises:
-        TrainingError: the text is not such a number.
+        CountError: the text is not such a number.
     """
 
     def __new__(cls, value: str | int | float) -> Count:
         if isinstance(value, str):
-            match = re.fullmatch(r"([0-9_.]+(?:e[0-9]+)?)\s*([kmbgt]?)", value.strip().lower())
+            match = re.fullmatch(r"([0-9_.]+(?:e\+?[0-9]+)?)\s*([kmbgt]?)", value.strip().lower())
             try:
                 value = round(float(match[1].replace("_", "")) * _SUFFIX[match[2]]) if match else int(value)
-            except ValueError:
-                raise TrainingError(f"{value!r} is not a number of tokens; write 50M, 1.5B or 1000000") from None
+            except (ValueError, OverflowError):
+                raise CountError(f"{value!r} is not a number of tokens; write 50M, 1.5B or 1000000") from None
         return super().__new__(cls, value)
 
 

@@ -15,6 +15,14 @@ TEXT_SUFFIXES = {
     ".html", ".xml", ".csv",
 }  # fmt: skip
 TABLES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+#: datasets unpacks these while it reads
+PACKED = {".gz", ".bz2", ".xz", ".zst", ".lz4"}
+
+
+def _suffix(path: Path) -> str:
+    """The suffix that says what is in a file, packed or not."""
+    suffixes = [s.lower() for s in path.suffixes]
+    return next((s for s in reversed(suffixes) if s not in PACKED), "") if suffixes else ""
 
 
 def open_documents(
@@ -50,7 +58,7 @@ def open_documents(
         found = found.to_iterable_dataset()
     elif path.exists() and not _is_clone(path):
         files = _files(path, pattern)
-        kinds = {TABLES.get(f.suffix.lower(), "text") for f in files}
+        kinds = {TABLES.get(_suffix(f), "text") for f in files}
         if len(kinds) > 1:
             raise TrainingError(f"{name} mixes {' and '.join(sorted(kinds))} files; choose some with --dataset-glob")
         kind = kinds.pop()
@@ -64,13 +72,15 @@ def open_documents(
                 "encoding_errors": "replace",
                 "keep_linebreaks": True,
             }
-        found = datasets.load_dataset(
-            kind, data_files=[str(f) for f in files], split="train", streaming=True, **options
-        )
+        try:
+            found = datasets.load_dataset(
+                kind, data_files=[str(f) for f in files], split="train", streaming=True, **options
+            )
+        except Exception as error:  # of pyarrow, say
+            reason = " ".join(str(error).split())
+            raise TrainingError(f"{name} can't be read as {kind} ({type(error).__name__}: {reason})") from error
     else:
-        if not path.exists() and (
-            name.startswith((".", "/", "~")) or path.suffix.lower() in TEXT_SUFFIXES | set(TABLES)
-        ):
+        if not path.exists() and (name.startswith((".", "/", "~")) or _suffix(path) in TEXT_SUFFIXES | set(TABLES)):
             raise TrainingError(f"there is no file or folder {name}")
         try:
             found = datasets.load_dataset(str(path) if path.exists() else name, config, split=split, streaming=True)
@@ -92,16 +102,16 @@ def _is_clone(path: Path) -> bool:
 
 
 def take_fields(record: dict[str, Any], fields: tuple[str, ...], name: str) -> tuple[str, ...]:
-    """The texts of one record.
+    """The texts of one record; a null is an empty text, which is passed over.
 
     Raises:
         TrainingError: a field is missing or is no text.
     """
     for field in fields:
-        if not isinstance(record.get(field), str):
+        if field not in record or not isinstance(record[field], (str, type(None))):
             there = ", ".join(k for k, v in record.items() if isinstance(v, str)) or "none"
             raise TrainingError(f"records of {name} have no text in field {field!r}; their text fields: {there}")
-    return tuple(record[field] for field in fields)
+    return tuple(record[field] or "" for field in fields)
 
 
 def import_datasets() -> Any:
@@ -116,13 +126,15 @@ def import_datasets() -> Any:
 
 def _files(path: Path, pattern: str | None) -> list[Path]:
     if path.is_file():
+        if not path.stat().st_size:
+            raise TrainingError(f"{path} is empty; give a file with text")
         return [path]
     if pattern is not None:
         files = [f for f in path.glob(pattern) if f.is_file()]
     else:
         below = [f for f in path.rglob("*") if f.is_file() and not any(p.startswith(".") for p in f.parts[1:])]
-        tables = [f for f in below if f.suffix.lower() in TABLES]
-        files = tables or [f for f in below if f.suffix.lower() in TEXT_SUFFIXES]
+        tables = [f for f in below if _suffix(f) in TABLES]
+        files = tables or [f for f in below if _suffix(f) in TEXT_SUFFIXES]
     files = sorted(f for f in files if f.stat().st_size)
     if not files:
         raise TrainingError(f"{path} holds no {'file like ' + pattern if pattern else 'text, JSONL or Parquet file'}")

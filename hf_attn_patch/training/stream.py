@@ -9,6 +9,7 @@ changes neither the data nor its order.
 from __future__ import annotations
 
 import itertools
+import logging
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -16,6 +17,8 @@ from typing import Any
 
 from .errors import TrainingError
 from .sources import take_fields
+
+logger = logging.getLogger("hf_attn_patch")
 
 #: documents that are shuffled among themselves, and that are tokenised together
 BLOCK = 512
@@ -84,6 +87,7 @@ class TokenStream:
         held_out: bool = False,
         add_eos: bool = True,
     ) -> None:
+        self._warned = False
         self.open_data, self.tokenizer, self.fields, self.name = open_data, tokenizer, fields, name
         self.seed, self.held_out_every, self.held_out, self.add_eos = seed, held_out_every, held_out, add_eos
 
@@ -112,7 +116,7 @@ class TokenStream:
         records = iter(data)
         reader = start.reader
         for block in itertools.count(start.block):
-            chunk = list(itertools.islice(records, BLOCK))
+            chunk = self._read(records)
             if not chunk:
                 return
             following = data.state_dict()
@@ -120,6 +124,13 @@ class TokenStream:
             skip = (start.document, start.offset) if block == start.block else (0, 0)
             yield from self._block(chunk, place, *skip)
             reader = following
+
+    def _read(self, records: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
+        try:
+            return list(itertools.islice(records, BLOCK))
+        except Exception as error:  # of datasets, pyarrow, a network: all mean the same to the user
+            reason = " ".join(str(error).split())
+            raise TrainingError(f"{self.name} can't be read to its end ({type(error).__name__}: {reason})") from error
 
     def _block(self, records: list[dict[str, Any]], place: Position, skip: int, offset: int) -> Iterator[Document]:
         numbers = range(place.block * BLOCK, place.block * BLOCK + len(records))
@@ -129,6 +140,7 @@ class TokenStream:
             if not self.held_out_every or (number % self.held_out_every == self.held_out_every - 1) == self.held_out
         ]
         kept = [(number, texts) for number, texts in kept if all(t.strip() for t in texts)]
+        self._look_for_other_encodings(kept)
         if self.seed is not None and not self.held_out:
             random.Random(f"{self.seed} {place.epoch} {place.block}").shuffle(kept)
         for first in range(skip, len(kept), TOGETHER):
@@ -140,6 +152,16 @@ class TokenStream:
                 if at.document == skip and offset:
                     ids, at = ids[offset:], replace(at, offset=offset)
                 yield Document(ids, target, at, number)
+
+    def _look_for_other_encodings(self, documents: list[tuple[int, tuple[str, ...]]]) -> None:
+        """Warn once of U+FFFD: text files in another encoding than UTF-8 are read, but with that instead of letters."""
+        odd = next((number for number, texts in documents if not self._warned and "\ufffd" in "".join(texts)), None)
+        if odd is not None:
+            self._warned = True
+            logger.warning(
+                "document %d of %s has U+FFFD in it, which stands for bytes that are not UTF-8; if that is not meant, "
+                "convert the file or leave it out with --dataset-glob", odd, self.name,
+            )  # fmt: skip
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
         # verbose=False: a document longer than the model's context is no mistake here, it is cut by the packing

@@ -58,7 +58,16 @@ def choose_trainable(
     elif targets != "all-linear":
         names = targets.split(",")
     torch.manual_seed(seed)  # the adapters start at random: the same ones on every process
-    return peft.get_peft_model(model, peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=names))
+    try:
+        wrapped = peft.get_peft_model(model, peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=names))
+    except ValueError as error:  # no module of these names, or one that can't have an adapter
+        raise TrainingError(f"--lora-targets {targets}: {str(error).splitlines()[0]}") from error
+    words, head = model.get_input_embeddings().weight, model.get_output_embeddings()
+    for name, module in model.named_modules():
+        base = getattr(module, "base_layer", None)
+        if base is not None and (not is_projection(base) or base.weight is words or module is head):
+            raise TrainingError(f"--lora-targets {targets}: {name} is not one of the matrices within the layers")
+    return wrapped
 
 
 def merged_state(

@@ -68,7 +68,7 @@ def uptrain(tmp_path, make, *more: str, sentinels: int = 0, mask: bool = False, 
     options = {
         "model": tmp_path / "S", "teacher": tmp_path / "T", "dataset": text, "output": tmp_path / "out",
         "tokens": 64 * 4 * 20, "sequence_length": 64, "batch_size": 4, "micro_batch_size": 2, "lr": 3e-3,
-        "held_out_every": 4, "eval_tokens": 512, **changes,
+        "held_out_every": 4, "eval_tokens": 512, "overwrite": "true", **changes,
     }  # fmt: skip
     arguments = [part for k, v in options.items() if v is not None for part in (f"--{k.replace('_', '-')}", str(v))]
     load_script("examples/uptrain.py").main([*arguments, *more])
@@ -103,6 +103,9 @@ def test_encoders_learn_their_teachers_embeddings(tmp_path):
     assert after["text_distance"] < before["text_distance"]
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| | tokens | loss | token_error | text_distance |" in card
+    assert "| loss | distance of the teacher's embeddings" in card  # not a KL that was never there
+    with pytest.raises(SystemExit, match="--ce and --kl weigh the losses of language models"):
+        uptrain(tmp_path, bert, kl=2)
 
 
 def test_what_a_family_needs_is_said(tmp_path):

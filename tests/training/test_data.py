@@ -8,6 +8,7 @@ import json
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import trained_tokenizer
 
 from hf_attn_patch.training import packing, stream
 from hf_attn_patch.training.errors import TrainingError
@@ -278,3 +279,54 @@ def test_what_is_not_there_is_named(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"body": "x"}\n')
     with pytest.raises(TrainingError, match="no text in field 'text'; their text fields: body"):
         next(pack(TokenStream(lambda: open_documents(str(tmp_path / "a.jsonl")), Letters(), name="a.jsonl"), 4))
+
+
+def texts_of(path, **options) -> list[str]:
+    return [record["text"] for record in open_documents(str(path), **options)]
+
+
+def test_packed_files_are_read_as_what_is_in_them(tmp_path):
+    """JSON Lines that were packed had been trained on as text, names of fields and all."""
+    import gzip
+
+    for name, text in {"a.jsonl.gz": '{"text": "one"}\n', "b.txt.gz": "two"}.items():
+        with gzip.open(tmp_path / name, "wt") as file:
+            file.write(text)
+    assert texts_of(tmp_path / "a.jsonl.gz") == ["one"]
+    assert texts_of(tmp_path / "b.txt.gz") == ["two"]
+    assert texts_of(tmp_path) == ["one"]  # of a folder, tables come first
+    with pytest.raises(TrainingError, match=r"there is no file or folder none\.jsonl\.gz"):
+        open_documents("none.jsonl.gz")
+
+
+def test_a_null_is_an_empty_text(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": null}\n{"text": "a b"}\n{"text": null}\n')
+    stream = TokenStream(lambda: open_documents(str(tmp_path / "a.jsonl")), trained_tokenizer(), seed=None)
+    assert [d.number for d in itertools.islice(stream.documents(), 2)] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.jsonl", b'{"text": "a b"}\n{"text": \n', "can't be read to its end"),
+        ("b.jsonl", b'{"text": "\xfc\xfc"}\n', "can't be read to its end .*utf-8"),
+        ("c.parquet", b"PAR1 and no more", "can't be read as parquet"),
+        ("d.txt", b"", "is empty"),
+    ],
+)
+def test_files_that_are_not_what_they_say(tmp_path, name, content, said):
+    (tmp_path / name).write_bytes(content)
+    stream = TokenStream(lambda: open_documents(str(tmp_path / name)), trained_tokenizer(), name=name)
+    with pytest.raises(TrainingError, match=said) as refused:
+        list(itertools.islice(stream.documents(), 9))
+    assert "\n" not in str(refused.value)
+
+
+def test_another_encoding_is_said_once(tmp_path, caplog):
+    for letter in "ab":
+        (tmp_path / f"{letter}.txt").write_bytes("Prüfung".encode("latin-1"))
+    stream = TokenStream(lambda: open_documents(str(tmp_path)), trained_tokenizer(), name="notes", seed=None)
+    list(itertools.islice(stream.documents(), 5))
+    assert [r.getMessage().split("; ")[0] for r in caplog.records] == [
+        "document 0 of notes has U+FFFD in it, which stands for bytes that are not UTF-8"
+    ]
