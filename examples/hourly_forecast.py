@@ -18,6 +18,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import torch
@@ -48,7 +49,7 @@ def generated_market(hours: int = 8760, seed: int = 0) -> Tensor:
 
 
 def read_csv(path: Path, column: str | None) -> Tensor:
-    """One column of prices, an hour a row."""
+    """One column of prices, an hour a row; where another column holds times, they are held to that."""
     try:
         with path.open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
@@ -58,6 +59,8 @@ def read_csv(path: Path, column: str | None) -> Tensor:
     name = column or (names[-1] if names else "")
     if name not in names:
         raise SystemExit(f"{path} has no column {name!r}; it has {', '.join(map(str, names)) or 'no rows'}")
+    if is_number(name):
+        raise SystemExit(f"{path} has no header: its first line is {','.join(names)}; put one above it, say time,price")
     prices = []
     for line, row in enumerate(rows, 2):
         try:
@@ -66,7 +69,45 @@ def read_csv(path: Path, column: str | None) -> Tensor:
             raise SystemExit(f"{path}, line {line}: {row[name]!r} in column {name!r} is no number") from None
         if not math.isfinite(prices[-1]):
             raise SystemExit(f"{path}, line {line}: {row[name]!r} in column {name!r} is not finite; fill the gap first")
+    check_hours(path, rows, [other for other in names if other != name])
     return torch.tensor(prices)
+
+
+def is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def check_hours(path: Path, rows: list[dict[str, str]], columns: list[str]) -> None:
+    """Refuse rows that are not an hour apart, by the first of ``columns`` that holds times (ISO 8601).
+
+    Local times skip an hour in spring and have one twice in autumn, on a Sunday night; the rows are an hour apart all
+    the same.
+    """
+    for column in columns:
+        try:
+            before = datetime.fromisoformat(rows[0][column])
+        except (TypeError, ValueError):
+            continue
+        if ":" not in rows[0][column]:  # a date alone
+            continue
+        for line, row in enumerate(rows[1:], 3):
+            try:
+                now = datetime.fromisoformat(row[column])
+                hours = (now - before) / timedelta(hours=1)
+            except (TypeError, ValueError):
+                raise SystemExit(f"{path}, line {line}: {row[column]!r} in column {column!r} is no time") from None
+            summer_time = now.tzinfo is None and now.weekday() == 6 and now.hour <= 3 and hours in (0, 2)
+            if hours != 1 and not summer_time:
+                raise SystemExit(
+                    f"{path}, line {line}: {now} is {hours:g} hours after {before}; sort the rows, fill missing "
+                    "hours and remove doubled ones first"
+                )
+            before = now
+        return
 
 
 def features(prices: Tensor) -> Tensor:
@@ -190,8 +231,8 @@ def helped(short: Tensor, long: Tensor) -> str:
 
 def main(arguments: list[str] | None = None) -> dict[str, Tensor]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--csv", type=Path)
-    parser.add_argument("--column")
+    parser.add_argument("--csv", type=Path, help="with a header and an hour a row, in order")
+    parser.add_argument("--column", help="of the prices; the last one if not given")
     parser.add_argument("--hours", type=int, default=8760, help="of the generated market")
     parser.add_argument("--steps", type=int, help="of training, each over the whole year; 600, on a CPU 30")
     parser.add_argument("--width", type=int, default=64)
@@ -206,10 +247,18 @@ def main(arguments: list[str] | None = None) -> dict[str, Tensor]:
         parser.error(f"--device {args.device}: {str(error).splitlines()[0]}")
     if args.width % (2 * HEADS):
         parser.error(f"--width {args.width} is no multiple of {2 * HEADS}: {HEADS} heads of an even size make it up")
-    steps = args.steps or (30 if args.device == "cpu" else 600)
+    steps = (30 if args.device == "cpu" else 600) if args.steps is None else args.steps
+    if min(steps, args.layers) < 1:
+        parser.error("--steps and --layers start at 1")
+    try:
+        args.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--output {args.output} can't be made: {error.strerror}")
     prices = read_csv(args.csv, args.column) if args.csv else generated_market(args.hours)
     if len(prices) < 1000:
         raise SystemExit(f"{len(prices)} hours are too few: of 1,000 on there is something to train on and to hold out")
+    if prices.min() == prices.max():
+        raise SystemExit(f"the price is {prices[0]:g} throughout: there is nothing to forecast")
     if len(prices) < CONTEXTS["year"]:
         print(f'These are {len(prices):,} hours: "a year" below is all of them that came before.\n')
     data = Data.of(prices, args.device)
@@ -280,7 +329,6 @@ def draw(errors: dict[str, Tensor], sizes: dict[str, int], naive: Tensor, kinds:
     right.set(xlabel="bytes of KV cache, a full context", xscale="log", title="the next 24 hours")
     left.legend()
     right.legend()
-    folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(folder / "hourly_forecast.png", dpi=150)
     print(f"Figure: {folder / 'hourly_forecast.png'}")
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from datetime import datetime, timedelta, timezone
 
 import pytest
 import torch
 from scripts import load_script, start_script
 from tiny import save_tiny, tiny_llama
-from transformers import T5Config
+from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
 
 
 def test_generate(tmp_path, capsys):
@@ -21,6 +22,18 @@ def test_generate(tmp_path, capsys):
     # two layers, K and V, heads of 16, fp32
     assert [row["kv"] for row in rows] == [2 * 2 * 4 * 16 * 4] * 2 + [2 * 2 * 1 * 16 * 4]
     assert "tokens/s" in capsys.readouterr().out
+
+
+def test_generate_with_an_encoder(tmp_path):
+    torch.manual_seed(0)
+    config = T5Config(
+        d_model=32, d_kv=8, num_layers=2, num_heads=4, d_ff=32, vocab_size=512, decoder_start_token_id=0, pad_token_id=0
+    )
+    path = save_tiny(tmp_path / "t5", T5ForConditionalGeneration(config))
+    rows = load_script("examples/generate.py").main([path, "--max-new-tokens", "6", "--device", "cpu"])
+    assert rows[0]["text"] == rows[1]["text"]
+    assert len(rows[0]["text"]) == 6
+    assert [row["kv"] for row in rows] == [2 * 2 * 4 * 8 * 4] * 2  # of the decoder's own tokens
 
 
 def test_long_context():
@@ -37,6 +50,8 @@ def test_long_context():
         (["generate.py", "{mha}", "--before", "flash_attention_9"], "cannot be loaded with flash_attention_9"),
         (["generate.py", "{mha}", "--prompt", ""], "makes no token of ''"),
         (["generate.py", "{mha}", "--device", "nonsense"], "--device nonsense: "),
+        (["generate.py", "{mha}", "--max-new-tokens", "300"], "has 256 positions: shorten the prompt or lower"),
+        (["generate.py", "{bert}"], "BertForMaskedLM generates no text"),
         (["long_context.py", "--model", "{t5}", "--tokens", "64"], r"\(t5\) is not built like Llama"),
         (["long_context.py", "--tokens", "1"], "--tokens starts at 2"),
     ],
@@ -45,7 +60,9 @@ def test_what_cannot_be_run_is_said_in_one_sentence(arguments, message, tmp_path
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     save_tiny(tmp_path / "mha", tiny_llama(4))
     T5Config(d_model=8, d_kv=4, num_layers=1, num_heads=2, d_ff=8, vocab_size=16).save_pretrained(tmp_path / "t5")
-    script, *words = (a.format(mha=tmp_path / "mha", t5=tmp_path / "t5") for a in arguments)
+    bert = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=512)
+    save_tiny(tmp_path / "bert", BertForMaskedLM(bert))
+    script, *words = (a.format(mha=tmp_path / "mha", t5=tmp_path / "t5", bert=tmp_path / "bert") for a in arguments)
     with pytest.raises(SystemExit) as refused:
         load_script(f"examples/{script}").main(words)
     assert re.search(message, f"{refused.value} {capsys.readouterr().err}")
@@ -89,6 +106,59 @@ def test_prices_that_cannot_be_used_are_refused(tmp_path):
         path.write_text(text)
         with pytest.raises(SystemExit, match=message):
             script.main(["--csv", str(path), *(["--column", column] if column else [])])
+
+
+def hourly(hours, start="2023-01-01T00:00") -> list[datetime]:
+    return [datetime.fromisoformat(start) + timedelta(hours=i) for i in range(hours)]
+
+
+def test_rows_that_are_not_an_hour_apart_are_refused(tmp_path):
+    """They had been taken for consecutive hours: after a gap, every hour of the day was another one."""
+    script, path = load_script("examples/hourly_forecast.py"), tmp_path / "prices.csv"
+
+    def read(times) -> int:
+        path.write_text("time,price\n" + "".join(f"{t.isoformat()},{i}\n" for i, t in enumerate(times)))
+        return len(script.read_csv(path, None))
+
+    year = hourly(8760)
+    assert read(year) == 8760
+    for times, message in (
+        (year[:100] + year[101:], "line 102: 2023-01-05 05:00:00 is 2 hours after 2023-01-05 03:00:00; sort the rows"),
+        (year[:100] + year[99:], "line 102: .* is 0 hours after"),
+        (year[::-1], "line 3: .* is -1 hours after"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            read(times)
+    # a year of local time: 26 March has no 02:00, 29 October has it twice
+    spring, autumn = year.index(datetime(2023, 3, 26, 2)), year.index(datetime(2023, 10, 29, 3))
+    assert read(year[:spring] + year[spring + 1 : autumn] + year[autumn - 1 :]) == 8760
+    zones = [t.astimezone(timezone(timedelta(hours=1 + (spring <= i < autumn)))) for i, t in enumerate(
+        t.replace(tzinfo=timezone.utc) for t in year)]  # fmt: skip
+    assert read(zones) == 8760
+    with pytest.raises(SystemExit, match="2 hours after"):  # with offsets there is nothing to guess
+        read(zones[:spring] + zones[spring + 1 :])
+    path.write_text("date,hour,price\n" + "".join(f"{t.date()},{t.hour},{i}\n" for i, t in enumerate(year[:50])))
+    assert len(script.read_csv(path, None)) == 50
+
+
+def test_prices_without_a_header_or_without_change_are_refused(tmp_path):
+    script, path = load_script("examples/hourly_forecast.py"), tmp_path / "prices.csv"
+    path.write_text("".join(f"{i}.5\n" for i in range(2000)))
+    with pytest.raises(SystemExit, match=r"has no header: its first line is 0\.5; put one above it"):
+        script.main(["--csv", str(path), "--output", str(tmp_path)])
+    path.write_text("price\n" + "5\n" * 2000)
+    with pytest.raises(SystemExit, match="the price is 5 throughout"):  # its errors had been NaN
+        script.main(["--csv", str(path), "--output", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"), [(["--steps", "0"], "start at 1"), (["--output", "{file}/x"], "can't be made")]
+)
+def test_a_forecast_that_could_not_be_drawn_is_refused_before_it_is_made(tmp_path, capsys, words, said):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit):
+        load_script("examples/hourly_forecast.py").main([w.format(file=tmp_path / "file") for w in words])
+    assert said in capsys.readouterr().err
 
 
 def test_a_forecast_on_the_cache_is_that_of_the_whole_history():
