@@ -22,7 +22,8 @@ class Packing:
     max_length: int
     shape: tuple[int, int]
     rows: Tensor  # [number of documents] the row of each
-    right_aligned: bool  # every row ends in a real token
+    left_aligned: bool  # every row begins with a real token
+    right_aligned: bool  # every row ends in one
 
     def pack(self, tokens: Tensor) -> Tensor:
         """``[B, S, ...]`` -> ``[1, T, ...]``"""
@@ -81,7 +82,9 @@ def pack_rows(
         wanted, served = (targets[:, 1:], both) if shifted else (targets, real)
         lost = ((wanted != IGNORE) & ~served).sum()
     order = positions.gather(1, first[:, None])[:, 0].argsort(descending=True, stable=True)
-    host: list[int] = torch.cat([torch.stack([gaps, jumps, lost, real[:, -1].sum()]), lengths[order]]).tolist()
+    host: list[int] = torch.cat(
+        [torch.stack([gaps, jumps, lost, real[:, 0].sum(), real[:, -1].sum()]), lengths[order]]
+    ).tolist()
     if host[0]:
         raise ValueError("attention_mask has padding between real tokens, which unpadded() cannot pack: pad at one end")
     if strict and host[1]:
@@ -94,7 +97,7 @@ def pack_rows(
             f"{host[2]} labels stand on padding tokens or would be predicted from them; unpadded() leaves those out: "
             f"set these labels to {IGNORE}, or drop them with unpadded(model, drop_padding_targets=True)"
         )
-    documents = [n for n in host[4:] if n]
+    documents = [n for n in host[5:] if n]
     T = sum(documents)
     if T in (0, B * S):
         return None
@@ -105,8 +108,10 @@ def pack_rows(
     front = real[order].flatten().to(torch.int8).argsort(descending=True, stable=True)[:T]
     index = (order[:, None] * S + torch.arange(S, device=device)).flatten()[front]
     cu_seq_lens = torch.tensor(borders, dtype=torch.int32).to(device, non_blocking=True)
-    rows = order[torch.tensor([n > 0 for n in host[4:]]).nonzero()[:, 0].to(device, non_blocking=True)]
-    return Packing(index, cu_seq_lens[:-1].long(), cu_seq_lens, max(documents), (B, S), rows, host[3] == B)
+    rows = order[torch.tensor([n > 0 for n in host[5:]]).nonzero()[:, 0].to(device, non_blocking=True)]
+    return Packing(
+        index, cu_seq_lens[:-1].long(), cu_seq_lens, max(documents), (B, S), rows, host[3] == B, host[4] == B
+    )
 
 
 class PackedPrefill(Cache):

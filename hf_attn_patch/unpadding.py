@@ -38,6 +38,8 @@ class Unpadded:
         self.tokenwise = type(model).__name__.endswith(TOKENWISE_HEADS)
         self.shifted = type(model).__name__.endswith(TOKENWISE_HEADS[:2])
         self.target: PreTrainedModel = model if self.tokenwise else model.base_model
+        # what reads an encoder's states reads each row's first one, padding or not
+        self.reads_first = not self.tokenwise and not any(getattr(m, "is_causal", False) for m in model.modules())
         self.numbering = NUMBERINGS[0]
         self.active = True
         self.prefills = False
@@ -104,7 +106,7 @@ class Unpadded:
             shifted=shifted,
             strict=not _takes_cu_seq_lens(self.model),
         )
-        if packing is None:
+        if packing is None or (self.reads_first and not packing.left_aligned):
             return None
         packed = dict(given, attention_mask=None, use_cache=cache is not None, return_dict=True)
         if "position_ids" in self._signature.parameters or "position_ids" in given:
@@ -190,7 +192,9 @@ def unpadded(model: torch.nn.Module, *, drop_padding_targets: bool = False, chec
     ``"flex_attention"`` find them by ``position_ids``, in causal models only.
 
     In ``generate`` the prompt runs unpadded too, with ``"hf_attn_patch"`` or flash attention, and the cache gets its
-    padded layout; what follows runs as it is, as do calls without an ``attention_mask`` or without padding.
+    padded layout; what follows runs as it is, as do calls without an ``attention_mask`` or without padding, and those
+    of an encoder without a token-wise head when padded on the left: the first state, which is pooled, is padding there.
+    Outside ``generate`` a call fills a cache only if it says ``use_cache=True``.
 
     Args:
         model: a transformers model, possibly wrapped (DDP, PEFT); wrap it in ``torch.compile`` after this.
@@ -287,6 +291,7 @@ def _calibrate(handle: Unpadded) -> None:
     ids = torch.where(mask == 1, ids + (ids >= pad), pad)
     training = [module for module in target.modules() if module.training]
     target.eval()
+    reads_first, handle.reads_first = handle.reads_first, False  # the left-padded row is to be packed as well
     try:
 
         def run(ids: Tensor = ids) -> Tensor:
@@ -314,6 +319,7 @@ def _calibrate(handle: Unpadded) -> None:
                 handle.prefills = _fills_caches(handle, ids, mask)
                 return
     finally:
+        handle.reads_first = reads_first
         for module in training:
             module.training = True
     raise ValueError(

@@ -29,6 +29,7 @@ from transformers import (
     LlamaForCausalLM,
     LlamaForSequenceClassification,
     LlamaModel,
+    RobertaForSequenceClassification,
     RobertaModel,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -114,12 +115,30 @@ def test_sequence_classification_gets_padded_hidden_states(side: str) -> None:
     assert_rows_same(build(LlamaForSequenceClassification, LlamaConfig(**GQA, num_labels=3)), side)
 
 
-def test_pooler() -> None:
-    assert_rows_same(build(BertForSequenceClassification, BertConfig(**BERT)), "right")
+@pytest.mark.parametrize("side", MASKS)
+@pytest.mark.parametrize(
+    ("cls", "config"),
+    [
+        (BertForSequenceClassification, BertConfig(**BERT)),  # has a pooler
+        (RobertaForSequenceClassification, ENCODERS["roberta"][1]),  # the head reads the first state itself
+    ],
+)
+def test_pooler(cls: Any, config: Any, side: str) -> None:
+    """Padded on the left, the first state is padding's: it had been replaced by zeros, and every row got one answer."""
+    assert_rows_same(build(cls, config), side)
+    model, seen = build(cls, config), []
+    hook = model.base_model.encoder.layer[0].output.register_forward_hook(lambda m, args, out: seen.append(len(out)))
+    with unpadded(model, check=False), torch.no_grad():
+        model(**batch(side, config.pad_token_id, labels=False))
+    hook.remove()
+    assert seen == [1 if side == "right" else len(MASKS[side])]
+    with pytest.raises(ValueError, match="does not compute the same"):  # is tried out all the same
+        unpadded(build(cls, config, "sdpa"))
 
 
 def assert_rows_same(model: Any, side: str) -> None:
-    inputs = {**batch(side), "labels": torch.tensor([0, 2, 1])}
+    inputs = batch(side, model.config.pad_token_id, labels=False)
+    inputs["labels"] = torch.tensor([0, 2, 1, 0, 1])[: len(inputs["input_ids"])]
     expected, expected_grads = run(model, inputs)
     with unpadded(model):
         output, grads = run(model, inputs)
