@@ -12,8 +12,9 @@ they hold there, and code that slices or replaces them is noticed and followed (
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterable
-from types import MethodType
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ class GrowingCache(DynamicCache):
         expected_length: the number of keys beyond which none are expected: growth stops there first. Not a limit.
 
     Raises:
-        ValueError: if ``growth`` is under 1 or ``expected_length`` under 1.
+        ValueError: if ``growth`` is under 1 or no number, or ``expected_length`` under 1.
 
     In-place growth needs ``torch.no_grad()`` or ``torch.inference_mode()`` (``generate`` has it): with gradients on,
     and under ``torch.compile``, the layers concatenate, because autograd or the graph may still need the old states.
@@ -89,8 +90,8 @@ class GrowingCache(DynamicCache):
         return grown
 
     def _grow(self, growth: float, expected_length: int | None) -> None:
-        if growth < 1:
-            raise ValueError(f"growth must be at least 1, not {growth}")
+        if not 1 <= growth < math.inf:
+            raise ValueError(f"growth must be at least 1 and finite, not {growth}")
         if expected_length is not None and expected_length < 1:
             raise ValueError(f"expected_length must be positive or None, not {expected_length}")
         if self.layer_class_to_replicate is not None and not self.offloading:
@@ -133,16 +134,33 @@ class GrowingCache(DynamicCache):
 _PREPARE = "_prepare_cache_for_generation"
 
 
-def _prepare_growing(inner: Callable[..., Any], growth: float, model: Any, *args: Any, **kwargs: Any) -> Any:
+@dataclass(eq=False)
+class _PrepareGrowing:
     """Stands before a model's ``_prepare_cache_for_generation`` and makes the cache that it creates a growing one.
 
-    The cross-attention cache is written once, so it is left at its exact size.
+    The cross-attention cache is written once, so it is left at its exact size. An object, and not a bound function:
+    copies and pickles of the model take it along.
+
+    Args:
+        inner: the method that it stands before: the class's, or one that lay in the instance and has its ``self``.
     """
+
+    model: Any
+    inner: Callable[..., Any]
+    bound: bool
+    growth: float
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        inner = self.inner if self.bound else functools.partial(self.inner, self.model)
+        return _prepare(inner, self.growth, *args, **kwargs)
+
+
+def _prepare(inner: Callable[..., Any], growth: float, *args: Any, **kwargs: Any) -> Any:
     names = ("generation_config", "model_kwargs", "generation_mode", "batch_size", "max_cache_length")
     given = dict(zip(names, args, strict=False)) | kwargs
     model_kwargs, expected = given["model_kwargs"], given.get("max_cache_length")
     before = {id(value) for value in model_kwargs.values()}
-    result = inner(model, *args, **kwargs)
+    result = inner(*args, **kwargs)
     if not (isinstance(expected, int) and expected > 0):
         expected = None
     for name, cache in model_kwargs.items():
@@ -155,10 +173,6 @@ def _prepare_growing(inner: Callable[..., Any], growth: float, model: Any, *args
                 cache.self_attention_cache, growth=growth, expected_length=expected
             )
     return result
-
-
-def _without_self(method: Callable[..., Any], _: Any, *args: Any, **kwargs: Any) -> Any:
-    return method(*args, **kwargs)
 
 
 def use_growing_cache(model: torch.nn.Module, *, growth: float = 1.25) -> Callable[[], None]:
@@ -178,9 +192,8 @@ def use_growing_cache(model: torch.nn.Module, *, growth: float = 1.25) -> Callab
         raise TypeError(f"{type(model).__name__} cannot generate, so it has no use for a growing cache")
     before = [module.__dict__.get(_PREPARE) for module in generators]
     for module, own in zip(generators, before, strict=True):
-        inner = getattr(type(module), _PREPARE) if own is None else functools.partial(_without_self, own)
-        # a method of the instance: a deep copy of the model takes it along, bound to the copy
-        module.__dict__[_PREPARE] = MethodType(functools.partial(_prepare_growing, inner, growth), module)
+        inner = getattr(type(module), _PREPARE) if own is None else own
+        module.__dict__[_PREPARE] = _PrepareGrowing(module, inner, own is not None, growth)
 
     def undo() -> None:
         for module, own in zip(generators, before, strict=True):

@@ -28,7 +28,6 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from transformers import GenerationMixin
 
-from .cache import _without_self
 from .integration import NAME
 from .recorded_step import Call, PromptError, Steps, UnfitError, growing_of, tensors_of
 from .recording import WaitsError
@@ -195,6 +194,10 @@ def _distance(a: Tensor, b: Tensor) -> Tensor:
     if a.shape != b.shape:
         raise UnfitError("its step on a buffer with room gives results of other shapes")
     return (a.float() - b.float()).norm() / b.float().norm().clamp(min=1e-30)
+
+
+def _without_self(method: Callable[..., Any], _: Any, *args: Any, **kwargs: Any) -> Any:
+    return method(*args, **kwargs)
 
 
 def use_cuda_graphs(model: torch.nn.Module, compiled: bool = False) -> Callable[[], None]:

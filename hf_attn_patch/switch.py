@@ -38,9 +38,10 @@ def enable(
         The model.
 
     Raises:
-        AttentionError: the model's attention does not go through transformers' attention interface.
+        AttentionError: the model's attention does not go through transformers' attention interface, or an argument
+            can't be served; the model is as it was.
     """
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 
     if not isinstance(model, PreTrainedModel):
         raise AttentionError(f"{type(model).__name__} is not a transformers model; use hf_attn_patch.attention in it")
@@ -60,6 +61,10 @@ def enable(
         )
     if backend is not None:
         backend_module(backend)
+    if cache not in (None, "growing"):
+        raise AttentionError(f"there is no cache {cache!r}; choose 'growing', or None for the model's own")
+    if (cache or cuda_graphs) and not any(isinstance(module, GenerationMixin) for module in model.modules()):
+        raise AttentionError(f"{type(model).__name__} cannot generate: it has no use for cache= and cuda_graphs=")
     if isinstance(cuda_graphs, str) and cuda_graphs != "compiled":
         raise AttentionError(f"cuda_graphs={cuda_graphs!r} is not known; choose True, 'compiled' or False")
     register()
@@ -78,8 +83,6 @@ def enable(
         else:
             module.__dict__[BACKEND_ATTRIBUTE] = backend
     if cache is not None:
-        if cache != "growing":
-            raise AttentionError(f"there is no cache {cache!r}; choose 'growing', or None for the model's own")
         from .cache import use_growing_cache
 
         use_growing_cache(model)

@@ -96,6 +96,9 @@ class Unpadded:
             return None  # what is cached keeps its padded layout
         if not isinstance(mask, Tensor) or mask.dim() != 2:
             raise ValueError("unpadded() needs the 2-D attention_mask [B, S]")
+        tokens = _tokens(given)
+        if tokens is None or tokens.shape[:2] != mask.shape:
+            return None  # transformers fills such a mask up, or takes its part
         positions = self._positions(given, mask)
         shifted = self.shifted and given.get("shift_labels") is None
         targets = given.get("labels" if shifted or not self.shifted else "shift_labels") if self.tokenwise else None
@@ -144,9 +147,8 @@ class Unpadded:
 
         transformers' own masks do not look for documents once there is a cache, so it takes given borders.
         """
-        cache, mask = given.get("past_key_values"), given["attention_mask"]
-        tokens = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
-        if not (self.prefills and _takes_cu_seq_lens(self.model) and isinstance(tokens, Tensor)):
+        cache, mask, tokens = given.get("past_key_values"), given["attention_mask"], _tokens(given)
+        if not (self.prefills and _takes_cu_seq_lens(self.model) and tokens is not None):
             return None
         if not isinstance(mask, Tensor) or mask.shape != tokens.shape[:2]:
             return None
@@ -175,6 +177,12 @@ class Unpadded:
                 raise ValueError(f"unpadded() cannot redo how {type(module).__name__} pools")
             output["pooler_output"] = pooler(output["last_hidden_state"])
         return output.to_tuple() if as_tuple else output
+
+
+def _tokens(given: dict[str, Any]) -> Tensor | None:
+    """``[B, S]`` ids or ``[B, S, E]`` embeddings, whichever the call gives."""
+    tokens = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
+    return tokens if isinstance(tokens, Tensor) else None
 
 
 def _takes_cu_seq_lens(model: PreTrainedModel) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -25,7 +26,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from hf_attn_patch import cache_room
+from hf_attn_patch import AttentionError, cache_room, enable
 from hf_attn_patch.cache import GrowingCache, use_growing_cache
 from hf_attn_patch.cache_layers import GrowingMixin
 
@@ -226,6 +227,41 @@ def test_a_copy_of_the_model_grows_its_own() -> None:
     undo()
     assert_growing(generate(twin)[1])
     assert type(generate(model)[1]) is DynamicCache
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_a_model_that_was_pickled_grows_its_own(twice: bool) -> None:
+    """As torch.save of a whole model and processes that are spawned do it."""
+    model = build("llama")
+    for _ in range(1 + twice):
+        use_growing_cache(model)
+    again = pickle.loads(pickle.dumps(model))
+    tokens, cache = generate(again)
+    assert_growing(cache)
+    assert again.__dict__["_prepare_cache_for_generation"].model is again
+    torch.testing.assert_close(tokens, generate(model)[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"cache": "static"}, "there is no cache 'static'"), ({"cuda_graphs": "some"}, "cuda_graphs='some' is not known")],
+)
+def test_what_enable_refuses_leaves_the_model_as_it_was(arguments: dict[str, Any], message: str) -> None:
+    model = build("llama")
+    model.set_attn_implementation("eager")
+    with pytest.raises(AttentionError, match=message):
+        enable(model, **arguments)
+    encoder = BertModel(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8))
+    encoder.set_attn_implementation("eager")
+    with pytest.raises(AttentionError, match="BertModel cannot generate"):
+        enable(encoder, cache="growing")
+    assert [m.config._attn_implementation for m in (model, encoder)] == ["eager", "eager"]
+
+
+@pytest.mark.parametrize("growth", [0.5, float("nan"), float("inf")])
+def test_growth_is_a_number_from_one_on(growth: float) -> None:
+    with pytest.raises(ValueError, match="growth must be at least 1 and finite"):
+        GrowingCache(growth=growth)
 
 
 def test_wrappers_are_looked_through() -> None:

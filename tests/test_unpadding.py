@@ -115,6 +115,17 @@ def test_sequence_classification_gets_padded_hidden_states(side: str) -> None:
     assert_rows_same(build(LlamaForSequenceClassification, LlamaConfig(**GQA, num_labels=3)), side)
 
 
+@pytest.mark.parametrize("length", [5, 9])
+def test_a_mask_of_another_length_is_transformers_own_matter(length: int) -> None:
+    model, inputs = build(*CAUSAL["llama"]), batch("right", labels=False)
+    inputs["attention_mask"] = torch.ones(3, length, dtype=torch.long)
+    inputs["attention_mask"][0, :2] = 0
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        with unpadded(model):
+            torch.testing.assert_close(model(**inputs).logits, expected)
+
+
 @pytest.mark.parametrize("side", MASKS)
 @pytest.mark.parametrize(
     ("cls", "config"),
