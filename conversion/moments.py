@@ -11,7 +11,7 @@ from .heads import LayerAttention
 
 
 class Sum:
-    """Sums of x x^T over the rows that a module reads, x extended by a constant 1, in fp64."""
+    """Sums of x x^T over the rows that a module reads, x extended by a constant 1, in fp64, where x is."""
 
     def __init__(self) -> None:
         self.sum: Tensor | None = None
@@ -23,7 +23,7 @@ class Sum:
         self.rows, self.broken = self.rows + len(x), self.broken + int((~fine).sum())
         x = torch.cat([x, torch.ones_like(x[:, :1])], 1)[fine]
         with torch.autocast(x.device.type, enabled=False):
-            part = (x.T @ x).double().cpu()
+            part = (x.T @ x).double()
         self.sum = part if self.sum is None else self.sum + part
 
     def result(self) -> tuple[Tensor | None, str | None]:
@@ -40,7 +40,7 @@ class Sum:
             # directions that the text does not have still count a little
             share = max(1e-3, E / (E + count))
             mean = moment.diagonal()[:-1].mean()
-            plain = torch.cat([torch.full((E,), float(mean), dtype=torch.float64), torch.ones(1, dtype=torch.float64)])
+            plain = torch.cat([mean.expand(E), mean.new_ones(1)])
             moment = (1 - share) * moment + share * plain.diag()
             notes.append(f"second moment of rank {rank} of {E + 1}: mixed with {share:.1%} of the identity")
         return moment, "; ".join(notes) or None
