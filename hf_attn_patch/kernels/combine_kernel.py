@@ -8,12 +8,12 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
-from .decode_line import LN2, LOG2E, line_of, lse_offset
+from .decode_line import LN2, LOG2E, line_of, lse_offset, worker_of
 
 
-@triton.jit(do_not_specialize=["B", "HKV", "G", "Sq", "Sk", "window", "chunk", "workers"])
+@triton.jit(do_not_specialize=["B", "HKV", "G", "Sq", "Sk", "window", "least", "workers"])
 def combine_kernel(
-    Out, Lse, Part, First, End, Sinks, B, HKV, G, Sq, Sk, window, chunk, workers,
+    Out, Lse, Part, First, End, Sinks, B, HKV, G, Sq, Sk, window, least, workers,
     DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr,
     WINDOW: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_END: tl.constexpr, HAS_SINKS: tl.constexpr,
     HAS_LSE: tl.constexpr, PDL: tl.constexpr,
@@ -25,14 +25,14 @@ def combine_kernel(
     b = pid // (G * Sq * HKV)
     offs_dv = tl.program_id(1) * BLOCK_DV + tl.arange(0, BLOCK_DV)
     dv_ok = offs_dv < DV
-    n, upto, _, chunk = line_of(
-        First, End, B, HKV, Sq, Sk, window, chunk, workers, HAS_FIRST, HAS_END, WINDOW, BLOCK_N, BLOCK_B
+    n, upto, share, more = line_of(
+        First, End, B, HKV, Sq, Sk, window, least, workers, HAS_FIRST, HAS_END, WINDOW, BLOCK_N, BLOCK_B
     )
     here = tl.arange(0, BLOCK_B) == b
     tiles = tl.sum(tl.where(here, n, 0), 0)
     start = tl.sum(tl.where(here, upto, 0), 0) - tiles * (HKV - h)
-    worker = start // chunk
-    parts = (start + tiles - 1) // chunk - worker + 1
+    worker = worker_of(start, share, more)
+    parts = worker_of(start + tiles - 1, share, more) - worker + 1
     if tiles == 0:
         parts = 0
     if PDL:

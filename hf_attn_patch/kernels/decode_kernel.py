@@ -1,8 +1,8 @@
 """The Triton kernel of grouped decode attention: who computes what, and how.
 
 Work is counted in tiles of BLOCK_N keys. The tiles that any query may see, of every batch row and KV head, form one
-line; worker w takes tiles ``[w * chunk, (w + 1) * chunk)`` of it. So each worker has the same number of bytes to read,
-whatever the lengths of the rows, which live on the device (stream-K, https://arxiv.org/abs/2301.03598). A worker's
+line, which is cut into as many equal ranges as there are workers. So each worker has the same number of bytes to read,
+but for one tile, whatever the lengths of the rows, which live on the device (stream-K, arXiv 2301.03598). A worker's
 range crosses heads: a head that lies in one worker is written at once; of the others every worker writes a partial
 result, and ``combine_kernel`` merges them in a fixed order (flash-decoding), so that results repeat bit by bit.
 
@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .decode_line import LN2, LOG2E, key_range, line_of, lse_offset, tiles_of
+from .decode_line import LN2, LOG2E, first_tile, key_range, line_of, lse_offset, tiles_of
 
 
 @triton.jit
@@ -34,11 +34,11 @@ def _tanh(x):
     return tl.where(x < 0, -t, t)
 
 
-@triton.jit(do_not_specialize=["B", "HKV", "G", "Sq", "Sk", "page", "window", "chunk", "workers"])
+@triton.jit(do_not_specialize=["B", "HKV", "G", "Sq", "Sk", "page", "window", "least", "workers"])
 def decode_kernel(
     Q, K, V, Out, Lse, Part, First, End, Mask, Bias, Sinks, Table,
     q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, m_b, m_h, m_s, m_k, a_b, a_h, a_s, a_k, t_b,
-    B, HKV, G, Sq, Sk, page, window, chunk, workers, qk_scale, softcap_log2,
+    B, HKV, G, Sq, Sk, page, window, least, workers, qk_scale, softcap_log2,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, BLOCK_B: tl.constexpr, M_TILES: tl.constexpr, SPLIT: tl.constexpr, CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_END: tl.constexpr, MASK: tl.constexpr,
@@ -58,11 +58,12 @@ def decode_kernel(
         gdc_wait()
 
     if SPLIT:
-        n, upto, total, chunk = line_of(
-            First, End, B, HKV, Sq, Sk, window, chunk, workers, HAS_FIRST, HAS_END, WINDOW, BLOCK_N, BLOCK_B
+        n, upto, share, more = line_of(
+            First, End, B, HKV, Sq, Sk, window, least, workers, HAS_FIRST, HAS_END, WINDOW, BLOCK_N, BLOCK_B
         )
-        tile = worker * chunk
-        stop = tl.minimum(tile + chunk, total)
+        total = tl.max(upto, 0)
+        tile = first_tile(worker, share, more)
+        stop = tl.minimum(first_tile(worker + 1, share, more), total)
     else:  # one worker a head, empty ones too: they have zeros to write
         tile = worker
         stop = worker + 1

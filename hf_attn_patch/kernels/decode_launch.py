@@ -214,7 +214,7 @@ def _plan(
     block_m = tuning.block_m or min(64, max(16, power_of_two(G * Sq)))
     m_tiles = -(-G * Sq // block_m)
     slots = max(1, sms * tuning.per_sm * tuning.waves // m_tiles)
-    split, workers, chunk = plan(B * HKV, -(-span // tuning.block_n), slots, tuning, varlen)
+    split, workers = plan(B * HKV, -(-span // tuning.block_n), slots, tuning, varlen)
 
     paged = 0
     if block_table is not None:
@@ -241,7 +241,7 @@ def _plan(
     decode = Launch(
         decode_kernel,
         (workers * m_tiles, 1),
-        (*strides, B, HKV, G, Sq, Sk, page, window or 0, chunk, workers, qk_scale, cap),
+        (*strides, B, HKV, G, Sq, Sk, page, window or 0, tuning.least, workers, qk_scale, cap),
         {
             "D": D,
             "BLOCK_M": block_m,
@@ -267,7 +267,7 @@ def _plan(
         combine = Launch(
             combine_kernel,
             (B * HQ * Sq, -(-DV // block_dv)),
-            (B, HKV, G, Sq, Sk, window or 0, chunk, workers),
+            (B, HKV, G, Sq, Sk, window or 0, tuning.least, workers),
             {"BLOCK_P": block_p, "BLOCK_DV": block_dv, **common},
             {"num_warps": 4, "launch_pdl": pdl},
         )

@@ -32,12 +32,12 @@ def tiles_of(lo, hi, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def line_of(
-    First, End, B, HKV, Sq, Sk, window, chunk, workers,
+    First, End, B, HKV, Sq, Sk, window, least, workers,
     HAS_FIRST: tl.constexpr, HAS_END: tl.constexpr, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
-    """The line of tiles: each row's tiles per KV head, tiles before the row, tiles in all, tiles a worker.
+    """The line of tiles: each row's tiles per KV head, tiles up to its end; a worker's tiles, workers with one more.
 
-    ``chunk`` is the least that a worker takes; rows of equal length (no First, no End) come with their chunk set.
+    No more workers take part than have ``least`` tiles each, but for rounding.
     """
     rows = tl.arange(0, BLOCK_B)
     lo, hi = key_range(First, End, rows, rows < B, Sq, Sk, window, HAS_FIRST, HAS_END, WINDOW)
@@ -45,11 +45,24 @@ def line_of(
     if HAS_FIRST or HAS_END:
         upto = tl.cumsum(n, 0) * HKV
         total = tl.sum(n, 0) * HKV
-        chunk = tl.maximum(chunk, (total + workers - 1) // workers)
     else:
         upto = tl.minimum(rows + 1, B) * n * HKV
         total = tl.max(upto, 0)
-    return n, upto, total, chunk
+    active = tl.maximum(tl.minimum(workers, (total + least - 1) // least), 1)
+    return n, upto, total // active, total % active
+
+
+@triton.jit
+def first_tile(worker, share, more):
+    """Where a worker begins on the line; the first ``more`` workers have ``share + 1`` tiles, the others ``share``."""
+    return worker * share + tl.minimum(worker, more)
+
+
+@triton.jit
+def worker_of(tile, share, more):
+    """Who has a tile of the line."""
+    wide = more * (share + 1)
+    return tl.where(tile < wide, tile // (share + 1), more + (tile - wide) // tl.maximum(share, 1))
 
 
 @triton.jit

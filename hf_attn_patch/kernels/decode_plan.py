@@ -68,8 +68,8 @@ def choose(dtype: torch.dtype, D: int, DV: int, heads: int, span: int, sms: int,
     return Tuning(block_n=block_n, direct=even or None, least=2)
 
 
-def plan(heads: int, tiles: int, slots: int, tuning: Tuning, varlen: bool) -> tuple[bool, int, int]:
-    """Whether to split, into how many workers, and the tiles of each (at least, where lengths vary).
+def plan(heads: int, tiles: int, slots: int, tuning: Tuning, varlen: bool) -> tuple[bool, int]:
+    """Whether to split, and into how many workers, which share the tiles evenly.
 
     Args:
         heads: KV heads of all batch rows.
@@ -77,20 +77,20 @@ def plan(heads: int, tiles: int, slots: int, tuning: Tuning, varlen: bool) -> tu
         slots: workers that run at a time.
     """
     if tuning.direct or (tuning.direct is None and tiles <= 2 * tuning.least):
-        return False, heads, 0
+        return False, heads
     total = heads * tiles
     workers = max(1, min(slots, -(-total // tuning.least)))
     if varlen:
-        return True, workers, tuning.least
-    chunk = max(tuning.least, -(-total // workers))
-    if chunk < tiles:  # a cut that follows the heads spares a worker its second head, where it costs next to nothing
-        even = -(-tiles // -(-tiles // chunk))
+        return True, workers
+    most = -(-total // workers)
+    if most < tiles:  # a cut that follows the heads spares a worker its second head, where it costs next to nothing
+        even = -(-tiles // -(-tiles // most))
         rounds = -(-(heads * (tiles // even)) // slots)
-        if even >= tuning.least and tiles % even == 0 and rounds * even <= chunk * 1.03:
-            chunk = even
-    if chunk % tiles == 0 and tuning.direct is None:
-        return False, heads, 0
-    return True, -(-total // chunk), chunk
+        if even >= tuning.least and tiles % even == 0 and rounds * even <= most * 1.03:
+            workers = total // even
+    if tuning.direct is None and most % tiles == 0:
+        return False, heads
+    return True, workers
 
 
 def merge_shape(parts: int, DV: int) -> tuple[int, int]:

@@ -244,11 +244,13 @@ def test_any_shape(B: int, HKV: int, G: int, Sq: int, Sk: int, data: st.DataObje
 
 @given(heads=st.integers(1, 600), tiles=st.integers(0, 3000), slots=st.integers(1, 600), least=st.integers(1, 16))
 @example(heads=1, tiles=70, slots=5, least=15)  # a cut that follows the head would be shorter than the least
-def test_plan_covers_every_tile(heads: int, tiles: int, slots: int, least: int) -> None:
-    split, workers, chunk = plan(heads, tiles, slots, Tuning(least=least), varlen=False)
+def test_plan_shares_tiles_evenly(heads: int, tiles: int, slots: int, least: int) -> None:
+    split, workers = plan(heads, tiles, slots, Tuning(least=least), varlen=False)
     if split:
-        assert (workers - 1) * chunk < heads * tiles <= workers * chunk
-        assert chunk >= least
+        total, needed = heads * tiles, -(-heads * tiles // least)
+        assert total // workers >= least or workers == needed
+        # as many tiles one after the other as where all slots are used, or next to that
+        assert -(-workers // slots) * -(-total // workers) <= 1.03 * -(-total // min(slots, needed))
     else:
         assert workers == heads
 
