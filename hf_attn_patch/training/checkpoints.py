@@ -28,6 +28,7 @@ class Progress:
 
     Args:
         settings: what must not change between a run and its continuation.
+        layout: of the checkpoint that holds this (see ``layout_of``).
     """
 
     step: int = 0
@@ -37,6 +38,7 @@ class Progress:
     best: float | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
+    layout: str = "whole"
 
     def to_json(self) -> str:
         return json.dumps({**self.__dict__, "position": self.position.as_dict()}, indent=1)
@@ -104,6 +106,7 @@ def written_aside(target: Path, accelerator: Any = None) -> Iterator[Path]:
 def save_checkpoint(accelerator: Any, folder: Path, progress: Progress, keep: int = 1) -> Path:
     """Weights, optimiser, RNG and ``progress`` into ``folder/step-N``; older ones beyond ``keep`` are removed."""
     target = folder / f"{PREFIX}{progress.step:08d}"
+    progress.layout = layout_of(accelerator)
     with written_aside(target, accelerator) as aside:
         accelerator.save_state(str(aside))
         if accelerator.is_main_process:
@@ -122,6 +125,14 @@ def remove_leftovers(folder: Path, keep: int) -> None:
             shutil.rmtree(path)
 
 
+def layout_of(accelerator: Any) -> str:
+    """How a checkpoint's weights and optimiser lie on the disk, which says who can read it."""
+    kind = accelerator.distributed_type.value
+    if kind == "DEEPSPEED":
+        return f"DeepSpeed's of {accelerator.num_processes} processes"
+    return "FSDP2's" if kind == "FSDP" else "whole"
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints, the oldest first."""
     return sorted(p for p in folder.glob(f"{PREFIX}*") if (p / STATE).is_file())
@@ -131,13 +142,18 @@ def load_checkpoint(accelerator: Any, folder: Path, settings: dict[str, Any]) ->
     """Put the newest checkpoint of ``folder`` into the prepared objects; None if there is none.
 
     Raises:
-        TrainingError: it belongs to a run with other settings.
+        TrainingError: it belongs to a run with other settings, or was written in another way.
     """
     found = list_checkpoints(folder)
     if not found:
         return None
     progress = Progress.from_json((found[-1] / STATE).read_text())
     progress.require_same_settings(settings)
+    if progress.layout != (layout := layout_of(accelerator)):
+        raise TrainingError(
+            f"the checkpoint {found[-1].name} is {progress.layout}, and this run's are {layout}: --resume with the "
+            "accelerate config and the number of processes that it was started with, or give another --output"
+        )
     accelerator.load_state(str(found[-1]))
     return progress
 

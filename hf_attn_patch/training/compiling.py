@@ -13,6 +13,8 @@ from torch import Tensor
 
 from hf_attn_patch.integration import NAME, attention_forward
 
+from .trainable import layers_of
+
 #: our attention, called from compiled code but not compiled
 UNTRACED = f"{NAME}_untraced"
 
@@ -33,9 +35,7 @@ def compile_layers(model: Any, *, one_shape: bool) -> int:
     if model.config._attn_implementation == NAME:
         _register()
         model.set_attn_implementation(UNTRACED)
-    kinds = set(getattr(model, "_no_split_modules", None) or ())
-    # among the ancestors' names, because FSDP2 gives a layer a class of its own
-    layers = [m for m in model.modules() if any(c.__name__ in kinds for c in type(m).__mro__)]
+    layers = layers_of(model)
     for layer in layers:
         # what is checkpointed is traced whole or not at all, and attention is not: then its surroundings by themselves
         parts = list(layer.children()) if getattr(layer, "gradient_checkpointing", False) else [layer]

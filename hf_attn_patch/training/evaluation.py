@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from .steps import share_of
+from .zero import autocast
 
 
 @torch.no_grad()
@@ -49,7 +50,7 @@ class TeacherCall:
     @torch.no_grad()
     def __call__(self, batch: Any, mode: str = "loss") -> Any:
         """Hidden states and head for ``loss``; a Trace for ``fit``."""
-        with self.accelerator.autocast():
+        with autocast(self.accelerator):
             if mode == "fit":
                 return self.objective(batch, mode="trace")
             hidden = self.objective(batch, mode="hidden")

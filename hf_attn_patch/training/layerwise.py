@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .errors import TrainingError
 from .losses import IGNORE, LossSums
-from .trainable import attention_modules
+from .trainable import attention_modules, layers_of
 
 
 @dataclass
@@ -35,8 +35,7 @@ def tracing(model: Any, given: Trace | None = None) -> Iterator[Trace]:
         TrainingError: the model does not say what its layers are.
     """
     trace = Trace()
-    layers = [m for m in model.modules() if type(m).__name__ in (getattr(model, "_no_split_modules", None) or ())]
-    layers = [m for m in layers if next(attention_modules(m), None)]
+    layers = [m for m in layers_of(model) if next(attention_modules(m), None)]
     if not layers:
         raise TrainingError(f"--layerwise-tokens: {type(model).__name__} does not say what its layers are")
 
@@ -51,15 +50,17 @@ def tracing(model: Any, given: Trace | None = None) -> Iterator[Trace]:
 
         return hook
 
-    def at_output(index: int) -> Callable[..., None]:
+    def at_output(index: int, layer: Any) -> Callable[..., None]:
         def hook(_: nn.Module, _args: Any, out: Any) -> None:
-            trace.outputs[index] = out[0] if isinstance(out, tuple) else out
+            out = trace.outputs[index] = out[0] if isinstance(out, tuple) else out
+            if hasattr(layer, "unshard") and out.requires_grad:  # FSDP2 waits for a gradient of the layer's own output
+                out.register_hook(lambda _: layer.unshard())
 
         return hook
 
     handles = [m.register_forward_pre_hook(at_input(i), with_kwargs=True) for i, m in enumerate(layers)]
-    attentions = [module for layer in layers for _, module in attention_modules(layer)]
-    handles += [m.register_forward_hook(at_output(i)) for i, m in enumerate(attentions)]
+    attentions = [(module, layer) for layer in layers for _, module in attention_modules(layer)]
+    handles += [m.register_forward_hook(at_output(i, layer)) for i, (m, layer) in enumerate(attentions)]
     checkpointing = getattr(model, "is_gradient_checkpointing", False)
     if checkpointing:  # recomputation would run without these hooks
         model.gradient_checkpointing_disable()

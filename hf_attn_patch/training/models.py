@@ -113,7 +113,7 @@ def load_teacher(options: UptrainOptions, tokenizer: Any, config: Any, kind: Kin
     require_same_vocabulary(tokenizer, load_tokenizer(options.teacher), config, teacher_config)
     require_positions(teacher_config, options.sequence_length)
     model = load_model(options.teacher, teacher_config, kind, attention=options.attn_implementation, dtype=dtype)
-    return cast(Objective, freeze(make_objective(model, kind, options)))
+    return make_objective(freeze(model), kind, options).eval()
 
 
 def require_positions(config: Any, S: int) -> None:

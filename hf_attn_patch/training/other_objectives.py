@@ -12,7 +12,7 @@ from .chunks import PaddedBatch
 from .errors import TrainingError
 from .heads import head_matches, head_of
 from .losses import IGNORE, Head, LossSums
-from .objectives import Objective
+from .objectives import LossWeights, Objective
 
 
 class Seq2SeqObjective(Objective):
@@ -55,7 +55,19 @@ class EncoderObjective(Objective):
 
     Sums over tokens: ``ce`` holds |s - t|^2 / |t|^2 of token embeddings, ``kl`` the cosine distance of the texts'
     mean embeddings (each counted for every token of its text); the loss is their sum.
+
+    Weights that embeddings don't come through (a pooler, a head) are frozen: DDP would wait for their gradients, and
+    DeepSpeed would decay them.
     """
+
+    def __init__(self, model: Any, weights: LossWeights | None = None) -> None:
+        super().__init__(model, weights)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        if trained:
+            hidden = self.hidden(self.check_batch(trained[0].device))
+            gradients = torch.autograd.grad(hidden.sum(), trained, allow_unused=True)
+            for weight, gradient in zip(trained, gradients, strict=True):
+                weight.requires_grad_(gradient is not None)
 
     def hidden(self, batch: PaddedBatch) -> Tensor:
         body = getattr(self.model, self.model.base_model_prefix, self.model)

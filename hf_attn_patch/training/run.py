@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import zero
 from .card import write_card
 from .checkpoints import Progress, save_model
 from .data import TrainingData, framing_for
@@ -69,8 +70,9 @@ class Run:
     def check(self, model: Any) -> None:
         """Try ``model``, prepared, and the teacher on a few tokens (see ``Objective.check``); compile if asked to."""
         batch = self.objective.check_batch(self.accelerator.device)
-        for objective in [model] + ([self.teacher.objective] if self.teacher else []):
-            objective(batch, mode="check")
+        with torch.no_grad():  # DDP would wait for a backward
+            for objective in [model] + ([self.teacher.objective] if self.teacher else []):
+                objective(batch, mode="check")
         if self.options.compile:  # now, so that nothing is compiled for the few tokens above
             for part in [self.objective] + ([self.teacher.objective] if self.teacher else []):
                 part.compile_layers()
@@ -106,13 +108,14 @@ class Run:
             process, micro, _ = (~losses.isfinite()).nonzero()[0].tolist()
             what, numbers = f"loss is {float(losses[process, micro, 0])}", [step.numbers[process][micro]]
             where = f", micro-batch {micro + 1} of process {process}"
-        elif not last.isfinite().all() and self.accelerator.scaler is None:  # which passes over such a step itself
+        # a scaler passes over such a step itself; older versions of DeepSpeed say -1
+        elif not (last.isfinite() & (last >= 0)).all() and self.accelerator.scaler is None:
             what, numbers = f"gradient's norm is {float(last[0, 1])}", [n for part in step.numbers for n in part]
         if what:
             documents = f"documents {min(n[0] for n in numbers)} to {max(n[1] for n in numbers)}"
             raise TrainingError(
                 f"the {what} at step {progress.step + 1}{where} ({documents} of epoch {step.position.epoch}); nothing "
-                "of this step was applied. Look at these documents, lower --lr, or use --precision bf16 or no; "
+                "of this step is kept. Look at these documents, lower --lr, or use --precision bf16 or no; "
                 "--resume goes on from the last checkpoint"
             )
         loss, ce, kl = (losses.sum((0, 1)) / step.targets).tolist()
@@ -156,7 +159,7 @@ def load_run(options: UptrainOptions) -> Run:
     kind = objective_kind(config, options.objective)
     tokenizer = load_tokenizer(options.model)
     saved_dtype = config.dtype or torch.float32
-    low = accelerator.mixed_precision == "bf16" or options.dtype == "bfloat16"
+    low = zero.computes_in_bf16(accelerator) or options.dtype == "bfloat16"
     teacher = None
     if options.teacher:  # first, because it is what is most often refused
         dtype = torch.bfloat16 if low else torch.float32
@@ -168,12 +171,12 @@ def load_run(options: UptrainOptions) -> Run:
         seed=options.seed,
     )  # fmt: skip
     round_between_layers(student)
+    objective = make_objective(student, kind, options)
     optimizer = torch.optim.AdamW(
         parameter_groups(student, options.weight_decay), lr=options.lr, betas=(options.beta1, options.beta2),
         fused=accelerator.device.type == "cuda",
     )  # fmt: skip
     data = TrainingData(options, tokenizer, framing_for(kind, options, tokenizer))
-    objective = make_objective(student, kind, options)
     log = RunLog(accelerator, Path(options.output, "training_log.jsonl"))
     return Run(options, accelerator, kind, tokenizer, data, student, objective, optimizer, teacher, saved_dtype, log)
 
@@ -184,7 +187,7 @@ def make_accelerator(options: UptrainOptions) -> Any:
         import accelerate
     except ImportError as error:
         raise TrainingError("training needs accelerate: pip install 'hf-attn-patch[train]'") from error
-    precision: str | None = options.precision
+    precision: str = options.precision
     if precision == "auto":
         configured = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         on_gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true"
@@ -195,10 +198,15 @@ def make_accelerator(options: UptrainOptions) -> Any:
         raise TrainingError(f"--log-with {options.log_with}: that tracker is not installed; installed: {there}")
     launched = int(os.environ.get("WORLD_SIZE", 1))
     # several processes without any GPU are meant for the CPU; accelerate would run each of them alone
-    cpu = launched > 1 and not torch.accelerator.is_available()
+    cpu = (launched > 1 or zero.is_wanted()) and not torch.accelerator.is_available()
+    os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)  # accelerate launch's; it would win over ours
+    # the first phase leaves most weights without a gradient
+    unused = accelerate.DistributedDataParallelKwargs(find_unused_parameters=options.layerwise_tokens > 0)
     accelerator = accelerate.Accelerator(
-        mixed_precision=precision, log_with=options.log_with, project_dir=options.output, cpu=cpu
-    )
+        mixed_precision="no" if zero.is_wanted() else precision,  # see zero.py
+        log_with=options.log_with, project_dir=options.output, cpu=cpu,
+        kwargs_handlers=[unused],
+    )  # fmt: skip
     if launched != accelerator.num_processes:
         raise TrainingError(
             f"{launched} processes were launched, but accelerate sees {accelerator.num_processes}; start them with "
@@ -216,15 +224,13 @@ def make_accelerator(options: UptrainOptions) -> Any:
             f"--batch-size {options.batch_size} is not a multiple of {share} (--micro-batch-size "
             f"{options.micro_batch_size} on each of {accelerator.num_processes} processes)"
         )
-    # set here, because Accelerator's argument gives way to an environment variable that accelerate launch sets
     accelerator.gradient_accumulation_steps = options.batch_size // share
     if accelerator.distributed_type == accelerate.DistributedType.FSDP and not accelerator.is_fsdp2:
         raise TrainingError("FSDP version 1 is not supported; set fsdp_version: 2 (examples/accelerate/fsdp2.yaml)")
     if accelerator.is_fsdp2 and accelerator.mixed_precision == "bf16":
         keep_fp32_in_fsdp2(accelerator.state.fsdp_plugin)
-    if accelerator.state.deepspeed_plugin is not None:  # it wants to know what it otherwise reads off a DataLoader
-        settings = {"train_micro_batch_size_per_gpu": options.micro_batch_size, "gradient_clipping": options.clip}
-        accelerator.state.deepspeed_plugin.deepspeed_config.update(settings)
+    if zero.is_wanted():
+        zero.configure(accelerator, options, precision)
     if options.log_with:
         simple = {k: v for k, v in asdict(options).items() if isinstance(v, (str, int, float, bool))}
         accelerator.init_trackers("uptrain", config=simple)

@@ -23,6 +23,13 @@ def attention_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """The layers, as the model's ``_no_split_modules`` names their classes."""
+    kinds = set(getattr(model, "_no_split_modules", None) or ())
+    # among the ancestors' names, because FSDP2 gives a layer a class of its own
+    return [m for m in model.modules() if any(c.__name__ in kinds for c in type(m).__mro__)]
+
+
 def choose_trainable(
     model: Any, mode: Mode, *, rank: int = 16, alpha: float = 32.0, targets: str = "attention", seed: int = 0
 ) -> Any:

@@ -123,3 +123,16 @@ def test_a_padded_causal_run_equals_a_packed_one(tmp_path):
     for a, b in zip(packed, padded, strict=True):
         assert abs(a["loss"] - b["loss"]) < 2e-3
         assert abs(a["kl"] - b["kl"]) < 2e-3
+
+
+def test_an_encoder_trains_only_what_its_embeddings_come_through():
+    from hf_attn_patch.training.other_objectives import EncoderObjective
+
+    masked = bert(0)
+    with_pooler = transformers.BertModel(masked.config)
+    for model, unused in ((with_pooler, "pooler."), (masked, "cls.predictions.")):
+        EncoderObjective(model)
+        frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+        assert frozen == {name for name, _ in model.named_parameters() if name.startswith(unused)}
+        assert model.get_input_embeddings().weight.requires_grad  # the masked one's head shares it
+        assert all(p.grad is None for p in model.parameters())
