@@ -142,19 +142,28 @@ def load_checkpoint(accelerator: Any, folder: Path, settings: dict[str, Any]) ->
     """Put the newest checkpoint of ``folder`` into the prepared objects; None if there is none.
 
     Raises:
-        TrainingError: it belongs to a run with other settings, or was written in another way.
+        TrainingError: it belongs to a run with other settings, was written in another way, or is damaged.
     """
     found = list_checkpoints(folder)
     if not found:
         return None
-    progress = Progress.from_json((found[-1] / STATE).read_text())
-    progress.require_same_settings(settings)
-    if progress.layout != (layout := layout_of(accelerator)):
+    try:
+        progress = Progress.from_json((found[-1] / STATE).read_text())
+        progress.require_same_settings(settings)
+        if progress.layout != (layout := layout_of(accelerator)):
+            raise TrainingError(
+                f"the checkpoint {found[-1].name} is {progress.layout}, and this run's are {layout}: --resume with the "
+                "accelerate config and the number of processes that it was started with, or give another --output"
+            )
+        accelerator.load_state(str(found[-1]))
+    except TrainingError:
+        raise
+    except Exception as error:  # of json, torch, safetensors or the operating system
+        before = f"goes on from {found[-2].name}" if len(found) > 1 else "starts anew"
         raise TrainingError(
-            f"the checkpoint {found[-1].name} is {progress.layout}, and this run's are {layout}: --resume with the "
-            "accelerate config and the number of processes that it was started with, or give another --output"
-        )
-    accelerator.load_state(str(found[-1]))
+            f"{found[-1]} can't be loaded ({type(error).__name__}: {' '.join(str(error).split())[:200]}); without that "
+            f"folder, --resume {before}"
+        ) from error
     return progress
 
 

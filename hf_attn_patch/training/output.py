@@ -82,8 +82,14 @@ def _one_sentence(folder: Path) -> Iterator[None]:
     try:
         yield
         return
-    except (OSError, SafetensorError) as error:
-        cause, reason = error, getattr(error, "strerror", None) or str(error).splitlines()[0]
+    except OSError as error:
+        if error.filename and folder.resolve() not in (p := Path(error.filename).resolve(), *p.parents):
+            raise
+        cause, reason = error, error.strerror or str(error)
+    except SafetensorError as error:
+        if "while serializing" not in str(error):
+            raise
+        cause, reason = error, str(error)
     except RuntimeError as error:
         if "PytorchStreamWriter" not in str(error) and "inline_container" not in str(error):
             raise

@@ -134,6 +134,18 @@ def test_what_a_kill_left_of_checkpoints_goes(tmp_path):
     remove_leftovers(tmp_path / "nowhere", keep=1)
 
 
+@pytest.mark.parametrize("name", [STATE, "model.safetensors", "optimizer.bin"])
+def test_a_damaged_checkpoint_is_named(world, uptrain, tmp_path, name):
+    assert uptrain(arguments(world, tmp_path / "o", keep=2)) == ""
+    last = tmp_path / "o" / "checkpoints" / "step-00000004"
+    (last / name).write_bytes((last / name).read_bytes()[:-200])
+    message = uptrain(arguments(world, tmp_path / "o", keep=2, resume="true"))
+    assert message.startswith(f"uptrain: {last} can't be loaded (")
+    assert message.endswith("without that folder, --resume goes on from step-00000003")
+    shutil.rmtree(last)
+    assert uptrain(arguments(world, tmp_path / "o", keep=2, resume="true")) == ""
+
+
 def test_what_could_not_be_written_whole_takes_no_room(tmp_path):
     def fail() -> None:
         with written_aside(tmp_path / "a") as aside:
@@ -210,5 +222,7 @@ def test_an_error_of_another_kind_is_not_taken_for_the_disks(tmp_path):
     options = parse_options(["--model", "m", "--dataset", "d", "--tokens", "1M", "--output", str(tmp_path / "o")])
     with pytest.raises(RuntimeError, match="shapes"), claimed_output(options):
         raise RuntimeError("shapes differ")
+    with pytest.raises(FileNotFoundError), claimed_output(options):  # something that is read, elsewhere
+        (tmp_path / "nowhere").read_text()
     with pytest.raises(TrainingError, match="can't be written: No space left"), claimed_output(options):
         raise OSError(28, "No space left on device")
