@@ -149,6 +149,8 @@ def main(arguments: list[str] | None = None) -> None:
                 raise TrainingError(run.out_of_memory_advice()) from error
     except TrainingError as error:
         sys.exit(f"uptrain: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

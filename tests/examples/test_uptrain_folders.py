@@ -216,6 +216,14 @@ def test_adapters_that_could_not_be_merged_are_refused(world, uptrain, tmp_path,
     assert "\n" not in message
 
 
+def test_ctrl_c_while_loading_is_no_traceback(world, uptrain, tmp_path, monkeypatch):
+    def interrupted(*_args, **_kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hf_attn_patch.training.run.load_tokenizer", interrupted)
+    assert uptrain(arguments(world, tmp_path / "o")) == "130"
+
+
 def test_an_error_of_another_kind_is_not_taken_for_the_disks(tmp_path):
     from hf_attn_patch.training import claimed_output, parse_options
 
