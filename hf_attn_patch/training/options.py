@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 import sys
 from collections.abc import Sequence
@@ -171,6 +172,9 @@ def parse_options(arguments: Sequence[str] | None = None, description: str | Non
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     # no abbreviations: an option that a later version adds must not change what a script means
     parser = HfArgumentParser(UptrainOptions, description=description, allow_abbrev=False)
+    for action in parser._actions:  # HfArgumentParser gives --no_shuffle the words and the default of --shuffle
+        if action.nargs == 0 and action.const is False:
+            action.help, action.default = f"Short for --{action.dest} false.", argparse.SUPPRESS
     parser.add_argument("--config", help="A YAML file with options.")
     path = parser.parse_known_args(arguments)[0].config
     if path is not None:

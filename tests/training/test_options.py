@@ -115,6 +115,15 @@ def test_what_is_no_option_is_named(wrong: list[str], capsys) -> None:
     assert f"there is no option {' '.join(wrong)}" in capsys.readouterr().err
 
 
+def test_the_help_of_an_option_that_switches_off(capsys) -> None:
+    with pytest.raises(SystemExit):
+        parse_options(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--no_shuffle, --no-shuffle Short for --shuffle false. --packed" in text  # and no "(default: False)"
+    assert text.count("Shuffle the documents (in blocks). (default: True)") == 1
+    assert [parse_options([*LEAST, *given]).shuffle for given in ([], ["--no_shuffle"])] == [True, False]
+
+
 def test_options_that_contradict_each_other() -> None:
     with pytest.raises(TrainingError, match="nothing would be left to train on"):
         parse_options([*LEAST, "--held-out-every", "1"])
