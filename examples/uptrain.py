@@ -52,8 +52,10 @@ def uptrain(run: Run) -> Progress:
     run.log.start(progress.step)
     first_phase, main_phase = (whole_steps(t, options) for t in (options.layerwise_tokens, options.budget))
     total = first_phase + main_phase
-    flops = Flops(run.student), Flops(run.teacher_model, forward_only=True) if teacher else None
-    speed = run.speed = Throughput(total, run.peak_flops)
+    causal = run.kind != "encoder"
+    flops = [Flops(run.student, causal=causal)]
+    flops += [Flops(run.teacher_model, causal=causal, forward_only=True)] if teacher else []
+    speed = run.speed = Throughput(run.peak_flops)
     bar = tqdm(
         total=total, initial=progress.tokens, unit="tok", unit_scale=True, mininterval=0.5,
         disable=not accelerator.is_main_process,
@@ -108,7 +110,7 @@ def uptrain(run: Run) -> Progress:
             progress.step, progress.position = progress.step + 1, step.position
             progress.tokens += options.tokens_per_step
             lengths = [n for micro in step.micro for n in document_lengths(micro)]
-            speed.step(options.tokens_per_step, sum(f.of(lengths) for f in flops if f) * accelerator.num_processes)
+            speed.step(options.tokens_per_step, sum(f.of(lengths) for f in flops) * accelerator.num_processes)
             bar.update(options.tokens_per_step)
             shown = {"loss": f"{result.loss:.4f}", "tok/s": f"{speed.tokens_per_second:,.0f}"}
             shown |= {"MFU": f"{speed.mfu:.1%}"} if speed.mfu else {}

@@ -1,4 +1,4 @@
-"""Tokens a second, model FLOPs utilisation, time left."""
+"""Tokens a second, and model FLOPs utilisation."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ class Flops:
 class Throughput:
     """A running rate that forgets the past slowly, so that a slow start does not linger."""
 
-    def __init__(self, total: int, peak_flops: float | None = None, memory: float = 0.9) -> None:
-        self.total, self.peak, self.memory = total, peak_flops, memory
+    def __init__(self, peak_flops: float | None = None, memory: float = 0.9) -> None:
+        self.peak, self.memory = peak_flops, memory
         self._tokens = self._flops = self._seconds = 0.0
         self.steps: list[tuple[float, int, float]] = []  # seconds, tokens, operations of every step of this process
         self._last = time.perf_counter()
@@ -71,10 +71,11 @@ class Throughput:
     def step(self, tokens: int, flops: float) -> None:
         """One step of all processes has ended."""
         now = time.perf_counter()
-        for name, value in (("_tokens", tokens), ("_flops", flops), ("_seconds", now - self._last)):
-            setattr(self, name, self.memory * getattr(self, name) + value)
-        self.steps.append((now - self._last, tokens, flops))
-        self._last = now
+        seconds, self._last = now - self._last, now
+        self._tokens = self.memory * self._tokens + tokens
+        self._flops = self.memory * self._flops + flops
+        self._seconds = self.memory * self._seconds + seconds
+        self.steps.append((seconds, tokens, flops))
 
     @property
     def tokens_per_second(self) -> float:
@@ -86,7 +87,3 @@ class Throughput:
         if self.peak is None or not self._seconds:
             return None
         return self._flops / self._seconds / self.peak
-
-    def seconds_left(self, done: int) -> float:
-        rate = self.tokens_per_second
-        return max(0.0, self.total - done) / rate if rate else float("inf")
