@@ -33,7 +33,6 @@ class Progress:
 
     step: int = 0
     tokens: int = 0
-    phase: str = "train"
     position: Position = field(default_factory=Position)
     best: float | None = None
     history: list[dict[str, Any]] = field(default_factory=list)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -239,8 +240,6 @@ def make_accelerator(options: UptrainOptions) -> Any:
 
 def plain_model(model: Any, state: dict[str, Tensor], dtype: torch.dtype) -> Any:
     """A model like ``model``, without whatever was put into it for training, that holds ``state``."""
-    import copy
-
     config = copy.deepcopy(model.config)
     config.dtype = dtype
     with torch.device("meta"):

@@ -39,13 +39,15 @@ def open_documents(
     Args:
         name: a file, a folder (every text, JSONL or Parquet file below it, in the order of their names; or what
             ``save_to_disk`` of datasets wrote; or a clone of a data set of the hub) or its id on the hub.
-        config: the data set's configuration. split: of a data set that has several.
+        fields: where the records hold their text; plain text has one, ``text``.
+        config: the data set's configuration, of one of the hub.
+        split: of a data set that has several.
         pattern: which files of a folder, such as ``**/*.py``.
         unit: what one document is in plain text: a file, a paragraph (between blank lines) or a line.
             ``auto``: a file in a folder, a paragraph in a single file.
 
     Raises:
-        TrainingError: nothing is there, or the records lack a field.
+        TrainingError: nothing is there that can be read, or its files are of several kinds.
     """
     datasets = import_datasets()
     path = Path(name).expanduser()
