@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from .steps import share_of
-from .zero import autocast
 
 
 @torch.no_grad()
@@ -39,19 +38,3 @@ def evaluate(
     model.train(training)
     found = {"loss": ce / count, "perplexity": math.exp(min(ce / count, 700.0)), "scored": count}
     return found if teacher is None else {**found, "kl": kl / count}
-
-
-class TeacherCall:
-    """A teacher's objective as a function of a batch, and of how the student is about to use it."""
-
-    def __init__(self, objective: Any, accelerator: Any) -> None:
-        self.objective, self.accelerator = objective, accelerator
-
-    @torch.no_grad()
-    def __call__(self, batch: Any, mode: str = "loss") -> Any:
-        """Hidden states and head for ``loss``; a Trace for ``fit``."""
-        with autocast(self.accelerator):
-            if mode == "fit":
-                return self.objective(batch, mode="trace")
-            hidden = self.objective(batch, mode="hidden")
-        return hidden, self.objective.head()

@@ -16,7 +16,7 @@ from .card import write_card
 from .checkpoints import Progress, save_model
 from .data import TrainingData, framing_for
 from .errors import TrainingError, out_of_memory_advice
-from .evaluation import TeacherCall, evaluate
+from .evaluation import evaluate
 from .log import RunLog
 from .meters import Throughput, peak_tflops
 from .models import Kind, load_config, load_student, load_teacher, load_tokenizer, make_objective, objective_kind
@@ -24,7 +24,7 @@ from .objectives import Objective
 from .options import UptrainOptions
 from .precision import keep_fp32_in_fsdp2, round_between_layers
 from .steps import Step
-from .teacher import place_teacher
+from .teacher import TeacherCall, place_teacher
 from .trainable import choose_trainable, merged_state, parameter_groups
 
 

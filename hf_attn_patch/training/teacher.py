@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from .errors import TrainingError
+from .zero import autocast
 
 SAMPLE = "def main(args):\n    return 3.14  # Ünïcode, 你好, 1,000,000 tokens\n"
 
@@ -65,3 +67,19 @@ def place_teacher(accelerator: Any, teacher: Any) -> Any:
     # the root's own weights (embeddings, head) stay whole after its forward: the loss reads the head from there
     fully_shard(teacher, **options)
     return teacher.to(accelerator.device)
+
+
+class TeacherCall:
+    """A teacher's objective as a function of a batch, and of how the student is about to use it."""
+
+    def __init__(self, objective: Any, accelerator: Any) -> None:
+        self.objective, self.accelerator = objective, accelerator
+
+    @torch.no_grad()
+    def __call__(self, batch: Any, mode: str = "loss") -> Any:
+        """Hidden states and head for ``loss``; a Trace for ``fit``."""
+        with autocast(self.accelerator):
+            if mode == "fit":
+                return self.objective(batch, mode="trace")
+            hidden = self.objective(batch, mode="hidden")
+        return hidden, self.objective.head()
