@@ -72,8 +72,8 @@ def rows() -> list[Row]:
     for backward in (False, True):
         for B, S, HQ, HKV, D, causal in shapes:
             out.append(Row("training" if backward else "prefill", B, S, S, HQ, HKV, D, causal, backward))
-    for documents_backward in (False, True):
-        out.append(Row("packed", 1, 16384, 16384, 32, 8, 128, True, documents_backward, documents=24))
+    for backward in (False, True):
+        out.append(Row("packed", 1, 16384, 16384, 32, 8, 128, True, backward, documents=24))
     caches = [(1, 8192, 32, 32, 128), (1, 8192, 32, 8, 128), (1, 131072, 32, 8, 128), (16, 8192, 32, 32, 128)]
     caches += [(16, 8192, 32, 8, 128), (16, 8192, 32, 1, 128), (64, 8192, 32, 8, 128), (8, 8760, 12, 3, 64)]
     caches += [(1, 512, 32, 8, 128), (1, 2048, 32, 8, 128)]
@@ -149,8 +149,8 @@ class Inputs:
         for pair in self.kv:
             k_pages, v_pages = (torch.empty(B * most, page, self.row.HKV, self.row.D).to(t) for t in pair)
             for pages, t in zip((k_pages, v_pages), pair, strict=True):
-                rows_ = t.transpose(1, 2).reshape(B, most, page, self.row.HKV, self.row.D)
-                pages[table.flatten()] = rows_.flatten(0, 1)
+                cut = t.transpose(1, 2).reshape(B, most, page, self.row.HKV, self.row.D)
+                pages[table.flatten()] = cut.flatten(0, 1)
             self.pages.append((k_pages, v_pages))
 
     @cached_property
@@ -171,7 +171,7 @@ class Inputs:
         return mask if mask is None or mask.dim() == 4 else mask[None, None]
 
     def pairs(self) -> int:
-        """Query-key pairs of one head, over the batch."""
+        """Query-key pairs of one head, over the batch; of a decoding row each query counts the last one's keys."""
         row = self.row
         if self.mask is None or row.decode:
             seen = torch.clamp(self.lengths, max=row.window or row.Sk)

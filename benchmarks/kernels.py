@@ -5,10 +5,11 @@
     python benchmarks/kernels.py --tiny                           # a smoke test on the CPU
 
 Every contender is held to the conformance rule (tests/helpers/conformance.py) against fp32 before its speed is
-printed. Times are medians: of the device, back to back, for prefill and training; of CUDA graph replays over rotating
-inputs (the L2 cache is cold) for decoding, where "eager" is the host's clock around calls without a graph. Rates count
-the pairs that are visible (x 3.5 with the backward), or the bytes of the keys and values that are. "of limit" is the
-share of a bf16 matrix product or of a device copy in the same run; "ratio" our rate over the best peer's.
+printed; then they take turns. Times are medians: of the device, back to back, for prefill and training; of CUDA graph
+replays over rotating inputs (the L2 cache is cold) for decoding, where "eager" is the host's clock around calls
+without a graph. Rates count the pairs that are visible (x 3.5 with the backward), or the bytes of the keys and values
+that are. "of limit" is the share of a bf16 matrix product or of a device copy in the same run; "ratio" our rate over
+the best peer's.
 """
 
 from __future__ import annotations
@@ -33,71 +34,79 @@ from benchmarks.kernel_peers import Call, UnsupportedError, contenders
 from benchmarks.kernel_rows import Inputs, Row, rows
 from benchmarks.measure import DEVICE, environment, headline, limits, median_seconds, table, write_json
 
-TURNS, PAUSE = 3, 0.15  # seconds
+TURNS = 3
+PAUSE = 0.15  # seconds
 SECTIONS = ("decode", "prefill", "training", "options", "paged", "packed")
+#: what is timed: from the number of an input set to the output, or to a list of it and the gradients
+Work = Callable[[int], Any]
+#: by contender
 Results = dict[str, dict[str, Any]]
 
 
-def with_gradients(call: Call, x: Inputs) -> Call:
-    """Forward and backward; gives the output, and leaves the gradients in ``x.gradients``."""
+def with_gradients(call: Call, x: Inputs) -> Work:
+    """Forward and backward: the output, then the gradients of q, k and v."""
 
-    def both(i: int) -> torch.Tensor:
+    def both(i: int) -> list[torch.Tensor]:
         out = call(i)
-        x.gradients = torch.autograd.grad(out, (x.q, *x.kv[i]), x.grad)  # type: ignore[attr-defined]
-        return out
+        return [out, *torch.autograd.grad(out, (x.q, *x.kv[i]), x.grad)]
 
     return both
 
 
-def check(call: Call, x: Inputs, low: list[torch.Tensor], ref: list[torch.Tensor]) -> None:
+def check(work: Work, x: Inputs, low: list[torch.Tensor], ref: list[torch.Tensor]) -> None:
     """Output and gradients of the first input set against the truth.
 
     Raises:
         AssertionError: they do not conform.
     """
-    results = [call(0)]
-    if x.row.backward:
-        results += x.gradients  # type: ignore[attr-defined]
+    results = work(0) if x.row.backward else [work(0)]
     for i, result in enumerate(zip(x.part(*results), low, ref, strict=True)):
         assert_conforms(*result, factor=3.0 if i else 2.0)
 
 
-def speeds(call: Call, x: Inputs) -> dict[str, Any]:
+def speeds(work: Work, x: Inputs) -> dict[str, Any]:
     """Microseconds: ``us`` (of the device), and ``eager_us`` where the host may take longer."""
     if DEVICE != "cuda":
-        return {"us": median_seconds(lambda: call(0), warmup=1, repeats=2) * 1e6}
+        return {"us": median_seconds(lambda: work(0), warmup=1, repeats=2) * 1e6}
     sets = len(x.kv)
     if not x.row.decode:
-        return {"us": timed(call)}
-    eager = called(call, sets)
+        return {"us": timed(work)}
+    eager = called(work, sets)
     try:
-        return {"us": replayed(call, sets), "eager_us": eager}
+        return {"us": replayed(work, sets), "eager_us": eager}
     except Exception as error:
-        if "illegal" in str(error):
+        if lost_device(error):
             raise
         return {"us": eager, "eager_us": eager, "note": f"no CUDA graph: {_first_line(error)}"}
 
 
-def in_turns(calls: dict[str, Call], x: Inputs) -> Results:
-    """Medians of several turns, each begun by another contender, with pauses: after matrix products at full power (of
+def in_turns(works: dict[str, Work], x: Inputs) -> Results:
+    """Medians over several turns, each begun by another contender, with pauses: after matrix products at full power (of
     the truth, of another contender) the GPU's clock is lower for a while."""
-    turns: dict[str, list[dict[str, Any]]] = {name: [] for name in calls}
+    names = list(works)
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     failed: Results = {}
     for turn in range(TURNS if DEVICE == "cuda" else 1):
-        first = turn % max(1, len(calls))
-        for name in [*list(calls)[first:], *list(calls)[:first]]:
-            if name not in failed:
-                time.sleep(0.0 if x.row.decode else PAUSE)
-                try:
-                    turns[name].append(speeds(calls[name], x))
-                except Exception as error:
-                    failed[name] = failure(error)
-    return failed | {name: _medians(found) for name, found in turns.items() if name not in failed}
+        for name in names[turn:] + names[:turn]:
+            if name in failed:
+                continue
+            if not x.row.decode:
+                time.sleep(PAUSE)
+            try:
+                found[name].append(speeds(works[name], x))
+            except Exception as error:
+                failed[name] = failure(error)
+    return failed | {name: _medians(turns) for name, turns in found.items() if name not in failed}
 
 
 def _medians(turns: list[dict[str, Any]]) -> dict[str, Any]:
     first = turns[0]
     return {k: v if isinstance(v, str) else statistics.median(t[k] for t in turns) for k, v in first.items()}
+
+
+def lost_device(error: Exception) -> bool:
+    """Whether nothing runs on this GPU any more."""
+    return "illegal" in str(error) or "unspecified launch failure" in str(error)
 
 
 def failure(error: Exception) -> dict[str, Any]:
@@ -106,30 +115,28 @@ def failure(error: Exception) -> dict[str, Any]:
         return {"unsupported": str(error)}
     if isinstance(error, AssertionError):
         return {"wrong": _first_line(error)}
-    if "illegal" in str(error) or "unspecified launch failure" in str(error):
-        raise error  # nothing runs on this GPU any more
+    if lost_device(error):
+        raise error
     return {"failed": f"{type(error).__name__}: {_first_line(error)}"}
 
 
 def measure(row: Row, makers: dict[str, Callable[[Inputs], Call]]) -> dict[str, Any]:
     """One row: every contender's times, or why it has none."""
     x = Inputs(row)
-    calls: dict[str, Call] = {}
+    works: dict[str, Work] = {}
     results: Results = {name: {} for name in makers}
     with torch.set_grad_enabled(row.backward):
         low = x.truth(x.dtype)
         ref = x.truth(torch.float32 if DEVICE == "cuda" else torch.float64)
         for name, make in makers.items():
             try:
-                call = make(x)
-                if row.backward:
-                    call = with_gradients(call, x)
-                check(call, x, low, ref)
-                calls[name] = call
+                work = with_gradients(make(x), x) if row.backward else make(x)
+                check(work, x, low, ref)
+                works[name] = work
             except Exception as error:
                 results[name] = failure(error)
         del low, ref
-        results |= in_turns(calls, x)
+        results |= in_turns(works, x)
     unit, amount = x.work()
     out = {**asdict(row), "name": row.name, "unit": unit, "work": amount, "results": results}
     peers = {name: r["us"] for name, r in results.items() if name != "ours" and "us" in r}
