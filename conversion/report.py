@@ -8,6 +8,7 @@ from typing import Any
 
 from .heads import LayerAttention
 from .kvfield import format_numbers
+from .memory import memory_needed
 from .planner import Plan
 from .safetensors_header import DTYPE_BITS
 
@@ -53,25 +54,6 @@ def stack_rows(plan: Plan) -> list[dict[str, Any]]:
             }
         )
     return rows
-
-
-def memory_needed(plan: Plan, workers: int = 1) -> int:
-    """A bound on the bytes of weights held at once: the largest unit, read, in fp32 and as it is written."""
-    from .execute import CHUNK
-
-    largest = 0
-    for unit in plan.units:
-        read = plan.unit_inputs(unit)
-        widths = [DTYPE_BITS[plan.source.tensors[name].dtype] // 8 for name in unit.reads]
-        largest = max(largest, read + 3 * read * max(4, *widths) // min(widths))
-    bound = max(largest, CHUNK) * workers
-    if plan.method.name != "calibrated" or not plan.units:
-        return bound
-    # the model, hidden states of both models, and a layer in fp32 with its gradients and Adam's moments
-    widest = max(DTYPE_BITS[plan.source.tensors[name].dtype] // 8 for name in plan.units[0].reads)
-    hidden = 2 * int(plan.options["calibration_tokens"]) * plan.units[0].layer.width * widest
-    layer = plan.bytes_before // max(1, len({x.prefix for x in plan.layers}))
-    return bound + plan.bytes_before + hidden + 8 * layer
 
 
 def plan_dict(plan: Plan, workers: int = 1) -> dict[str, Any]:
