@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .layout import DENSE, Layout, full, packed, remembered_full
+from .layout import DENSE, Layout, document_starts, full, packed, remembered_full
 from .pattern import Pattern, dense_from_carrier, of_carrier
 from .request import AttentionError
 
@@ -90,12 +90,13 @@ def from_mask(query: Tensor, key: Tensor, mask: Tensor, ids: Tensor | None, trac
 
 
 def _with_documents(mask: Tensor, ids: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
+    """A mask [B or 1, 1, S, S] without what lies in other documents, which begin where the positions go back."""
     if not _usable(ids, query) or query.shape[2] != key.shape[2]:
         return mask
     assert ids is not None
-    starts = Pattern(query.shape[0], query.shape[2], key.shape[2], True, device=query.device).starts(ids)
-    assert starts is not None
-    document = starts.cumsum(-1)
+    B = query.shape[0]
+    valid = mask[:, 0].diagonal(dim1=-2, dim2=-1)  # only padding does not see itself
+    document = document_starts(ids.to(mask.device).expand(B, -1), valid.expand(B, -1)).cumsum(-1)
     return mask & (document[:, None, :, None] == document[:, None, None, :])
 
 

@@ -37,6 +37,19 @@ def test_forward_in_one_graph(name: str, padding: str) -> None:
     assert_close(gradients(model, found), gradients(eager, wanted), rtol=2e-5)
 
 
+def test_padding_inside_a_row_begins_no_document() -> None:
+    """Positions that count tokens stand still over padding, as those of a right-padded prompt that was continued."""
+    mask = torch.tensor([[1, 1, 0, 0, 1, 1], [1, 1, 1, 1, 1, 0]])
+    inputs = {"input_ids": torch.arange(12).reshape(2, 6) + 3, "attention_mask": mask, "use_cache": False}
+    inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+    model, eager = build("llama", IMPLEMENTATION), pair("llama")[1]
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        wanted, plain, found = (m(**inputs).logits[mask.bool()] for m in (eager, model, compiled))
+    torch.testing.assert_close(plain, wanted, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+
+
 def test_layers_compiled_one_by_one() -> None:
     """No layer breaks its graph to look for somebody who collects weights; and who asks for them still gets them."""
     inputs = {"input_ids": torch.arange(12).reshape(2, 6) + 3, "use_cache": False}
