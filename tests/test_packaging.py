@@ -99,3 +99,16 @@ def test_pre_commit_runs_the_ruff_that_ci_runs() -> None:
     repos = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
     (revision,) = (repo["rev"] for repo in repos if "ruff" in repo["repo"])
     assert f"ruff=={revision.removeprefix('v')}\n" in (ROOT / "requirements/tested.txt").read_text()
+
+
+def test_a_tag_must_agree_with_the_version_and_the_changelog() -> None:
+    if shutil.which("make") is None:
+        pytest.skip("no make")
+    run = ["make", "-s", "release-check"]
+    wrong = subprocess.run([*run, "TAG=v99.0.0"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert wrong.returncode != 0 and "v99.0.0" in wrong.stdout
+    workflow = yaml.safe_load((ROOT / ".github/workflows/release.yml").read_text())["jobs"]
+    assert workflow["publish"]["permissions"] == {"id-token": "write"} and set(workflow["publish"]["needs"]) == {
+        "build",
+        "test",
+    }
