@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .compat.torch import storage_users
+
 ROUND_TO = 256  # capacities are multiples of this many keys
 
 
@@ -24,12 +26,6 @@ def buffer_from(old: Tensor, like: Tensor, capacity: int) -> Tensor:
     if old.numel():
         buffer.narrow(2, 0, old.shape[2]).copy_(old)
     return buffer
-
-
-def _holders(tensor: Tensor) -> int:
-    """How many tensors share this one's memory, itself included (the storage object made to ask counts too)."""
-    count: int = torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
-    return count - 1
 
 
 def in_place_allowed() -> bool:
@@ -110,4 +106,4 @@ class Room:
 
     def shared(self) -> bool:
         """True if someone holds a view of the buffers besides the layer."""
-        return any(_holders(buffer) > 2 for buffer in self.buffers)
+        return any(storage_users(buffer) > 2 for buffer in self.buffers)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .backends import flash2, flash3, flash4, flex, reference, torch_sdpa, torch_varlen, triton_decode
+from .compat.torch import deterministic_algorithms
 from .ladder import order
 from .layout import DENSE, FULL, Layout, remembered_full
 from .request import AttentionError, AttentionRequest, Operands, query_class
@@ -36,7 +37,6 @@ Run = Callable[[Tensor, Tensor, Tensor, AttentionRequest, Operands], tuple[Tenso
 
 _chosen: dict[tuple[AttentionRequest, str | None], tuple[str, Run]] = {}
 _forced: list[str] = []
-_deterministic = torch._C._get_deterministic_algorithms  # without the Python around it
 _capabilities: dict[torch.device, int] = {}
 
 
@@ -175,7 +175,7 @@ def facts_of(
         dropout > 0.0,
         grad,
         weights,
-        deterministic or _deterministic(),
+        deterministic or deterministic_algorithms(),
         name if name is not None or not _forced else _forced[-1],
     )
 

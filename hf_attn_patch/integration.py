@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.utils.output_capturing import _active_collector
 
 from .call_layout import from_borders, from_carrier, from_mask, from_positions
+from .compat.torch import any_autocast, has_forward_hooks
+from .compat.transformers import output_collector
 from .dispatch import attend, facts_of, known_calls, remember_call
 from .layout import full
 from .pattern import of_carrier
@@ -19,7 +20,7 @@ NAME = "hf_attn_patch"
 UNKNOWN = frozenset({"indices", "block_indices", "head_mask", "block_mask", "score_mod", "mask_mod", "alibi", "sinks"})
 #: set on modules by :func:`enable` with a backend
 BACKEND_ATTRIBUTE = "_hf_attn_backend"
-_any_autocast = torch._C._is_any_autocast_enabled  # a tenth of the time of asking for one device
+_collector = output_collector()
 
 
 def attention_forward(
@@ -78,13 +79,13 @@ def attention_forward(
         )
     tracing = torch.compiler.is_compiling()
     weights = bool(output_attentions) or (
-        (_may_be_collected(module) if tracing else _active_collector.get() is not None) and _weights_are_collected()
+        (_may_be_collected(module) if tracing else _collector.get() is not None) and _weights_are_collected()
     )
     name = module.__dict__.get(BACKEND_ATTRIBUTE)
     call: Any = None
     if attention_mask is None and position_bias is None and cu_seq_lens_q is None and not tracing:
         causal = is_causal if is_causal is not None else getattr(module, "is_causal", False)
-        if (position_ids is None or not causal or query.shape[2] == 1) and not _any_autocast():
+        if (position_ids is None or not causal or query.shape[2] == 1) and not any_autocast():
             # nothing but numbers: decoding, encoders without padding
             facts = facts_of(query, key, value, softcap, s_aux, None, dropout, weights, bool(deterministic), name)
             call = (facts, key.dtype, value.dtype, bool(causal), sliding_window, scaling, softcap, dropout)
@@ -97,7 +98,7 @@ def attention_forward(
                 out, found = known.run(query, key, value, known.request, operands)
                 return out.transpose(1, 2).contiguous(), found
     if not query.dtype == key.dtype == value.dtype or (
-        query.dtype is torch.float32 and (tracing or _any_autocast()) and torch.is_autocast_enabled(query.device.type)
+        query.dtype is torch.float32 and (tracing or any_autocast()) and torch.is_autocast_enabled(query.device.type)
     ):
         query, key, value = _one_dtype(module, query, key, value)
     bias = position_bias
@@ -163,12 +164,12 @@ def _refuse_unknown(module: torch.nn.Module, kwargs: dict[str, Any]) -> None:
 def _may_be_collected(module: torch.nn.Module) -> bool:
     """While tracing: whether to look for a collector. Outside the forward that opens one, dynamo cannot look (it breaks
     the graph at each layer); there only hooks can collect, and they break it themselves."""
-    return bool(_active_collector.compiling or module._forward_hooks)
+    return bool(_collector.compiling or has_forward_hooks(module))
 
 
 def _weights_are_collected() -> bool:
     """Whether transformers' hooks collect attention weights: some families keep ``output_attentions`` to themselves."""
-    collected = _active_collector.get()
+    collected = _collector.get()
     return bool(collected) and any("attentions" in key for key in collected)
 
 

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from .compat.torch import leave_graph_pool
+
 Work = Callable[[], Any]
 
 
@@ -124,8 +126,7 @@ def _abandon(graph: torch.cuda.CUDAGraph, device: torch.device, pool: Any) -> No
     except RuntimeError:  # the driver has dropped the recording, and PyTorch did not notice
         _failed.append(graph)
     with contextlib.suppress(RuntimeError):  # not begun, or ended already
-        torch._C._cuda_endAllocateToPool(device.index, pool)
-        torch._C._cuda_releasePool(device.index, pool)
+        leave_graph_pool(device.index, pool)
     graph.reset()
     for key in [key for key, known in _pools.items() if known.id == pool]:
         del _pools[key]

@@ -6,11 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor, dtype
 
+from .errors import AttentionError as AttentionError
 from .layout import Layout
-
-
-class AttentionError(ValueError):
-    """A request that cannot be run exactly; the message names it and the way out."""
 
 
 def query_class(q_len: int) -> int:

@@ -30,7 +30,8 @@ def round_between_layers(model: nn.Module) -> None:
     torch.float32
     """
     for module in model.modules():
-        if not is_projection(module) and next(module.children(), None) is None and module._parameters:
+        leaf = next(module.children(), None) is None and next(module.parameters(recurse=False), None) is not None
+        if leaf and not is_projection(module):
             module.register_forward_hook(_rounded)
 
 

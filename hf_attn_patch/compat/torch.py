@@ -1,0 +1,85 @@
+"""Private names of torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .ground import changed, known
+
+
+def _any_autocast_publicly() -> bool:
+    return any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda", "xpu", "mps"))
+
+
+#: whether autocast is on for any device: a tenth of the time of asking for one. torch 2.11 to 2.13; else publicly
+any_autocast: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", _any_autocast_publicly)
+
+#: whether deterministic algorithms are asked for, without the Python around it. torch 2.11 to 2.13; else publicly
+deterministic_algorithms: Callable[[], bool] = getattr(
+    torch._C, "_get_deterministic_algorithms", torch.are_deterministic_algorithms_enabled
+)
+
+
+def write_count(tensor: Tensor) -> int:
+    """How often a tensor was written to in place. Inference tensors have no count: RuntimeError (torch 2.11 to 2.13).
+
+    >>> x = torch.zeros(2)
+    >>> before = write_count(x)
+    >>> write_count(x.add_(1)) - before
+    1
+    """
+    try:
+        return tensor._version
+    except AttributeError as error:  # not by `known`: this runs in every layer
+        raise changed("torch", "Tensor._version") from error
+
+
+@known("torch", "the count of a storage's users (torch._C._storage_Use_Count)")
+def storage_users(tensor: Tensor) -> int:
+    """How many tensors share this one's memory, itself included."""
+    count: int = torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
+    return count - 1  # the storage object made to ask counts too
+
+
+@known("torch", "the hooks of nn.Module (_forward_hooks, _forward_pre_hooks)")
+def forward_hooks(module: torch.nn.Module, before: bool = True, after: bool = True) -> list[Any]:
+    """The hooks that run before and after a module's forward, its own alone (not the global ones)."""
+    hooks: list[Any] = []
+    if before:
+        hooks += module._forward_pre_hooks.values()
+    if after:
+        hooks += module._forward_hooks.values()
+    return hooks
+
+
+def has_forward_hooks(module: torch.nn.Module) -> bool:
+    """Whether hooks run after a module's forward; may be traced by torch.compile (torch 2.11 to 2.13)."""
+    return bool(module._forward_hooks)
+
+
+@known("torch", "the memory pools of CUDA graphs (torch._C._cuda_endAllocateToPool, _cuda_releasePool)")
+def leave_graph_pool(device: int, pool: Any) -> None:
+    """End an allocation to a CUDA graph's memory pool that a failed recording left open.
+
+    Raises:
+        RuntimeError: none was open.
+    """
+    torch._C._cuda_endAllocateToPool(device, pool)
+    torch._C._cuda_releasePool(device, pool)
+
+
+def aten(name: str) -> Any:
+    """A private operator of ``torch.ops.aten`` (torch 2.11 to 2.13)."""
+    try:
+        return getattr(torch.ops.aten, name)
+    except AttributeError as error:
+        raise changed("torch", f"the operator aten::{name}") from error
+
+
+def missing_operators(names: Iterable[str]) -> list[str]:
+    """Those of ``names`` that ``torch.ops.aten`` does not have."""
+    return [name for name in names if not hasattr(torch.ops.aten, name)]
