@@ -162,12 +162,15 @@ def run_trl(row: str, args: argparse.Namespace) -> dict[str, Any]:
 
     flash = row == "trl-flash4"
     model = AutoModelForCausalLM.from_pretrained(
-        args.work / args.shape, dtype=torch.float32, attn_implementation="flash_attention_4" if flash else "sdpa"
+        args.work / args.shape,
+        dtype=torch.float32,
+        trust_remote_code=False,
+        attn_implementation="flash_attention_4" if flash else "sdpa",
     )
     clock = Clock()
     trainer = SFTTrainer(
         model=model,
-        processing_class=AutoTokenizer.from_pretrained(args.work / args.shape),
+        processing_class=AutoTokenizer.from_pretrained(args.work / args.shape, trust_remote_code=False),
         train_dataset=datasets.load_dataset("json", data_files=str(args.work / "text.jsonl"), split="train"),
         args=SFTConfig(
             output_dir=str(args.work / "trl"), max_steps=args.steps, per_device_train_batch_size=args.sequences,

@@ -17,7 +17,11 @@ from .commands import user_errors
     "--context", type=click.IntRange(min=2), default=1024, show_default=True,
     help="Tokens of a window, and before the tokens whose decoding is timed.",
 )  # fmt: skip
-@click.option("--stride", type=click.IntRange(min=1), help="Tokens from window to window.  [default: half the context]")
+@click.option(
+    "--stride",
+    type=click.IntRange(min=1),
+    help="Tokens from window to window; the context for disjoint windows.  [default: half the context]",
+)
 @click.option("--tokens", type=click.IntRange(min=2), help="Tokens of the text at most.")
 @click.option("--speed/--no-speed", default=True, help="Time decoding.")
 @click.option("--lm-eval", metavar="TASKS", help="Also run these tasks of lm-evaluation-harness: names, or YAML files.")
@@ -26,13 +30,13 @@ from .commands import user_errors
     "--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto", show_default=True,
     help="Of the weights.",
 )  # fmt: skip
-@click.option("--attn-implementation", "attention", default="hf_attn_patch", show_default=True)
+@click.option("--attn-implementation", "attention", help="[default: hf_attn_patch, or eager where a family needs it]")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 @click.option("--plot", "picture", metavar="PNG", help="Draw loss over KV bytes per token.")
 @user_errors
 def evaluate(
     models: tuple[str, ...], text: str, source: str | None, context: int, stride: int | None, tokens: int | None,
-    speed: bool, lm_eval: str | None, device: str | None, dtype: str, attention: str, as_json: bool,
+    speed: bool, lm_eval: str | None, device: str | None, dtype: str, attention: str | None, as_json: bool,
     picture: str | None,
 ) -> None:  # fmt: skip
     """Loss, perplexity, KL to SRC, KV bytes and speed of causal language models on a text."""

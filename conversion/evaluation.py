@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import html
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,6 @@ from hf_attn_patch.training.teacher import require_same_vocabulary
 
 from .errors import ConversionError
 from .harness import import_lm_eval, run_lm_eval, task_names
-from .hub import resolve
-from .inspection import inspect_source
 from .loadcheck import device_named, quiet
 from .report import html_table, human, table
 
@@ -35,8 +34,9 @@ class Evaluation:
         loss: cross-entropy in nats a token, over ``scored`` tokens.
         kl: KL(source || model) in nats a token.
         agreement: share of the tokens at which the most likely next word is the source's.
-        kv_bytes_per_token: what one more token adds to the KV cache.
+        kv_bytes_per_token: of keys and values kept after ``context`` tokens, over ``context``.
         tokens_per_second: greedy decoding of one sequence after ``context`` tokens.
+        attention: the implementation that ran.
     """
 
     model: str
@@ -49,6 +49,7 @@ class Evaluation:
     kl: float | None = None
     agreement: float | None = None
     lm_eval: dict[str, Any] | None = None
+    attention: str = "hf_attn_patch"
 
 
 class Evaluations(list[Evaluation]):
@@ -65,17 +66,25 @@ class Evaluations(list[Evaluation]):
 def windows(count: int, context: int, stride: int) -> Iterator[tuple[int, int, int]]:
     """Windows over ``count`` tokens: (begin, end, first token to score). Every token but the first is scored once.
 
-    Beyond the first window every token has at least ``context - stride`` tokens before it.
+    Beyond the first window every token has at least ``context - stride`` tokens before it, and at least one: with a
+    stride of ``context`` or more, windows share the one token that the next one's first is told from.
+
+    Raises:
+        ValueError: ``context`` < 2 or ``stride`` < 1.
 
     >>> list(windows(10, 6, 3))
     [(0, 6, 1), (3, 9, 6), (4, 10, 9)]
+    >>> list(windows(10, 4, 4))
+    [(0, 4, 1), (3, 7, 4), (6, 10, 7)]
     """
+    if context < 2 or stride < 1:
+        raise ValueError(f"windows of {context} tokens that move on by {stride}: at least 2 and 1 are needed")
     end, scored = min(context, count), 1
     while True:
         yield max(0, end - context), end, scored
         if end == count:
             return
-        end, scored = min(end + stride, count), end
+        end, scored = min(end + min(stride, context - 1), count), end
 
 
 @torch.no_grad()
@@ -121,23 +130,78 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def load_causal(name: str, device: torch.device, dtype: str, attention: str) -> Any:
+def load_causal(name: str, device: torch.device, dtype: str, attention: str | None = None) -> Any:
     """A causal language model, ready to be evaluated.
 
+    Args:
+        attention: an implementation's name; by default ``hf_attn_patch`` wherever the family can take it, else eager.
+
     Raises:
-        ConversionError: it cannot be loaded, or is none.
+        ConversionError: it cannot be loaded whole without running code of its own, or is none.
     """
     import transformers
 
-    import hf_attn_patch  # noqa: F401  (registers the attention and the grouped model families)
+    import hf_attn_patch  # also registers the attention and the grouped model families
 
     with quiet():
         try:
-            model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation=attention)
-        except (OSError, ValueError, KeyError) as error:
+            model, info = transformers.AutoModelForCausalLM.from_pretrained(
+                name,
+                dtype=dtype,
+                attn_implementation=attention or "eager",
+                trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # told below, with what is missing
+            )
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
             text = " ".join(str(error).split())[:200]
             raise ConversionError(f"{name} is no causal language model that can be loaded: {text}") from None
-    return model.to(device).eval()
+    refuse_incomplete(name, model, info)
+    if attention is None:
+        with contextlib.suppress(hf_attn_patch.AttentionError):  # eager, which the report names
+            hf_attn_patch.enable(model)
+    model = model.to(device).eval()
+    refuse_bidirectional(name, model)
+    return model
+
+
+def refuse_incomplete(name: str, model: Any, info: Mapping[str, Any]) -> None:
+    """Nothing that transformers made up at random is scored.
+
+    Args:
+        info: what ``from_pretrained(output_loading_info=True)`` told.
+
+    Raises:
+        ConversionError: the checkpoint lacks weights of the model, or has them in another shape.
+    """
+    lacking = [*sorted(info["missing_keys"]), *(str(key[0]) for key in sorted(info["mismatched_keys"], key=str))]
+    if lacking:
+        more = f" and {len(lacking) - 3} more" if len(lacking) > 3 else ""
+        raise ConversionError(
+            f"{name} is not a whole {type(model).__name__}: it lacks {', '.join(lacking[:3])}{more} "
+            "(or has them in another shape), which would be filled at random; "
+            "evaluate a checkpoint that was saved with that head"
+        )
+
+
+@torch.no_grad()
+def refuse_bidirectional(name: str, model: Any) -> None:
+    """A model that sees the words it is to predict has no perplexity.
+
+    Raises:
+        ConversionError: what a token predicts depends on a token after it.
+    """
+    ids = torch.arange(1, 9, device=model.device)[None] % model.config.get_text_config(decoder=True).vocab_size
+    other = ids.clone()
+    other[0, -1] = 0
+    one, two = (model(input_ids=x, use_cache=False).logits[0].float() for x in (ids, other))
+    moved = (one - two).abs().amax(-1)
+    rounding = 1e-4 if model.dtype is torch.float32 else 1e-2  # experts sum in another order
+    if float(moved[:-1].max()) > rounding * float(moved[-1]):
+        raise ConversionError(
+            f"{name} ({type(model).__name__}) sees the words after a token, so it has no perplexity: it is an encoder, "
+            "or a decoder whose config.json does not say is_decoder"
+        )
 
 
 def text_ids(tokenizer: Any, text: str, limit: int | None) -> Tensor:
@@ -162,7 +226,7 @@ def evaluate(
     lm_eval: str | None = None,
     device: str | None = None,
     dtype: str = "auto",
-    attention: str = "hf_attn_patch",
+    attention: str | None = None,
 ) -> Evaluations:
     """Evaluate causal language models on a text.
 
@@ -174,6 +238,7 @@ def evaluate(
         stride: by how much windows move on; half of ``context`` by default.
         tokens: of the text at most.
         lm_eval: tasks for lm-evaluation-harness, or YAML files of tasks, with commas.
+        attention: an attention implementation; by default ours, and eager for families that cannot take it.
 
     Raises:
         ConversionError: a model or the text is missing or unfit.
@@ -204,7 +269,10 @@ def evaluate(
         if len(ids) and int(ids.max()) >= model.get_input_embeddings().num_embeddings:
             raise ConversionError(f"{name}: its tokenizer has ids that the model has no embedding for")
         limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or context
+        if limit < 2:
+            raise ConversionError(f"{name} reads {limit} token at a time: nothing can be predicted from it")
         used = min(context, limit)
+        kv = kv_bytes_per_token(model, ids[:used])
         loss, kl, agreement, count = score(model, ids, used, stride or max(1, used // 2), None if is_source else truth)
         if is_source:
             kl, agreement = 0.0, 1.0
@@ -212,7 +280,8 @@ def evaluate(
         fast = decoding_speed(model, ids, room) if speed and room > 0 else None
         tasks = run_lm_eval(model, tokenizer, lm_eval) if lm_eval else None
         perplexity = math.exp(min(loss, 700.0))
-        found.append(Evaluation(name, loss, perplexity, count, used, kv_bytes(name), fast, kl, agreement, tasks))
+        how = str(model.config._attn_implementation)
+        found.append(Evaluation(name, loss, perplexity, count, used, kv, fast, kl, agreement, tasks, how))
         del model
     return found
 
@@ -222,9 +291,20 @@ def _same(name: str, other: str) -> bool:
     return name == other or (Path(name).exists() and Path(name).resolve() == Path(other).resolve())
 
 
-def kv_bytes(name: str) -> int:
-    """Bytes that one more token adds to the model's KV cache."""
-    return int(inspect_source(resolve(name))["kv_bytes_per_token"])
+@torch.no_grad()
+def kv_bytes_per_token(model: Any, ids: Tensor) -> int:
+    """Bytes of keys and values that the model keeps after ``ids`` [S], for each of them.
+
+    Measured, so that sliding windows, layers that share their cache and families that cache every query head count as
+    what they are.
+    """
+    out = model(input_ids=ids[None].to(model.device), use_cache=True, logits_to_keep=1)
+    total = 0
+    cache = out["cache"] if "cache" in out else out["past_key_values"]  # its name before transformers 5.24
+    for layer in getattr(cache, "layers", ()):
+        for kept in (getattr(layer, "keys", None), getattr(layer, "values", None)):
+            total += kept.numel() * kept.element_size() if isinstance(kept, Tensor) else 0
+    return round(total / len(ids))
 
 
 def _table(found: list[Evaluation]) -> tuple[list[str], list[list[object]]]:
@@ -247,9 +327,12 @@ def _notes(found: list[Evaluation]) -> list[str]:
     for e in found:
         for task, metrics in (e.lm_eval or {}).items():
             lines.append(f"{e.model}  {task}: " + ", ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
+    for e in found:
+        if e.attention == "eager":
+            lines.append(f"{e.model} ran with eager attention: its family does not take another implementation")
     for e in found[:1]:
         lines.append(
-            f"{e.scored} tokens scored, each once; windows of {e.context} tokens; KV bytes in a checkpoint's own dtype"
+            f"{e.scored} tokens scored, each once; windows of {e.context} tokens; KV bytes as kept after so many"
         )
     return lines
 

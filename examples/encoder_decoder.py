@@ -97,8 +97,8 @@ def main() -> None:
     print(f"| {args.kv_heads} KV heads, converted | {before:.3f} |")
     print(f"| {args.kv_heads} KV heads, uptrained | {after:.3f} |")
 
-    model = AutoModelForSeq2SeqLM.from_pretrained(out / "uptrained")
-    words = AutoTokenizer.from_pretrained(out / "uptrained")
+    model = AutoModelForSeq2SeqLM.from_pretrained(out / "uptrained", trust_remote_code=False)
+    words = AutoTokenizer.from_pretrained(out / "uptrained", trust_remote_code=False)
     source = words("def add(a, b):\n    return a<extra_id_0> b\n</s>", return_tensors="pt")
     filled = model.generate(input_ids=source["input_ids"], max_new_tokens=8)
     print(f"\n'return a ___ b' is filled with: {words.decode(filled[0])!r}")

@@ -40,11 +40,14 @@ def load(name: str, attention: str, device: str) -> tuple[Any, Any]:
     """(model, tokenizer)."""
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
     try:
-        config, tokenizer = AutoConfig.from_pretrained(name), AutoTokenizer.from_pretrained(name)
+        config, tokenizer = (
+            AutoConfig.from_pretrained(name, trust_remote_code=False),
+            AutoTokenizer.from_pretrained(name, trust_remote_code=False),
+        )
         kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         if config.architectures and not any(a.endswith(GENERATE) for a in config.architectures):
             raise ValueError(f"{config.architectures[0]} generates no text")
-        model = kind.from_pretrained(name, dtype=dtype, attn_implementation=attention)
+        model = kind.from_pretrained(name, dtype=dtype, attn_implementation=attention, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise SystemExit(
             f"generate: {name} cannot be loaded with {attention}: {' '.join(str(error).split())[:300]}"

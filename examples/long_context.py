@@ -32,7 +32,7 @@ SHAPES = {
 def shape_of(name: str) -> Any:
     """The config of a causal language model whose decoder is its ``model``, with ``lm_head`` behind it."""
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise SystemExit(f"long_context: {name} has no config: {' '.join(str(error).split())[:300]}") from None
     with torch.device("meta"):

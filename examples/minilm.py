@@ -112,8 +112,8 @@ def main(
     model: Path | None, kv_heads: str, methods: str, count: int, calibration_tokens: int, steps: int, as_json: bool
 ) -> None:
     source = model or model_folder()
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    teacher = AutoModel.from_pretrained(source, attn_implementation="hf_attn_patch").eval()
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    teacher = AutoModel.from_pretrained(source, attn_implementation="hf_attn_patch", trust_remote_code=False).eval()
     every = sentences(100_000)
     texts, others = every[:count], every[count:]
     truth = similarities(teacher, tokenizer, texts)
@@ -126,7 +126,7 @@ def main(
             for method in methods.split(","):
                 name = f"{folder}/{method}-{heads}"
                 convert(source, name, heads, method=method, **(known if method == "calibrated" else {}))
-                student = AutoModel.from_pretrained(name, attn_implementation="hf_attn_patch")
+                student = AutoModel.from_pretrained(name, attn_implementation="hf_attn_patch", trust_remote_code=False)
                 row: dict[str, Any] = {"kv_heads": heads, "method": method}
                 row["converted"] = spearman(truth, similarities(student, tokenizer, texts))
                 if steps:

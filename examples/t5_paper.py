@@ -205,7 +205,9 @@ def main(
                 name = f"{folder}/{method}-{seed}"
                 # the decoder's two attentions, as in the paper; the encoder stays as it is
                 convert(f"{folder}/mha", name, {"decoder": kv_heads, "cross": kv_heads}, method=method, seed=seed)
-                student = AutoModelForSeq2SeqLM.from_pretrained(name, attn_implementation="hf_attn_patch").to(device)
+                student = AutoModelForSeq2SeqLM.from_pretrained(
+                    name, attn_implementation="hf_attn_patch", trust_remote_code=False
+                ).to(device)
                 result["converted"].append(held_out_loss(student, *test))
                 train(
                     student,

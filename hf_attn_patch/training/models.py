@@ -27,7 +27,7 @@ def load_config(name: str) -> Any:
 
     transformers.utils.logging.disable_progress_bar()  # a run shows one bar, its own
     try:
-        return transformers.AutoConfig.from_pretrained(name)
+        return transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise TrainingError(f"{name} is no model that can be loaded: {str(error).splitlines()[0]}") from error
 
@@ -41,7 +41,7 @@ def load_tokenizer(name: str) -> Any:
     import transformers
 
     try:
-        return transformers.AutoTokenizer.from_pretrained(name)
+        return transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise TrainingError(f"{name} has no tokenizer that can be loaded ({str(error).splitlines()[0]})") from error
 
@@ -71,7 +71,9 @@ def load_model(name: str, config: Any, kind: Kind, *, attention: str, dtype: tor
         "encoder": transformers.AutoModelForMaskedLM if masked else transformers.AutoModel,
     }[kind]
     try:
-        return auto.from_pretrained(name, config=config, dtype=dtype, attn_implementation=attention)
+        return auto.from_pretrained(
+            name, config=config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
+        )
     except (OSError, ValueError, ImportError) as error:
         raise TrainingError(f"{name} can't be loaded for the {kind} objective: {str(error).splitlines()[0]}") from error
 
