@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from hf_attn_patch.compat.transformers import attention_name
 from hf_attn_patch.training.errors import TrainingError
 from hf_attn_patch.training.losses import Head, linear_loss
 from hf_attn_patch.training.models import load_tokenizer
@@ -280,7 +281,7 @@ def evaluate(
         fast = decoding_speed(model, ids, room) if speed and room > 0 else None
         tasks = run_lm_eval(model, tokenizer, lm_eval) if lm_eval else None
         perplexity = math.exp(min(loss, 700.0))
-        how = str(model.config._attn_implementation)
+        how = attention_name(model.config) or "eager"
         found.append(Evaluation(name, loss, perplexity, count, used, kv, fast, kl, agreement, tasks, how))
         del model
     return found
