@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .call_layout import from_borders, from_carrier, from_mask, from_positions
+from .compat.cache_keyword import is_paged
 from .compat.torch import any_autocast, has_forward_hooks
 from .compat.transformers import output_collector
 from .dispatch import attend, facts_of, known_calls, remember_call
@@ -18,6 +19,8 @@ from .request import AttentionError
 NAME = "hf_attn_patch"
 #: keyword arguments that change which keys are seen or how they are weighed, and that no backend here knows
 UNKNOWN = frozenset({"indices", "block_indices", "head_mask", "block_mask", "score_mod", "mask_mod", "alibi", "sinks"})
+#: a cache by the names of older transformers; one that arrives here was not taken by the layer
+UNTAKEN = frozenset({"past_key_values", "past_key_value", "layer_past"})
 #: set on modules by :func:`enable` with a backend
 BACKEND_ATTRIBUTE = "_hf_attn_backend"
 _collector = output_collector()
@@ -56,11 +59,13 @@ def attention_forward(
     Raises:
         AttentionError: a request that nothing here can run exactly.
     """
-    if kwargs and not UNKNOWN.isdisjoint(kwargs):
+    if kwargs and not (UNKNOWN.isdisjoint(kwargs) and UNTAKEN.isdisjoint(kwargs)):
         _refuse_unknown(module, kwargs)
     if cache is not None:
         from .paged import paged_forward
 
+        if not is_paged(cache):
+            _refuse_cache(module, "cache", cache)
         return paged_forward(
             module,
             query,
@@ -152,7 +157,19 @@ def attention_forward(
     return out.transpose(1, 2).contiguous(), found
 
 
+def _refuse_cache(module: torch.nn.Module, name: str, cache: Any) -> None:
+    raise AttentionError(
+        f"{type(module).__name__} handed {name!r} ({type(cache).__name__}) on to the attention function instead of "
+        "filling it, so later steps would not see these keys: the layer's forward has to take the cache by the name "
+        'that this transformers gives it ("past_key_values" up to 5.23, "cache" from 5.24) and update it; until then '
+        "run the model with use_cache=False"
+    )
+
+
 def _refuse_unknown(module: torch.nn.Module, kwargs: dict[str, Any]) -> None:
+    for name in sorted(UNTAKEN.intersection(kwargs)):
+        if kwargs[name] is not None:
+            _refuse_cache(module, name, kwargs[name])
     for name in sorted(UNKNOWN.intersection(kwargs)):
         if kwargs[name] is not None:
             raise AttentionError(

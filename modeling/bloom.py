@@ -9,6 +9,8 @@ from torch import Tensor
 from transformers import BloomConfig
 from transformers.models.bloom import modeling_bloom as stock
 
+from hf_attn_patch.compat.cache_keyword import update_cache
+
 from .grouped import (
     GroupedAttention,
     GroupedConfig,
@@ -57,14 +59,14 @@ class GroupedBloomAttention(GroupedAttention, stock.BloomAttention):
         self,
         hidden_states: Tensor,
         residual: Tensor,
+        *,
         alibi: Tensor,
         attention_mask: Tensor | None,
-        layer_past: Any = None,
+        output_attentions: bool = False,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         q, k, v = split_groups(self.query_key_value(hidden_states), self.groups, self.head_dim)
-        if layer_past is not None:
-            k, v = layer_past.update(k, v, self.layer_idx)
+        k, v = update_cache(self, k, v, kwargs)
         out, weights = attend(
             self,
             q,
@@ -74,7 +76,7 @@ class GroupedBloomAttention(GroupedAttention, stock.BloomAttention):
             scaling=self.inv_norm_factor,
             dropout=self.attention_dropout.p if self.training else 0.0,
             position_bias=alibi.view(q.shape[0], self.num_heads, 1, -1),
-            output_attentions=kwargs.get("output_attentions", False),
+            output_attentions=output_attentions,
         )
         out = torch.nn.functional.dropout(self.dense(out), self.hidden_dropout, self.training)
         return residual + out, weights

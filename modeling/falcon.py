@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import FalconConfig
-from transformers.masking_utils import create_causal_mask
 from transformers.models.falcon import modeling_falcon as stock
 
-from .decoder import embed, positions, run_blocks
+from hf_attn_patch.compat.cache_keyword import keyword_of, update_cache
+
+from .decoder import causal_mask, embed, given_cache, positions, run_blocks
 from .grouped import (
     GroupedAttention,
     GroupedConfig,
@@ -24,6 +25,8 @@ from .grouped import (
     eager_with_bias,
     split_groups,
 )
+
+BLOCK_CACHE = keyword_of(stock.FalconDecoderLayer.forward)
 
 
 class GroupedFalconConfig(GroupedConfig, FalconConfig):
@@ -63,10 +66,10 @@ class GroupedFalconAttention(GroupedAttention, stock.FalconAttention):
     def forward(
         self,
         hidden_states: Tensor,
+        *,
         alibi: Tensor | None,
         attention_mask: Tensor | None,
         position_ids: Tensor | None = None,
-        layer_past: Any = None,
         use_cache: bool = False,
         output_attentions: bool = False,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
@@ -80,8 +83,7 @@ class GroupedFalconAttention(GroupedAttention, stock.FalconAttention):
         else:
             kwargs["dropout"] = self.attention_dropout.p if self.training else 0.0
             kwargs["position_bias"] = alibi.view(q.shape[0], self.num_heads, 1, -1) * self.inv_norm_factor
-        if layer_past is not None:
-            k, v = layer_past.update(k, v, self.layer_idx)
+        k, v = update_cache(self, k, v, kwargs)
         out, weights = attend(
             self, q, k, v, attention_mask, scaling=self.inv_norm_factor, output_attentions=output_attentions, **kwargs
         )
@@ -98,7 +100,7 @@ class GroupedFalconModel(GroupedFalcon, stock.FalconModel):
     def forward(
         self,
         input_ids: Tensor | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
@@ -108,11 +110,10 @@ class GroupedFalconModel(GroupedFalcon, stock.FalconModel):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        hidden, cache = embed(self, self.word_embeddings, input_ids, inputs_embeds, past_key_values, use_cache)
+        cache = given_cache(cache, kwargs)
+        hidden, cache = embed(self, self.word_embeddings, input_ids, inputs_embeds, cache, use_cache)
         position_ids = positions(position_ids, hidden, cache)
-        mask = create_causal_mask(
-            config=self.config, inputs_embeds=hidden, attention_mask=attention_mask, past_key_values=cache
-        )
+        mask = causal_mask(self.config, hidden, attention_mask, cache)
         arguments: dict[str, Any] = {"attention_mask": mask, "position_ids": position_ids, "alibi": None}
         if self.use_alibi:
             arguments["alibi"] = self._alibi(hidden, attention_mask, cache)
@@ -125,6 +126,7 @@ class GroupedFalconModel(GroupedFalcon, stock.FalconModel):
             self.ln_f,
             lambda i: arguments,
             cache=cache,
+            cache_keyword=BLOCK_CACHE,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             return_dict=return_dict,

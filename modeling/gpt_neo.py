@@ -9,10 +9,11 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers import GPTNeoConfig
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.models.gpt_neo import modeling_gpt_neo as stock
 
-from .decoder import embed, positions, run_blocks
+from hf_attn_patch.compat.cache_keyword import keyword_of, update_cache
+
+from .decoder import causal_mask, embed, given_cache, positions, run_blocks, sliding_window_causal_mask
 from .grouped import (
     GroupedAttention,
     GroupedConfig,
@@ -23,7 +24,8 @@ from .grouped import (
     split_heads,
 )
 
-MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
+BLOCK_CACHE = keyword_of(stock.GPTNeoBlock.forward)
+MASKS = {"full_attention": causal_mask, "sliding_attention": sliding_window_causal_mask}
 
 
 class GroupedGPTNeoConfig(GroupedConfig, GPTNeoConfig):
@@ -58,14 +60,13 @@ class GroupedGPTNeoAttention(GroupedAttention, stock.GPTNeoSelfAttention):
     def forward(
         self,
         hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        layer_past: Any = None,
+        *,
+        attention_mask: Tensor | None,
         output_attentions: bool = False,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         q, k, v = (split_heads(p(hidden_states), self.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))
-        if layer_past is not None:
-            k, v = layer_past.update(k, v, self.layer_idx)
+        k, v = update_cache(self, k, v, kwargs)
         out, weights = attend(
             self,
             q,
@@ -95,7 +96,7 @@ class GroupedGPTNeoModel(GroupedGPTNeo, stock.GPTNeoModel):
     def forward(
         self,
         input_ids: Tensor | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         attention_mask: Tensor | dict[str, Tensor] | None = None,
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
@@ -106,19 +107,14 @@ class GroupedGPTNeoModel(GroupedGPTNeo, stock.GPTNeoModel):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        inputs_embeds, cache = embed(self, self.wte, input_ids, inputs_embeds, past_key_values, use_cache)
+        cache = given_cache(cache, kwargs)
+        inputs_embeds, cache = embed(self, self.wte, input_ids, inputs_embeds, cache, use_cache)
         position_ids = positions(position_ids, inputs_embeds, cache)
         kinds = self.config.layer_types
         masks = attention_mask
         if not isinstance(masks, dict):  # generate() may have made them already
             masks = {
-                kind: MASKS[kind](
-                    config=self.config,
-                    inputs_embeds=inputs_embeds,
-                    attention_mask=attention_mask,
-                    past_key_values=cache,
-                    position_ids=position_ids,
-                )
+                kind: MASKS[kind](self.config, inputs_embeds, attention_mask, cache, position_ids=position_ids)
                 for kind in dict.fromkeys(kinds)
             }
         hidden = inputs_embeds + self.wpe(position_ids)
@@ -131,6 +127,7 @@ class GroupedGPTNeoModel(GroupedGPTNeo, stock.GPTNeoModel):
             self.ln_f,
             lambda i: {"attention_mask": masks[kinds[i]]},
             cache=cache,
+            cache_keyword=BLOCK_CACHE,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             return_dict=return_dict,

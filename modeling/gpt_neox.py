@@ -8,6 +8,8 @@ from torch import Tensor
 from transformers import GPTNeoXConfig
 from transformers.models.gpt_neox import modeling_gpt_neox as stock
 
+from hf_attn_patch.compat.cache_keyword import update_cache
+
 from .grouped import (
     GroupedAttention,
     GroupedConfig,
@@ -44,16 +46,14 @@ class GroupedGPTNeoXAttention(GroupedAttention, stock.GPTNeoXAttention):
     def forward(
         self,
         hidden_states: Tensor,
+        *,
         attention_mask: Tensor | None,
-        layer_past: Any = None,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        position_embeddings: tuple[Tensor, Tensor],
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        assert position_embeddings is not None
         q, k, v = split_groups(self.query_key_value(hidden_states), self.groups, self.head_size)
         q, k = stock.apply_rotary_pos_emb(q, k, *position_embeddings)
-        if layer_past is not None:
-            k, v = layer_past.update(k, v, self.layer_idx)
+        k, v = update_cache(self, k, v, kwargs)
         dropout = self.attention_dropout if self.training else 0.0
         out, weights = attend(self, q, k, v, attention_mask, scaling=self.scaling, dropout=dropout, **kwargs)
         return self.dense(out), weights

@@ -6,10 +6,11 @@ from typing import Any
 
 from torch import Tensor
 from transformers import MptConfig
-from transformers.masking_utils import create_causal_mask
 from transformers.models.mpt import modeling_mpt as stock
 
-from .decoder import embed, run_blocks
+from hf_attn_patch.compat.cache_keyword import keyword_of, update_cache
+
+from .decoder import causal_mask, embed, given_cache, run_blocks
 from .grouped import (
     GroupedAttention,
     GroupedConfig,
@@ -19,6 +20,8 @@ from .grouped import (
     eager_with_bias,
     split_heads,
 )
+
+BLOCK_CACHE = keyword_of(stock.MptBlock.forward)
 
 
 class GroupedMptConfig(GroupedConfig, MptConfig):
@@ -40,24 +43,32 @@ class GroupedMptAttention(GroupedAttention, stock.MptAttention):
         self.set_width("Wqkv", sum(self.sizes))
 
     def eager(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, output_attentions: bool = False, **kwargs: Any
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        *,
+        scaling: float,
+        dropout: float,
+        position_bias: Tensor,
+        **kwargs: Any,
     ) -> tuple[Tensor, Tensor]:
-        return eager_with_bias(q, k, v, mask, **kwargs)
+        return eager_with_bias(q, k, v, mask, scaling=scaling, dropout=dropout, position_bias=position_bias)
 
     def forward(
         self,
         hidden_states: Tensor,
         position_bias: Tensor,
-        past_key_values: Any = None,
-        attention_mask: Tensor | None = None,
+        *,
+        attention_mask: Tensor | None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         qkv = self.Wqkv(hidden_states)
         if self.clip_qkv:
             qkv = qkv.clamp(min=-self.clip_qkv, max=self.clip_qkv)
         q, k, v = (split_heads(x, self.head_dim) for x in qkv.split(self.sizes, dim=-1))
-        if past_key_values is not None:
-            k, v = past_key_values.update(k, v, self.layer_idx)
+        k, v = update_cache(self, k, v, kwargs)
         out, weights = attend(
             self,
             q,
@@ -83,7 +94,7 @@ class GroupedMptModel(GroupedMpt, stock.MptModel):
     def forward(
         self,
         input_ids: Tensor | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
@@ -92,10 +103,9 @@ class GroupedMptModel(GroupedMpt, stock.MptModel):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        hidden, cache = embed(self, self.wte, input_ids, inputs_embeds, past_key_values, use_cache)
-        mask = create_causal_mask(
-            config=self.config, inputs_embeds=hidden, attention_mask=attention_mask, past_key_values=cache
-        )
+        cache = given_cache(cache, kwargs)
+        hidden, cache = embed(self, self.wte, input_ids, inputs_embeds, cache, use_cache)
+        mask = causal_mask(self.config, hidden, attention_mask, cache)
         alibi = self.build_mpt_alibi_tensor(self.num_heads, self.config.max_seq_len, device=hidden.device)
         arguments = {"position_bias": alibi.to(hidden.dtype), "attention_mask": mask}
         return run_blocks(
@@ -105,6 +115,7 @@ class GroupedMptModel(GroupedMpt, stock.MptModel):
             self.norm_f,
             lambda i: arguments,
             cache=cache,
+            cache_keyword=BLOCK_CACHE,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             return_dict=return_dict,

@@ -8,6 +8,8 @@ from torch import Tensor
 from transformers import OPTConfig
 from transformers.models.opt import modeling_opt as stock
 
+from hf_attn_patch.compat.cache_keyword import update_cache
+
 from .grouped import GroupedAttention, GroupedConfig, GroupedModel, attend, split_heads
 
 
@@ -25,13 +27,12 @@ class GroupedOPTAttention(GroupedAttention, stock.OPTAttention):
     eager = stock.eager_attention_forward
 
     def forward(
-        self, hidden_states: Tensor, past_key_values: Any = None, attention_mask: Tensor | None = None, **kwargs: Any
+        self, hidden_states: Tensor, *, attention_mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         q = split_heads(self.q_proj(hidden_states) * self.scaling, self.head_dim)  # scaled before the scores, as stock
         k = split_heads(self.k_proj(hidden_states), self.head_dim)
         v = split_heads(self.v_proj(hidden_states), self.head_dim)
-        if past_key_values is not None:
-            k, v = past_key_values.update(k, v, self.layer_idx)
+        k, v = update_cache(self, k, v, kwargs)
         dropout = self.dropout if self.training else 0.0
         out, weights = attend(self, q, k, v, attention_mask, scaling=1.0, dropout=dropout, **kwargs)
         return self.out_proj(out), weights

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from pathlib import Path
 from typing import Any
 
-from hf_attn_patch import grouping, zoo
+from hf_attn_patch import zoo
 
+_ABSOLUTE = re.compile(r"^from (hf_attn_patch(?:\.\w+)*)\.(\w+) import", re.MULTILINE)
 _RELATIVE = re.compile(r"^from \.(\w+) import", re.MULTILINE)
 
 
@@ -17,15 +19,17 @@ def code_files(model_type: str) -> dict[str, str]:
     >>> sorted(code_files("gqa_gpt2"))
     ['gpt2.py', 'grouped.py', 'grouping.py']
     """
-    wanted, files = [zoo.file_of(model_type)], {}
+    here = __name__.rpartition(".")[0]
+    wanted, files = [f"{here}.{zoo.file_of(model_type)}"], {}
     while wanted:
-        name = wanted.pop()
-        if f"{name}.py" in files:
+        module = wanted.pop()
+        name = f"{module.rpartition('.')[2]}.py"
+        if name in files:
             continue
-        path = Path(grouping.__file__) if name == "grouping" else Path(__file__).parent / f"{name}.py"
-        text = path.read_text(encoding="utf-8").replace("from hf_attn_patch.grouping import", "from .grouping import")
-        files[f"{name}.py"] = text
-        wanted += _RELATIVE.findall(text)
+        text = Path(str(importlib.import_module(module).__file__)).read_text(encoding="utf-8")
+        files[name] = _ABSOLUTE.sub(r"from .\2 import", text)
+        wanted += [f"{here}.{other}" for other in _RELATIVE.findall(text)]
+        wanted += [f"{package}.{other}" for package, other in _ABSOLUTE.findall(text)]
     return files
 
 

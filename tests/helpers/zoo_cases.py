@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 import transformers
+from packaging.version import Version
 from torch import Tensor
 from transformers import AutoConfig
 
 from hf_attn_patch import zoo
 
+BEFORE_5_24 = Version(transformers.__version__) < Version("5.24")  # GPT-J and CodeGen joined the interface in it
 HEADS, DIM, VOCAB = 4, 8, 61
 E = HEADS * DIM
 QUIET = {"bos_token_id": 0, "eos_token_id": None, "pad_token_id": 1}
@@ -302,8 +304,8 @@ CASES = [
         mpt_rows,
         outside=True,
     ),
-    Case("gptj", "AutoModelForCausalLM", {**_NGPT, "rotary_dim": 4}, _PROJ, outside=True),
-    Case("codegen", "AutoModelForCausalLM", {**_NGPT, "rotary_dim": 4}, codegen_blocks, outside=True),
+    Case("gptj", "AutoModelForCausalLM", {**_NGPT, "rotary_dim": 4}, _PROJ, outside=BEFORE_5_24),
+    Case("codegen", "AutoModelForCausalLM", {**_NGPT, "rotary_dim": 4}, codegen_blocks, outside=BEFORE_5_24),
     Case("falcon", "AutoModelForCausalLM", {**_FALCON, "multi_query": False}, per_group, outside=True),
     Case(
         "gpt_neo",
