@@ -9,11 +9,11 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_attn_patch.compat.cache_keyword import update_cache
 
-from .grouped import GroupedAttention, attend
+from .grouped import GroupedAttention, attend, eager_with_bias
 
 
 class TableRotaryAttention(GroupedAttention):
@@ -22,6 +22,11 @@ class TableRotaryAttention(GroupedAttention):
     heads_attribute = "num_attention_heads"
     #: the family's file in transformers
     stock: ClassVar[Any]
+    head_dim: int
+    rotary_dim: int | None
+    training: bool
+    resid_dropout: nn.Module
+    out_proj: nn.Module
     #: CodeGen rotates in the table's fp32, GPT-J in the model's dtype
     rotates_in_fp32: ClassVar[bool] = False
 
@@ -32,9 +37,9 @@ class TableRotaryAttention(GroupedAttention):
     def eager(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        if hasattr(self, "_attn"):  # up to 5.23, with its own scaling and dropout
-            out, weights = self._attn(q, k, v, mask)
-            return out.transpose(1, 2), weights
+        if not hasattr(self.stock, "eager_attention_forward"):  # up to 5.23, where the scores are divided
+            scores = q.float() @ k.float().transpose(-1, -2) / self.head_dim**0.5
+            return eager_with_bias(q, k, v, mask, scores=scores, dropout=kwargs["dropout"])
         out, weights = self.stock.eager_attention_forward(self, q, k, v, mask, **kwargs)
         return out, weights
 

@@ -101,9 +101,7 @@ DEBT: dict[str, set[str]] = {
         "transformers.models.auto.configuration_auto",
     },
     "modeling/attention.py": {"_qkv_same_embed_dim"},
-    "modeling/codegen.py": {"_attn"},
     "modeling/gpt2.py": {"_upcast_and_reordered_attn"},
-    "modeling/gptj.py": {"_attn"},
     "modeling/grouped.py": {"_attn_implementation", "_is_hf_initialized", "transformers.conversion_mapping"},
     "modeling/remote_code.py": {
         "_model_mapping",
