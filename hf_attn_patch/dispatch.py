@@ -193,6 +193,8 @@ def prepare(facts: tuple[Any, ...], layout: Layout) -> Known:
         name, run = choose(request, name)
         shorter = getattr(_MODULES[name], "shorter", None)  # a backend's way for the commonest calls
         run = run if shorter is None else shorter(request, layout) or run
+        if _is_empty(q, v, layout):
+            run = reference.run
         known = layout.chosen[facts] = Known(layout, request, run)
     return known
 
@@ -229,11 +231,18 @@ def attend(
         facts = facts_of(q, k, v, softcap, sinks, bias, dropout, weights, True, name)
         request = _request(q.shape, v.shape, q.dtype, q.device, layout, (*facts[5:-2], deterministic), True)
         run = choose(request, facts[-1])[1]
+        if _is_empty(q.shape, v.shape, layout):
+            run = reference.run
     else:
         facts = facts_of(q, k, v, softcap, sinks, bias, dropout, weights, deterministic, name)
         _, request, run, _ = layout.chosen.get(facts) or prepare(facts, layout)
     operands = Operands(layout, q.shape[-1] ** -0.5 if scale is None else scale, softcap, sinks, bias, dropout)
     return run(q, k, v, request, operands)
+
+
+def _is_empty(q: torch.Size, v: torch.Size, layout: Layout) -> bool:
+    """No batch, no queries, no keys or no values: no kernel is made for it, and there is nothing to compute."""
+    return 0 in q or 0 in v or layout.keys == 0
 
 
 def _request(

@@ -160,14 +160,20 @@ class Layout:
         return (i >= first[:, None]) & (i < (first + length)[:, None])
 
     def dead_keys(self, device: torch.device) -> Tensor | None:
-        """Bool [B or 1, keys]: the keys that no query sees (padding; they may hold anything, NaN included)."""
+        """Bool [B or 1, HQ or 1, keys]: the keys that no query of a head sees (they may hold anything, NaN included).
+
+        None where all are seen, as in every ``full`` layout: :func:`full` cuts off what no query reaches back to.
+        """
         if self._dead is None:
             if self.kind == PADDED:
                 assert self.first is not None and self.length is not None
                 k = torch.arange(self.keys, device=self.first.device)
                 self._dead = (k < self.first[:, None]) | (k >= (self.first + self.length)[:, None])
-            elif (mask := self.dense(device)) is not None:
-                self._dead = ~mask.flatten(1, 2).any(1)
+                if self.window[0] is not None:
+                    self._dead = self._dead | (k < self.keys - self.q_len - self.window[0])
+                self._dead = self._dead[:, None]
+            elif self.kind != FULL and (mask := self.dense(device)) is not None:
+                self._dead = ~mask.any(2)
         return self._dead
 
     def has_dead_keys(self) -> bool:
@@ -195,7 +201,7 @@ def full(q_len: int, kv_len: int, causal: bool, window: tuple[int | None, int | 
     """No padding, no documents: causality and window alone."""
     left, right = window
     start = 0
-    if left is not None and (causal or right is not None):
+    if left is not None:
         start = max(0, kv_len - q_len - left)  # keys that no query reaches back to
     if left is not None and left >= kv_len - start - 1:
         left = None

@@ -32,12 +32,12 @@ def cut_bias(layout: Layout, bias: Tensor) -> Tensor:
     return bias[..., layout.start : layout.stop]
 
 
-def without_dead_keys(layout: Layout, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """K and V (already cut) with zeros where no query looks, so that NaN or infinity in padding cannot leak."""
-    dead = layout.dead_keys(tensors[0].device)
-    if dead is None:
-        return tensors
-    return tuple(t.masked_fill(dead[:, None, :, None], 0) for t in tensors)
+def as_dtype(bias: Tensor, dtype: torch.dtype) -> Tensor:
+    """The bias in ``dtype``. What is finite stays so: the lowest of fp32, which hides a key, would round to -inf."""
+    if bias.dtype == dtype or torch.finfo(bias.dtype).min >= torch.finfo(dtype).min:
+        return bias.to(dtype)
+    lowest = torch.finfo(dtype).min
+    return bias.to(dtype).masked_fill((bias < lowest) & (bias > -torch.inf), lowest)
 
 
 def rescale_by_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:

@@ -6,27 +6,29 @@ which queries see nothing and which keys nobody sees) is worked out at the first
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from hf_attn_patch.layout import FULL, Layout
 
-from ._common import cut_bias
+from ._common import as_dtype, cut_bias
+from ._unseen import Unseen, peaks_of
 
 _ATTRIBUTE = "_hf_attn_scores"
+T = TypeVar("T", "Scores", Unseen)
 
 
 class Scores:
     """What is added to the scores of one layout, float [B or 1, HQ or 1, Sq, Sk].
 
-    ``blind`` (bool [B or 1, HQ or 1, Sq, 1]) marks the queries that see no key, ``dead`` (bool [B or 1, Sk]) the keys
-    that no query sees. On a GPU both stay tensors until the device has said, unasked, that there are none: nothing
-    waits for it.
+    ``blind`` (bool [B or 1, HQ or 1, Sq, 1]) marks the queries that see no key; ``unseen`` knows the keys that no query
+    sees. On a GPU ``blind`` stays a tensor until the device has said, unasked, that there are none.
     """
 
-    __slots__ = ("_asked", "_said", "blind", "dead", "values")
+    __slots__ = ("unseen", "values")
 
     def __init__(self, layout: Layout, bias: Tensor | None, dtype: torch.dtype, device: torch.device) -> None:
         mask = layout.dense(device)
@@ -35,38 +37,24 @@ class Scores:
             zero = torch.zeros((), dtype=dtype, device=device)
             values = zero.expand(mask.shape).masked_fill(~mask, -torch.inf)
         else:
-            values = cut_bias(layout, bias).to(dtype)
+            values = as_dtype(cut_bias(layout, bias), dtype)
             if mask is not None:
                 values = values.masked_fill(~mask, -torch.inf)
         values = values.expand(*values.shape[:2], layout.q_len, layout.keys)
         self.values = _aligned(values)
-        self.blind: Tensor | None = values.amax(-1, keepdim=True) == -torch.inf
-        self.dead: Tensor | None = values.amax((1, 2)) == -torch.inf
-        self._asked: Any = None
-        self._said = torch.stack([self.blind.any(), self.dead.any()])
-        if device.type == "cpu":
-            self._listen()
-        elif not torch.cuda.is_current_stream_capturing():
-            self._said = self._said.to("cpu", non_blocking=True)
-            self._asked = torch.cuda.Event()
-            self._asked.record()
+        self.unseen = Unseen(values.amax(2), dtype, blind=values.amax(-1, keepdim=True) == -torch.inf)
 
-    def _listen(self) -> None:
-        blind, dead = self._said.tolist()
-        self.blind, self.dead = self.blind if blind else None, self.dead if dead else None
-        self._asked = None
+    @property
+    def blind(self) -> Tensor | None:
+        return self.unseen.blind
 
     def settle(self) -> None:
         """Drop what the device has found to be empty, if it has said so by now."""
-        if self._asked is not None and self._asked.query():
-            self._listen()
+        self.unseen.settle()
 
     def clean(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """K and V with zeros where nobody looks, so that NaN cannot leak from there."""
-        if self.dead is None:
-            return k, v
-        dead = self.dead[:, None, :, None]
-        return k.masked_fill(dead, 0), v.masked_fill(dead, 0)
+        return self.unseen.clean(k, v)
 
 
 def _aligned(values: Tensor) -> Tensor:
@@ -83,13 +71,25 @@ def _aligned(values: Tensor) -> Tensor:
 
 def scores_of(layout: Layout, bias: Tensor | None, dtype: torch.dtype, device: torch.device) -> Scores:
     """The :class:`Scores` of a layout and bias, kept with the bias (or else the layout) for the next layer."""
+    return _kept(layout, bias, device, dtype, lambda: Scores(layout, bias, dtype, device))
+
+
+def unseen_of(layout: Layout, bias: Tensor, device: torch.device) -> Unseen:
+    """The keys that nobody sees under a layout and bias, kept with the bias for the next layer."""
+    return _kept(layout, bias, device, None, lambda: Unseen(peaks_of(layout, bias, device), bias.dtype))
+
+
+def _kept(
+    layout: Layout, bias: Tensor | None, device: torch.device, dtype: torch.dtype | None, make: Callable[[], T]
+) -> T:
+    """What ``make`` makes of a layout and bias, or what it made of them before."""
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     if capturing or (bias is not None and bias.is_inference()):  # whether it was written to since, nobody can tell
-        return Scores(layout, bias, dtype, device)
+        return make()
     numbers = (layout.q_len, layout.kv_len, layout.start, layout.stop, layout.causal, layout.window)
     # layouts without tensors are told apart by their numbers, others by what they are
     key = (dtype, numbers if layout.kind == FULL else None)
-    kept: dict[Any, tuple[Layout, Scores]]
+    kept: dict[Any, tuple[Layout, T]]
     if bias is None:
         kept = layout.scores
     else:
@@ -99,7 +99,7 @@ def scores_of(layout: Layout, bias: Tensor | None, dtype: torch.dtype, device: t
             setattr(bias, _ATTRIBUTE, (bias._version, kept))
     known = kept.get(key)
     if known is None or (known[0] is not layout and layout.kind != FULL):
-        known = kept[key] = (layout, Scores(layout, bias, dtype, device))
+        known = kept[key] = (layout, make())
     else:
         known[1].settle()
     return known[1]

@@ -10,7 +10,8 @@ from torch import Tensor
 from hf_attn_patch.layout import FULL, PACKED, PADDED
 from hf_attn_patch.request import AttentionRequest, Operands
 
-from ._common import cut, without_dead_keys
+from ._common import cut
+from ._unseen import without_unseen
 
 #: kernel(q [T, HQ, D], k [Tk, HKV, D], v, cu_q, cu_k, max_q, max_k) -> out [T, HQ, Dv]
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int], Tensor]
@@ -54,12 +55,14 @@ def run_varlen(q: Tensor, k: Tensor, v: Tensor, operands: Operands, kernel: Kern
     k, v = cut(layout, k, v)
     if layout.kind == PADDED:
         if clean:
-            k, v = without_dead_keys(layout, k, v)
+            k, v = without_unseen(layout, None, k, v)
         cu_q, cu_k = layout.segments()
         max_q, max_k = max(2, Sq), layout.keys  # at 1, FlashAttention-2 takes every segment to hold one query
     else:
         assert layout.cu_q is not None and layout.cu_k is not None
         cu_q, cu_k, max_q, max_k = layout.cu_q, layout.cu_k, layout.max_q, layout.max_k
+        if layout.padding is not None:  # documents of their own, whose output is dropped: gradients of NaN would stay
+            k, v = (t.masked_fill(layout.padding[:, None, :, None], 0) for t in (k, v))
     q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (q, k, v))
     out = kernel(q, k, v, cu_q, cu_k, max_q, max_k).unflatten(0, (B, Sq)).transpose(1, 2)
     return out if layout.padding is None else out.masked_fill(layout.padding[:, None, :, None], 0)

@@ -12,7 +12,9 @@ from torch import Tensor
 from hf_attn_patch.layout import DENSE, FULL, PACKED, PADDED, Layout
 from hf_attn_patch.request import AttentionRequest, Operands
 
-from ._common import cut, cut_bias, rescale_by_sinks, without_dead_keys
+from ._common import cut, cut_bias, rescale_by_sinks
+from ._scores import unseen_of
+from ._unseen import without_unseen
 
 _BLOCK = 128
 #: shapes that are compiled; past dynamo's own limit of 8 flex would run unfused, with all scores in memory
@@ -58,8 +60,12 @@ def run(q: Tensor, k: Tensor, v: Tensor, request: AttentionRequest, operands: Op
     """q [B, HQ, Sq, D], k [B, HKV, Sk, D], v [B, HKV, Sk, Dv] -> (out [B, HQ, Sq, Dv], None)."""
     layout = operands.layout
     k, v = cut(layout, k, v)
-    if layout.kind != FULL:
-        k, v = without_dead_keys(layout, k, v)
+    if operands.bias is not None:
+        k, v = unseen_of(layout, operands.bias, k.device).clean(k, v)
+        # the gradient of what is captured is summed where it lies: over heads and rows that takes more than half
+        operands = operands._replace(bias=operands.bias.float() if request.bias_grad else operands.bias)
+    elif layout.kind != FULL:
+        k, v = without_unseen(layout, None, k, v)
     out, lse = _compiled()(
         q,
         k,

@@ -8,7 +8,8 @@ from torch.nn import functional as F
 
 from hf_attn_patch.request import AttentionRequest, Operands
 
-from ._common import cut, cut_bias, without_dead_keys
+from ._common import cut, cut_bias
+from ._unseen import without_unseen
 
 #: without gradients, queries are taken in blocks of so many scores, so that Sq x Sk never stands whole
 BLOCK_SCORES = 1 << 24
@@ -28,8 +29,7 @@ def run(q: Tensor, k: Tensor, v: Tensor, request: AttentionRequest, operands: Op
     k, v = cut(layout, k, v)
     mask = layout.dense(q.device)
     bias = None if operands.bias is None else cut_bias(layout, operands.bias)
-    if mask is not None:
-        k, v = without_dead_keys(layout, k, v)
+    k, v = without_unseen(layout, operands.bias, k, v)
     rows = q.shape[2]
     if not (request.grad or request.weights or request.tracing):
         rows = max(1, BLOCK_SCORES // max(1, q.shape[0] * q.shape[1] * k.shape[2]))

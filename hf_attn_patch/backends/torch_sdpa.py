@@ -1,7 +1,8 @@
 """PyTorch's own fused kernels: FlashAttention-2 code, cuDNN, memory-efficient (CUDA) and the CPU flash kernel.
 
 The kernels are called through their ATen operators: the choice is ours, not the dispatcher's, and no flag is flipped.
-K and V are never repeated: where a kernel knows no grouping, it is called once per member of the group.
+K and V are never repeated: where a kernel knows no grouping, it is called once per member of the group. The gradients
+of a group are added up in fp32 wherever that is done here.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from hf_attn_patch.layout import DENSE, FULL, PACKED, Layout, full
 from hf_attn_patch.request import AttentionRequest, Operands
 
 from ._blocks import block_of, in_blocks
-from ._common import cut, cut_bias, rescale_by_sinks
-from ._scores import scores_of
+from ._common import as_dtype, cut, cut_bias, rescale_by_sinks
+from ._scores import scores_of, unseen_of
+from ._unseen import without_unseen
 
 aten = torch.ops.aten
 # torch's own bindings: a microsecond or two less of Python than the same operators in torch.ops
@@ -79,6 +81,10 @@ def refuses(request: AttentionRequest) -> str | None:
 def run(q: Tensor, k: Tensor, v: Tensor, request: AttentionRequest, operands: Operands) -> tuple[Tensor, None]:
     """q [B, HQ, Sq, D], k [B, HKV, Sk, D], v [B, HKV, Sk, Dv] -> (out [B, HQ, Sq, Dv], None)."""
     layout = operands.layout
+    if _wants_fp32(request):
+        with torch.autocast("cpu", enabled=False):  # which would take the wide operands back to half precision
+            wide = request._replace(dtype=torch.float32)
+            return run(q.float(), k.float(), v.float(), wide, operands)[0].to(q.dtype), None
     if layout.kind == PACKED and operands.bias is None:
         return _documents(q, k, v, request, operands), None
     k, v = cut(layout, k, v)
@@ -99,9 +105,17 @@ def run(q: Tensor, k: Tensor, v: Tensor, request: AttentionRequest, operands: Op
     return _cuda(q, k, v, mask, causal, request, operands), None
 
 
+def _wants_fp32(request: AttentionRequest) -> bool:
+    """The CPU kernel's backward adds up dK and dV over queries and group in the dtype of K: up to 5 times the error of
+    plain attention in half precision. In fp32 it takes as long in bf16, and a tenth of the time in fp16."""
+    return request.device == "cpu" and request.half and request.grad
+
+
 def shorter(request: AttentionRequest, layout: Layout) -> Callable[..., tuple[Tensor, None]] | None:
     """:func:`run` for the commonest calls, with everything decided that is known of them; None for all others."""
     if request.bias or request.sinks or request.head_dim != request.value_dim or not layout.whole:
+        return None
+    if _wants_fp32(request):
         return None
     rows = request.q_class == 1 and request.heads != request.kv_heads
     if request.device == "cpu" and layout.kind == DENSE and not request.per_head_mask and not layout.has_dead_keys():
@@ -164,11 +178,14 @@ def _cudnn_scored(q: Tensor, k: Tensor, v: Tensor, operands: Operands) -> Tensor
 def _documents(q: Tensor, k: Tensor, v: Tensor, request: AttentionRequest, operands: Operands) -> Tensor:
     """Packed documents one after another: no mask, and no work between documents."""
     layout = operands.layout
-    q, k, v = (t.transpose(0, 1).flatten(1, 2)[None] for t in (q, *cut(layout, k, v)))  # [1, H, B * S, D]
+    k, v = cut(layout, k, v)
+    if layout.padding is not None:  # documents of their own, whose output is dropped: gradients of NaN would stay
+        k, v = (t.masked_fill(layout.padding[:, None, :, None], 0) for t in (k, v))
+    q, k, v = (t.transpose(0, 1).flatten(1, 2)[None] for t in (q, k, v))  # [1, H, B * S, D]
     parts: list[Tensor] = []
     for q0, q1, k0, k1 in layout.borders():
         if k1 == k0:  # tokens outside every document
-            parts.append(q.new_zeros(1, q.shape[1], q1 - q0, v.shape[-1]))
+            parts.append(q[:, :, q0:q1, :0] @ k[:, :1, :0, :0] @ v[:, :1, :0])  # zeros, and zeros as gradients
             continue
         one = full(q1 - q0, k1 - k0, layout.causal, layout.window)
         square = q1 - q0 == one.keys
@@ -183,7 +200,7 @@ def _documents(q: Tensor, k: Tensor, v: Tensor, request: AttentionRequest, opera
 
 def _additive(mask: Tensor | None, bias: Tensor, dtype: torch.dtype) -> Tensor:
     """One float mask of what may be seen and what is added."""
-    bias = bias.to(dtype)
+    bias = as_dtype(bias, dtype)
     return bias if mask is None else bias.masked_fill(~mask, -torch.inf)
 
 
@@ -193,19 +210,21 @@ def _cpu(
     width = v.shape[-1]
     if width != q.shape[-1]:
         q, k, v = _same_width(q, k, v)
+    # a masked key still meets the arithmetic (0 * NaN). A graph and a backward must be told beforehand; else unseen
+    # keys are zeroed, and the work done again, only where it shows in the result
+    doubtful = mask is not None and (request.tracing or request.bias or operands.layout.has_dead_keys())
+    if doubtful and (request.tracing or (request.grad and not _finite(k, v))):
+        k, v = without_unseen(operands.layout, operands.bias, k, v)
+        doubtful = False
     out = _cpu_kernel(q, k, v, mask, causal, operands)
-    if mask is None or request.tracing or not (request.bias or operands.layout.has_dead_keys()):
-        return out[..., :width] if width < q.shape[-1] else out
-    # a masked key still meets the arithmetic (0 * NaN): where that shows, padding is zeroed and the work done again
-    if math.isnan(out.sum().item()):
-        k, v = _blank(mask if mask.dtype == torch.bool else mask != -torch.inf, k, v)
+    if doubtful and not request.grad and math.isnan(out.sum().item()):
+        k, v = without_unseen(operands.layout, operands.bias, k, v)
         out = _cpu_kernel(q, k, v, mask, causal, operands)
     return out[..., :width] if width < q.shape[-1] else out
 
 
-def _blank(mask: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-    dead = ~mask.flatten(1, 2).any(1)
-    return tuple(t.masked_fill(dead[:, None, :, None], 0) for t in tensors)
+def _finite(*tensors: Tensor) -> bool:
+    return all(math.isfinite(t.detach().sum().item()) for t in tensors)
 
 
 def _cpu_kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, operands: Operands) -> Tensor:
@@ -271,32 +290,45 @@ def _efficient(
     (B, HQ, Sq, _), HKV, Sk = q.shape, k.shape[1], k.shape[2]
     G = HQ // HKV
     blind: Tensor | None = None
+    masks: tuple[Tensor | None, ...] = (None,) * G
     if mask is not None:
-        if mask.dtype == torch.bool:
-            k, v = _blank(mask, k, v)
-            blind = ~mask.any(-1, keepdim=True)
-            mask = (
-                torch.zeros((), dtype=q.dtype, device=q.device)
-                .expand(mask.shape)
-                .masked_fill(~(mask | blind), -torch.inf)
-            )
+        if request.bias and not request.tracing:
+            assert operands.bias is not None
+            k, v = unseen_of(operands.layout, operands.bias, k.device).clean(k, v)
         else:
-            blind = (mask == -torch.inf).all(-1, keepdim=True)
-            mask = mask.masked_fill(blind, 0)
-        # the kernel wants 16-byte aligned rows
-        mask = F.pad(mask, (0, -Sk % 16))[..., :Sk] if Sk % 16 else mask
-        mask = mask.expand(B, HQ if mask.shape[1] > 1 else 1, Sq, Sk)
+            k, v = without_unseen(operands.layout, operands.bias, k, v)
+        mask, blind = _aligned_scores(mask, Sk, q.dtype)
+        if mask.shape[1] > 1:
+            masks = tuple(mask[:, g::G].expand(B, HKV, Sq, Sk) for g in range(G))
+        else:
+            masks = tuple(part.expand(B, HKV, Sq, Sk) for part in _shared(mask, G))
     outs = []
     save = request.grad or operands.sinks is not None
-    for g in range(G):
-        part = mask
-        if mask is not None:
-            part = (mask[:, g::G] if mask.shape[1] > 1 else mask).expand(B, HKV, Sq, Sk)
+    for g, (k_g, v_g, part) in enumerate(zip(_shared(k, G), _shared(v, G), masks, strict=True)):
         out, lse = aten._scaled_dot_product_efficient_attention(
-            q[:, g::G], k, v, part, save, operands.dropout, causal, scale=operands.scale
+            q[:, g::G], k_g, v_g, part, save, operands.dropout, causal, scale=operands.scale
         )[:2]
         if operands.sinks is not None:
             out = rescale_by_sinks(out, lse[..., :Sq], operands.sinks[g::G])
         outs.append(out)
     out = outs[0] if G == 1 else torch.stack(outs, 2).flatten(1, 2)
     return out if blind is None else out.masked_fill(blind, 0)
+
+
+def _shared(t: Tensor, G: int) -> tuple[Tensor, ...]:
+    """``t`` as G views: autograd adds up their gradients at once, in fp32, not one after another in half precision."""
+    return (t,) if G == 1 else t.expand(G, *t.shape).unbind()
+
+
+def _aligned_scores(mask: Tensor, Sk: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A mask as scores to add, in rows of 16-byte alignment (the kernel's wish), and the queries that see nothing."""
+    if mask.dtype == torch.bool:
+        blind = ~mask.any(-1, keepdim=True)
+        zero = torch.zeros((), dtype=dtype, device=mask.device)
+        mask = zero.expand(mask.shape).masked_fill(~(mask | blind), -torch.inf)
+    else:
+        blind = (mask == -torch.inf).all(-1, keepdim=True)
+        mask = mask.masked_fill(blind, 0)
+    if Sk % 16:
+        mask = F.pad(mask.expand(*mask.shape[:-1], Sk), (0, -Sk % 16))[..., :Sk]
+    return mask, blind
