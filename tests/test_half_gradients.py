@@ -135,6 +135,7 @@ def test_of_the_kernel_that_is_called_once_a_member_of_the_group(monkeypatch, dt
     monkeypatch.setattr(torch_sdpa, "aten", SimpleNamespace(_scaled_dot_product_efficient_attention=kernel))
     B, S = 2, 48
     *inputs, aim = rows(B, HQ, HKV, S, S, 32, dtype)
+    aim = aim.abs()  # the group's parts of dV have one sign: their sum grows, and what it loses at each rounding
     g = torch.Generator().manual_seed(1)
     see = {
         "causal": torch.ones(S, S, dtype=torch.bool).tril(),

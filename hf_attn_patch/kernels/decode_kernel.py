@@ -34,6 +34,20 @@ def _tanh(x):
     return tl.where(x < 0, -t, t)
 
 
+@triton.jit
+def _in_band(keys, last, window, WINDOW: tl.constexpr):
+    """Which of BLOCK_N keys the BLOCK_M queries see whose last key is ``last``."""
+    seen = keys[None, :] <= last[:, None]
+    if WINDOW:
+        seen = seen & (keys[None, :] > last[:, None] - window)
+    return seen
+
+
+@triton.jit
+def _finite_where(rows, x):
+    return tl.where(rows & ~(tl.abs(x.to(tl.float32)) < float("inf")), 0.0, x).to(x.dtype)
+
+
 @triton.jit(do_not_specialize=["B", "HKV", "G", "Sq", "Sk", "page", "window", "least", "workers"])
 def decode_kernel(
     Q, K, V, Out, Lse, Part, First, End, Mask, Bias, Sinks, Table,
@@ -144,7 +158,6 @@ def decode_kernel(
                 seen = tl.load(
                     mask_rows[:, None] + (keys * m_k)[None, :], mask=row_ok[:, None] & key_ok[None, :], other=0
                 )
-                key_ok = key_ok & (tl.max(seen.to(tl.int32), 0) > 0)
             if BIAS == 1:
                 bias = tl.load(bias_row + keys * a_k, mask=key_ok, other=float("-inf")).to(tl.float32)
                 key_ok = key_ok & (bias > float("-inf"))
@@ -155,7 +168,15 @@ def decode_kernel(
                     mask=row_ok[:, None] & key_ok[None, :],
                     other=float("-inf"),
                 ).to(tl.float32)
-                key_ok = key_ok & (tl.max(bias, 0) > float("-inf"))
+            if MASK == 2 or BIAS == 2:  # what one row may not see for one reason, and another for another, nobody sees
+                visible = key_ok[None, :]
+                if MASK == 2:
+                    visible = visible & (seen != 0)
+                if BIAS == 2:
+                    visible = visible & (bias > float("-inf"))
+                if CAUSAL:
+                    visible = visible & _in_band(keys, last, window, WINDOW)
+                key_ok = key_ok & (tl.max(visible.to(tl.int32), 0) > 0)
             if PAGED:
                 if PAGED == 1:
                     slot = keys % page
@@ -176,18 +197,22 @@ def decode_kernel(
             else:
                 k_mask = key_ok[:, None] & d_ok[None, :]
                 k = tl.load(k_rows[:, None] + offs_d[None, :], mask=k_mask, other=0.0, eviction_policy=EVICT)
+            if BIAS:
+                # under the lowest number a key counts only where its row has no other: what is finite stays
+                low = bias <= (-32752.0 if Bias.dtype.element_ty == tl.float16 else -1.69e38)
+                if MASK == 2 or BIAS == 2:
+                    low = low | (visible == 0)
+                low = tl.min(low.to(tl.int32), 0) > 0
+                k = _finite_where(low[:, None], k)
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * qk_scale
             if SOFTCAP:
                 s = _tanh(s) * softcap_log2
             if BIAS:
-                s += bias * LOG2E
-            visible = key_ok[None, :]
-            if MASK == 2:
-                visible = visible & (seen != 0)
-            if CAUSAL:
-                visible = visible & (keys[None, :] <= last[:, None])
-                if WINDOW:
-                    visible = visible & (keys[None, :] > last[:, None] - window)
+                s += tl.maximum(bias * LOG2E, -3.0e38)  # the lowest number stays one; what is -inf is not visible
+            if MASK != 2 and BIAS != 2:
+                visible = key_ok[None, :]
+                if CAUSAL:
+                    visible = visible & _in_band(keys, last, window, WINDOW)
             s = tl.where(visible, s, float("-inf"))
 
             m_new = tl.maximum(m, tl.max(s, 1))
@@ -205,6 +230,8 @@ def decode_kernel(
             else:
                 v_mask = key_ok[:, None] & dv_ok[None, :]
                 v = tl.load(v_rows[:, None] + offs_dv[None, :], mask=v_mask, other=0.0, eviction_policy=EVICT)
+            if BIAS:
+                v = _finite_where(low[:, None], v)
             acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
 
         if PDL and SPLIT:  # noqa: SIM102 (constants). The merge is set up while the last results are written
