@@ -73,7 +73,7 @@ def test_of_every_mask(dtype, HQ, HKV, kind):
 
 @settings(max_examples=25, deadline=None)
 @given(
-    dtype=st.sampled_from(HALVES), heads=st.sampled_from([*GROUPINGS, (6, 2)]), D=st.sampled_from([32, 40, 64, 96, 128]),
+    dtype=st.sampled_from(HALVES), heads=st.sampled_from([*GROUPINGS, (6, 2)]), D=st.sampled_from([32, 40, 96, 128]),
     Sq=st.integers(1, 130), more=st.sampled_from([0, 1, 37]), causal=st.booleans(), seed=st.integers(0, 99),
 )  # fmt: skip
 def test_of_any_shape(dtype, heads, D, Sq, more, causal, seed):
