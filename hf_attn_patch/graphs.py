@@ -6,8 +6,9 @@ what is recorded is its ``forward``, on a cache whose layers write at a place th
 (``step_layers.py``). Outside, nothing changes: it is the model's ``forward`` that is replaced, so ``generate`` and
 loops of one's own take part, and the cache is a :class:`GrowingCache` before and after each step.
 
-A step runs as it always did wherever it cannot be recorded: gradients, hooks, several devices, offloading, models that
-look at lengths on the host, and so on. What a recorded step computes is compared with the ordinary one, once a model.
+A step runs as it always did wherever it cannot be recorded: hooks, several devices, offloading, another cache, models
+that look at lengths on the host, and so on; a warning says why, once for each model and reason. What a recorded step
+computes is compared with the ordinary one, once a model.
 
 A recorded step can be compiled as well: its shapes never change, so torch.compile takes it whole, and fuses the many
 small kernels between the large ones.
@@ -27,9 +28,11 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from transformers import GenerationMixin
+from transformers.cache_utils import Cache
 
+from .compat.calls import Arguments
 from .integration import NAME
-from .recorded_step import Call, PromptError, Steps, UnfitError, growing_of, tensors_of
+from .recorded_step import Call, Steps, UnfitError, growing_of, is_prompt, tensors_of
 from .recording import WaitsError
 from .step_layers import advance, reserve
 
@@ -85,16 +88,19 @@ class ModelState:
         self.refused: str | None = None
         self.uncompiled = False  # compiling was tried, and failed
         self.checked: set[Any] = set()
+        self.said: set[str] = set()
         self.caches: weakref.WeakKeyDictionary[Any, Steps] = weakref.WeakKeyDictionary()
 
-    def allows(self, model: Any) -> bool:
-        """Asks the model again only where something may have been hooked in since."""
-        if self.refused is not None or model.config._attn_implementation != NAME:
-            return False
+    def why_not(self, model: Any) -> str | None:
+        """Why the model's steps are not recorded; asks it again only where something may have been hooked in since."""
+        if self.refused is not None:
+            return self.refused
+        if model.config._attn_implementation != NAME:
+            return f"its attn_implementation is {model.config._attn_implementation!r} and not {NAME!r}"
         if self.hooks != RemovableHandle.next_id:
             self.hooks = RemovableHandle.next_id
             self.reason = why_not(model)
-        return self.reason is None
+        return self.reason
 
     def refuse(self, model: torch.nn.Module, reason: str, compiled: bool) -> None:
         """Once and for all: the model goes on without compiling, or else as it always did."""
@@ -103,8 +109,14 @@ class ModelState:
         else:
             self.refused = reason
         self.caches.clear()
-        what = "compiled" if compiled else "recorded as CUDA graphs"
-        logger.info("decoding steps of %s are not %s: %s", type(model).__name__, what, reason)
+        self.say(model, reason, compiled)
+
+    def say(self, model: torch.nn.Module, reason: str, compiled: bool = False) -> None:
+        """A warning, once for each reason."""
+        if reason not in self.said:
+            self.said.add(reason)
+            what = "compiled" if compiled else "recorded as CUDA graphs"
+            logger.warning("decoding steps of %s are not %s: %s", type(model).__name__, what, reason)
 
 
 _states: weakref.WeakKeyDictionary[torch.nn.Module, ModelState] = weakref.WeakKeyDictionary()
@@ -119,55 +131,63 @@ def _state(model: torch.nn.Module) -> ModelState:
 class RecordedForward:
     """Stands before a model's ``forward``: decoding steps are recorded and run again, everything else goes through."""
 
-    def __init__(self, inner: Callable[..., Any], compiled: bool) -> None:
-        self.inner = inner
+    def __init__(self, inner: Callable[..., Any], compiled: bool, arguments: Arguments) -> None:
+        self.inner, self.arguments = inner, arguments
         self.compiled = torch.compile(inner, fullgraph=True) if compiled else None
         functools.update_wrapper(self, inner)
 
     def __call__(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.arguments.renames(kwargs):
+            args, kwargs = (), self.arguments.by_name(args, kwargs)
         if (
             torch.compiler.is_compiling()
             or torch.is_grad_enabled()
             or model.training
             or getattr(_inside, "busy", False)
-            or kwargs.get("past_key_values") is None
+            or (kwargs.get(self.arguments.cache) is None and not args)
         ):
+            return self.inner(model, *args, **kwargs)
+        given = self.arguments.by_name(args, kwargs) if args else kwargs
+        if given.get(self.arguments.cache) is None:
             return self.inner(model, *args, **kwargs)
         _inside.busy = True
         try:
-            return self._step(model, args, kwargs)
+            return self._step(model, given)
         finally:
             _inside.busy = False
 
-    def _step(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        cache, state = kwargs["past_key_values"], _state(model)
-        steps = state.caches.get(cache)
-        if not state.allows(model):
-            return self.inner(model, *args, **kwargs)
+    def _step(self, model: Any, kwargs: dict[str, Any]) -> Any:
+        cache, state = kwargs[self.arguments.cache], _state(model)
+        steps = state.caches.get(cache) if isinstance(cache, Cache) else None
+        if is_prompt(kwargs, cache):  # whatever else changed with it: what follows is recorded anew
+            state.hooks = -1
+            if steps is not None:
+                steps.forget()
+            return self.inner(model, **kwargs)
         try:
-            call = Call(model, args, kwargs)
+            if reason := state.why_not(model):
+                raise UnfitError(reason)
+            call = Call(kwargs, self.arguments.cache)
+            room = reserve(growing_of(cache))
+            if room is None:
+                raise UnfitError("its cache has layers that do not grow in place, or not together")
         except UnfitError as error:
-            if isinstance(error, PromptError):  # whatever else changed with it: what follows is recorded anew
-                state.hooks = -1
-                if steps is not None:
-                    steps.forget()
-            return self.inner(model, *args, **kwargs)
-        room = reserve(growing_of(cache))
-        if room is None:
-            return self.inner(model, *args, **kwargs)
+            state.say(model, str(error))
+            return self.inner(model, **kwargs)
         if steps is None:
             steps = state.caches[cache] = Steps()
         compiled = None if state.uncompiled else self.compiled
         step = steps.find(model, compiled or self.inner, compiled is not None, call, room)
         if step is None:
-            return self.inner(model, *args, **kwargs)
+            state.say(model, "the form of its inputs or the memory of its cache changes too often for that to pay")
+            return self.inner(model, **kwargs)
         steps.runs += 1
         ordinary = None
         try:
             step.load(call, room)
             form = call.mask is None, call.device, room.buffers[0] is not None and room.buffers[0][0].dtype
             if form not in state.checked:
-                ordinary = self.inner(model, *args, **kwargs)
+                ordinary = self.inner(model, **kwargs)
                 _compare(tensors_of(step.run(cache), cache), tensors_of(ordinary, cache))
                 state.checked.add(form)
                 return ordinary
@@ -175,7 +195,7 @@ class RecordedForward:
         except Exception as error:  # whatever a model's code does not stand; if it is not that, it is raised below
             kind = "" if isinstance(error, (UnfitError, WaitsError)) else f"{type(error).__name__}: "
             state.refuse(model, f"{kind}{error}".split("\n")[0], compiled is not None)
-            return self.inner(model, *args, **kwargs) if ordinary is None else ordinary
+            return self.inner(model, **kwargs) if ordinary is None else ordinary
         advance(growing_of(cache))
         return output
 
@@ -204,7 +224,7 @@ def use_cuda_graphs(model: torch.nn.Module, compiled: bool = False) -> Callable[
     """Record the decoding steps of a model with a :class:`GrowingCache` as CUDA graphs, in ``generate`` and in loops
     that call the model with one new token a row.
 
-    Steps that cannot be recorded run as they always did; for which model and why is logged once, at INFO.
+    Steps that cannot be recorded run as they always did; for which model and why is said by a warning, once.
 
     Args:
         compiled: compile the steps with torch.compile before they are recorded: faster by a tenth or so (norms, rotary
@@ -222,11 +242,12 @@ def use_cuda_graphs(model: torch.nn.Module, compiled: bool = False) -> Callable[
     for module in generators:
         own = module.__dict__.get("forward")
         if _recorded(own):
-            inner = own.__func__.inner
+            inner, arguments = own.__func__.inner, own.__func__.arguments
         else:
+            arguments = Arguments(module)
             inner = type(module).forward if own is None else functools.partial(_without_self, own)
         # a method of the instance: a deep copy of the model takes it along, bound to the copy
-        module.__dict__["forward"] = MethodType(RecordedForward(inner, compiled), module)
+        module.__dict__["forward"] = MethodType(RecordedForward(inner, compiled, arguments), module)
         _states.pop(module, None)
     return functools.partial(leave_cuda_graphs, model)
 

@@ -29,10 +29,6 @@ class UnfitError(Exception):
     """A step that cannot be recorded, with the reason."""
 
 
-class PromptError(UnfitError):
-    """Not one token a row: no decoding step at all."""
-
-
 class Step:
     """One form of a decoding step for one cache: the memory of its inputs, and its recording."""
 
@@ -52,7 +48,8 @@ class Step:
             ends = [b[0].shape[2] for b, sliding in zip(room.buffers, room.sliding, strict=True) if b and not sliding]
             longest = max(ends, default=(call.mask.shape[1] // MASK_STEP + 2) * MASK_STEP)
             self.mask = self.kwargs[call.mask_name] = call.mask.new_zeros(call.mask.shape[0], longest)
-        self.kwargs.pop("past_key_values")
+        self.cache_name = call.cache_name
+        self.kwargs.pop(self.cache_name)
         self.runs = 0
         self.recording: Recording | Repetition | None = None
 
@@ -72,7 +69,7 @@ class Step:
         """The step itself, on the step's own memory; leaves the cache as it found it, but for K and V."""
         growing = growing_of(cache)
         with standing_in(growing, step_layers(growing, self.room, self.place)):
-            output = self.inner(self.model(), **self.kwargs, past_key_values=cache)
+            output = self.inner(self.model(), **self.kwargs, **{self.cache_name: cache})
         self.place.advance()
         return _map(output, lambda t: t, cache, _CACHE)
 
@@ -130,41 +127,38 @@ class Call:
         UnfitError: this call is not a step that can be recorded.
     """
 
-    def __init__(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if args:
-            if len(args) > 1 or model.main_input_name in kwargs:
-                raise UnfitError("positional arguments")
-            kwargs = {model.main_input_name: args[0], **kwargs}
-        self.kwargs = kwargs
+    def __init__(self, kwargs: dict[str, Any], cache_name: str) -> None:
+        self.kwargs, self.cache_name = kwargs, cache_name
         self.copied: dict[str, Tensor] = {}
-        cache = kwargs.get("past_key_values")
-        if kwargs.get("use_cache") is False or type(growing_of(cache)) is not GrowingCache:
-            raise UnfitError("no growing cache")
-        decoder = "decoder_input_ids" if isinstance(cache, EncoderDecoderCache) else "input_ids"
-        ids = kwargs.get(decoder)
-        if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.shape[1] != 1:
-            raise PromptError("more than one token")
-        self.device = ids.device
-        self.mask_name = "decoder_attention_mask" if decoder == "decoder_input_ids" else "attention_mask"
+        cache = kwargs[cache_name]
+        growing = growing_of(cache)
+        if type(growing) is not GrowingCache:
+            raise UnfitError(f'its cache is a {type(growing).__name__} and no GrowingCache: enable(cache="growing")')
+        tokens = new_tokens(kwargs, cache)
+        if tokens is None:
+            raise UnfitError("it is given neither ids nor embeddings")
+        self.device = tokens.device
+        decoder = "decoder_" if isinstance(cache, EncoderDecoderCache) else ""
+        self.mask_name = f"{decoder}attention_mask"
         self.mask: Any = kwargs.get(self.mask_name)
         if self.mask is not None and (
             not isinstance(self.mask, Tensor) or self.mask.dim() != 2 or self.mask.device != self.device
         ):
-            raise UnfitError("a mask of its own")
+            raise UnfitError(f"its {self.mask_name} is not [B, S] on its tokens' device")
         if self.mask is None and isinstance(cache, EncoderDecoderCache):
             # these decoders would make one themselves, from a length on the host
             seen = growing_of(cache).get_seq_length()
-            self.mask = torch.ones(ids.shape[0], seen + 1, dtype=torch.int64, device=self.device)
+            self.mask = torch.ones(tokens.shape[0], seen + 1, dtype=torch.int64, device=self.device)
             kwargs = self.kwargs = {**kwargs, self.mask_name: self.mask}
         signature: list[Any] = []
         for name, value in kwargs.items():
-            if name == "past_key_values":
+            if name == cache_name:
                 continue
             if name == self.mask_name and value is not None:
                 signature.append((name, value.shape[0], value.dtype))
-            elif isinstance(value, Tensor) and value.numel() <= CONSTANT:
+            elif isinstance(value, Tensor) and (value.numel() <= CONSTANT or value is tokens):
                 if value.requires_grad or value.device != self.device:
-                    raise UnfitError(f"{name} on another device")
+                    raise UnfitError(f"{name} is on another device than its tokens, or needs a gradient")
                 self.copied[name] = value
                 signature.append((name, value.shape, value.dtype))
             else:
@@ -172,7 +166,7 @@ class Call:
         if isinstance(cache, EncoderDecoderCache):
             signature.append(_cross(cache))
         if kwargs.get("output_attentions") or kwargs.get("output_hidden_states"):
-            raise UnfitError("more outputs than the last")
+            raise UnfitError("output_attentions and output_hidden_states are not recorded")
         device = self.device.type
         if torch.is_autocast_enabled(device) or (device == "cuda" and torch.cuda.is_current_stream_capturing()):
             raise UnfitError("autocast keeps copies of weights, and a recording does not go into another")
@@ -183,6 +177,25 @@ class Call:
             torch.cuda.current_stream(self.device).cuda_stream if device == "cuda" else None,
         ]
         self.signature = tuple(signature)
+
+
+def new_tokens(kwargs: dict[str, Any], cache: Any) -> Tensor | None:
+    """The ids [B, S] or embeddings [B, S, E] that a call with a cache brings."""
+    decoder = "decoder_" if isinstance(cache, EncoderDecoderCache) else ""
+    for name in ("input_ids", "inputs_embeds"):
+        tokens = kwargs.get(decoder + name)
+        if isinstance(tokens, Tensor) and tokens.dim() > 1:
+            return tokens
+    return None
+
+
+def is_prompt(kwargs: dict[str, Any], cache: Any) -> bool:
+    """Whether a call is no decoding step: not one token a row, or none before it."""
+    tokens = new_tokens(kwargs, cache)
+    if (tokens is not None and tokens.shape[1] != 1) or kwargs.get("use_cache") is False:
+        return True
+    layers = getattr(growing_of(cache), "layers", None)
+    return layers is not None and not any(getattr(layer, "is_initialized", True) for layer in layers)
 
 
 def _constant(name: str, value: Any) -> Any:

@@ -7,17 +7,22 @@ borders (``cu_seq_lens_q/k``, ``max_length_q/k``), and puts the results back int
 
 from __future__ import annotations
 
-import inspect
+import logging
 import threading
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import Cache
 
+from .compat.cache_keyword import NAMES as CACHE_NAMES
+from .compat.calls import Arguments, cache_of
 from .packing import IGNORE, PackedPrefill, Packing, pack_rows
 
 __all__ = ["Unpadded", "unpadded"]
+
+logger = logging.getLogger("hf_attn_patch")
 
 PER_TOKEN = ("input_ids", "inputs_embeds", "position_ids", "token_type_ids", "labels", "shift_labels")
 #: heads that work token by token, so that they too run on the packed row. Other heads get padded hidden states.
@@ -43,9 +48,8 @@ class Unpadded:
         self.numbering = NUMBERINGS[0]
         self.active = True
         self.prefills = False
-        self._signature = inspect.signature(self.target.forward)
-        kinds = {p.kind: name for name, p in self._signature.parameters.items()}
-        self._rest = kinds.get(inspect.Parameter.VAR_KEYWORD, "")  # the name of **kwargs
+        self._said: set[str] = set()
+        self.arguments = Arguments(self.target)
         # thread -> what the forward that runs in it needs afterwards: packing, cache, last logits only?, as a tuple?
         self._pending: dict[int, tuple[Packing, DynamicCache | None, bool, bool]] = {}
         self._hooks = [
@@ -86,17 +90,22 @@ class Unpadded:
         self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         self._pending.pop(threading.get_ident(), None)
-        given: dict[str, Any] = dict(self._signature.bind_partial(*args, **kwargs).arguments)
-        given.update(given.pop(self._rest, {}))
-        mask = given.get("attention_mask")
-        if mask is None or not self.active:
-            return None
+        given = self.arguments.by_name(args, kwargs)
+        packed = self._packed(given) if given.get("attention_mask") is not None and self.active else None
+        if packed is not None:
+            return (), packed
+        # a cache that came under transformers' other name for it reaches the forward all the same
+        return ((), given) if self.arguments.renames(kwargs) else None
+
+    def _packed(self, given: dict[str, Any]) -> dict[str, Any] | None:
+        """The arguments of the packed forward; None where the call runs as it is."""
+        mask, tokens = given["attention_mask"], _tokens(given)
+        fills = self._cached(given) is not None or given.get("use_cache") is True
         cache = self._empty_cache(given)
-        if cache is None and (given.get("past_key_values") is not None or given.get("use_cache") is True):
+        if cache is None and fills:
             return None  # what is cached keeps its padded layout
         if not isinstance(mask, Tensor) or mask.dim() != 2:
             raise ValueError("unpadded() needs the 2-D attention_mask [B, S]")
-        tokens = _tokens(given)
         if tokens is None or tokens.shape[:2] != mask.shape:
             return None  # transformers fills such a mask up, or takes its part
         positions = self._positions(given, mask)
@@ -109,53 +118,73 @@ class Unpadded:
             shifted=shifted,
             strict=not _takes_cu_seq_lens(self.model),
         )
-        if packing is None or (self.reads_first and not packing.left_aligned):
+        if packing is None:
+            return None
+        if self.reads_first and not packing.left_aligned:
+            self._say(f"{type(self.model).__name__} reads each row's first token, which is padding in this batch")
             return None
         packed = dict(given, attention_mask=None, use_cache=cache is not None, return_dict=True)
-        if "position_ids" in self._signature.parameters or "position_ids" in given:
+        if "position_ids" in self.arguments.names or "position_ids" in given:
             packed["position_ids"] = positions
-        unserved = ["output_attentions"] if given.get("output_attentions") else []
-        keep = given.get("logits_to_keep")
-        last = isinstance(keep, int) and keep == 1 and packing.right_aligned
-        if last:
-            packed["logits_to_keep"] = packing.cu_seq_lens[1:].long() - 1
-        elif isinstance(keep, Tensor) or keep:
-            unserved.append("logits_to_keep")
-        for name, value in packed.items():
-            if name in PER_TOKEN and value is not None:
-                packed[name] = packing.pack(value)
-            elif isinstance(value, Tensor) and value.dim() > 0 and name != "logits_to_keep":
-                unserved.append(name)
+        last, unserved = _pack(packed, packing)
         if unserved:
             if cache is not None:
+                self._say(f"{', '.join(unserved)} cannot be served from packed rows")
                 return None
             raise ValueError(f"unpadded() cannot serve {', '.join(unserved)}: call the model outside of it")
         if shifted and packed.get("labels") is not None:
             # the token before is another document's
             packed["labels"] = packed["labels"].index_fill(1, packing.first, IGNORE)
-        packed["cu_seq_lens_q"] = packed["cu_seq_lens_k"] = packing.cu_seq_lens
-        packed["max_length_q"] = packed["max_length_k"] = packing.max_length
         if cache is not None:
-            packed["past_key_values"] = PackedPrefill(cache, packing)
+            packed[self.arguments.cache] = PackedPrefill(cache, packing)
         wanted = given.get("return_dict")
         as_tuple = not (self.model.config.return_dict if wanted is None else wanted)
         self._pending[threading.get_ident()] = (packing, cache, last, as_tuple)
-        return (), packed
+        return packed
+
+    def _cached(self, given: dict[str, Any]) -> Any:
+        """The cache of a call, None if it has none."""
+        return given.get(self.arguments.cache)
 
     def _empty_cache(self, given: dict[str, Any]) -> DynamicCache | None:
-        """The cache that a call like generate's first one would fill; None where it has to run as it is.
+        """The cache that a call like generate's first one would fill; None where it has to run as it is, which is said
+        if it runs a padded prompt.
 
         transformers' own masks do not look for documents once there is a cache, so it takes given borders.
         """
-        cache, mask, tokens = given.get("past_key_values"), given["attention_mask"], _tokens(given)
-        if not (self.prefills and _takes_cu_seq_lens(self.model) and tokens is not None):
+        cache, mask, tokens = self._cached(given), given["attention_mask"], _tokens(given)
+        fills = cache is not None or given.get("use_cache") is True
+        if not fills or tokens is None or tokens.shape[1] == 1 or given.get("use_cache") is False:
+            return None
+        if cache is not None and (not isinstance(cache, Cache) or cache.get_seq_length() != 0):
+            return None
+        if cache is not None and (not isinstance(cache, DynamicCache) or cache.offloading):
+            kind = "an offloaded cache" if isinstance(cache, DynamicCache) else f"a {type(cache).__name__}"
+            self._say(f"a prompt is packed into a DynamicCache, and this call fills {kind}")
             return None
         if not isinstance(mask, Tensor) or mask.shape != tokens.shape[:2]:
             return None
-        if cache is None:
-            return DynamicCache(config=self.model.config) if given.get("use_cache") is True else None
-        empty = isinstance(cache, DynamicCache) and cache.get_seq_length() == 0 and not cache.offloading
-        return cache if empty and given.get("use_cache") is not False else None
+        if not (self.prefills and _takes_cu_seq_lens(self.model)):
+            self._say(self._why_no_prefill, mask)
+            return None
+        return DynamicCache(config=self.model.config) if cache is None else cache
+
+    @property
+    def _why_no_prefill(self) -> str:
+        name = self.model.config._attn_implementation
+        if not _takes_cu_seq_lens(self.model):
+            return f"with a cache attn_implementation={name!r} finds no borders: hf_attn_patch.enable(model) does"
+        return f"a packed prompt does not leave the cache of a padded one in {type(self.model).__name__}"
+
+    def _say(self, reason: str, mask: Tensor | None = None) -> None:
+        """Why a batch runs with its padding: a warning, once for each reason.
+
+        Args:
+            mask: [B, S], where it is not known yet whether there is padding at all.
+        """
+        if reason not in self._said and (mask is None or bool((mask == 0).any())):
+            self._said.add(reason)
+            logger.warning("unpadded() lets a batch of %s keep its padding: %s", type(self.model).__name__, reason)
 
     @torch.compiler.disable
     def _after(self, module: Any, args: tuple[Any, ...], output: Any) -> Any:
@@ -164,7 +193,7 @@ class Unpadded:
             return None
         packing, cache, last, as_tuple = pending
         for name in list(output.keys()):
-            if name == "past_key_values":
+            if name in CACHE_NAMES:
                 output[name] = cache
             elif name == "logits" and last:
                 output[name] = packing.last(output[name])
@@ -177,6 +206,29 @@ class Unpadded:
                 raise ValueError(f"unpadded() cannot redo how {type(module).__name__} pools")
             output["pooler_output"] = pooler(output["last_hidden_state"])
         return output.to_tuple() if as_tuple else output
+
+
+def _pack(packed: dict[str, Any], packing: Packing) -> tuple[bool, list[str]]:
+    """Pack the arguments that are per token, and add the borders.
+
+    Returns:
+        whether only the last logits are wanted, and the names of what packed rows cannot serve.
+    """
+    unserved = ["output_attentions"] if packed.get("output_attentions") else []
+    keep = packed.get("logits_to_keep")
+    last = isinstance(keep, int) and keep == 1 and packing.right_aligned
+    if last:
+        packed["logits_to_keep"] = packing.cu_seq_lens[1:].long() - 1
+    elif isinstance(keep, Tensor) or keep:
+        unserved.append("logits_to_keep")
+    for name, value in packed.items():
+        if name in PER_TOKEN and value is not None:
+            packed[name] = packing.pack(value)
+        elif isinstance(value, Tensor) and value.dim() > 0 and name != "logits_to_keep":
+            unserved.append(name)
+    packed["cu_seq_lens_q"] = packed["cu_seq_lens_k"] = packing.cu_seq_lens
+    packed["max_length_q"] = packed["max_length_k"] = packing.max_length
+    return last, unserved
 
 
 def _tokens(given: dict[str, Any]) -> Tensor | None:
@@ -238,7 +290,7 @@ def unpadded(model: torch.nn.Module, *, drop_padding_targets: bool = False, chec
     if inner.config.is_encoder_decoder:
         raise TypeError(f"unpadded() serves decoder-only models and encoders, and {type(inner).__name__} is neither")
     handle = Unpadded(inner, drop_padding_targets)
-    if not handle._rest or "attention_mask" not in handle._signature.parameters:
+    if not handle.arguments.rest or "attention_mask" not in handle.arguments.names:
         handle.undo()
         raise TypeError(
             f"{type(handle.target).__name__}.forward takes no attention_mask, or passes nothing on to attention"
@@ -261,13 +313,14 @@ def _tolerance(dtype: torch.dtype) -> float:
 
 def _fills_caches(handle: Unpadded, ids: Tensor, mask: Tensor) -> bool:
     """True if a packed forward leaves the cache that a padded one leaves."""
-    if not (handle.shifted and _takes_cu_seq_lens(handle.model)):
+    if not (handle.shifted and handle.arguments.cache and _takes_cu_seq_lens(handle.model)):
         return False
     caches = []
-    for handle.prefills in (False, True):
+    for handle.active in (False, True):
+        handle.prefills = handle.active
         cache: Any = DynamicCache(config=handle.model.config)
-        output = handle.target(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
-        if output.get("past_key_values") is not cache:
+        output = handle.target(input_ids=ids, attention_mask=mask, use_cache=True, **{handle.arguments.cache: cache})
+        if cache_of(output) is not cache:
             return False
         caches.append(
             [(layer.keys, layer.values) for layer in cache.layers if getattr(layer, "keys", None) is not None]
