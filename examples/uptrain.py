@@ -8,6 +8,7 @@ parts are in hf_attn_patch.training. `--help` lists the options; `--config FILE.
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 
@@ -22,7 +23,6 @@ from hf_attn_patch.training import (
     StopSignals,
     Throughput,
     TrainingError,
-    UptrainOptions,
     ahead,
     claimed_output,
     document_lengths,
@@ -30,12 +30,14 @@ from hf_attn_patch.training import (
     load_checkpoint,
     load_run,
     parse_options,
-    save_checkpoint,
+    trained_value,
 )
 
 
-def whole_steps(tokens: int, options: UptrainOptions) -> int:
-    return -(-tokens // options.tokens_per_step) * options.tokens_per_step
+def in_steps(tokens: int, run: Run) -> int:
+    """A budget in whole steps, where all steps are full; padded ones hold fewer tokens than they have room for."""
+    size = run.options.tokens_per_step if run.kind == "causal" else 1
+    return -(-tokens // size) * size
 
 
 def uptrain(run: Run) -> Progress:
@@ -50,7 +52,7 @@ def uptrain(run: Run) -> Progress:
     if options.resume and (found := load_checkpoint(accelerator, checkpoints, options.lasting)):
         progress = found
     run.log.start(progress.step)
-    first_phase, main_phase = (whole_steps(t, options) for t in (options.layerwise_tokens, options.budget))
+    first_phase, main_phase = (in_steps(t, run) for t in (options.layerwise_tokens, options.budget))
     total = first_phase + main_phase
     causal = run.kind != "encoder"
     flops = [Flops(run.student, causal=causal)]
@@ -68,8 +70,9 @@ def uptrain(run: Run) -> Progress:
         if accelerator.is_main_process:
             shown = ", ".join(f"{k} {found[k]:.4f}" for k in ("loss", "kl") if k in found)
             bar.write(f"step {progress.step}: held-out {shown}")
-        if progress.best is None or found["loss"] < progress.best:
-            progress.best = found["loss"]
+        value = trained_value(found, *options.loss_weights)
+        if progress.best is None or value < progress.best:
+            progress.best = value
             if progress.step:
                 run.save_model(Path(options.output, "best"), model, progress)
 
@@ -84,7 +87,7 @@ def uptrain(run: Run) -> Progress:
             mode = "fit" if fitting else "loss"
             start, length = (0, first_phase) if fitting else (first_phase, main_phase)
             lr = learning_rate(
-                progress.tokens - start + options.tokens_per_step // 2, total=length, peak=options.lr,
+                progress.tokens - start + step.tokens // 2, total=length, peak=options.lr,
                 warmup=options.warmup, decay=options.decay, floor=options.lr_floor,
             )  # fmt: skip
             for group in optimizer.param_groups:
@@ -100,18 +103,17 @@ def uptrain(run: Run) -> Progress:
                     accelerator.backward(part.loss * scale)
                     sums.append(torch.stack([part.loss.detach(), part.ce, part.kl]))
                     if accelerator.sync_gradients:
-                        if options.clip:
-                            norm = accelerator.clip_grad_norm_(model.parameters(), options.clip)
+                        norm = accelerator.clip_grad_norm_(model.parameters(), options.clip or math.inf)
                         # the step's one wait for the device: nobody steps on a loss that is not finite
                         result = run.agree(sums, norm, stop.asked, step, progress)
                     optimizer.step()
                     optimizer.zero_grad()
 
             progress.step, progress.position = progress.step + 1, step.position
-            progress.tokens += options.tokens_per_step
+            before, progress.tokens = progress.tokens, progress.tokens + step.tokens
             lengths = [n for micro in step.micro for n in document_lengths(micro)]
-            speed.step(options.tokens_per_step, sum(f.of(lengths) for f in flops) * accelerator.num_processes)
-            bar.update(options.tokens_per_step)
+            speed.step(step.tokens, sum(f.of(lengths) for f in flops) * accelerator.num_processes)
+            bar.update(step.tokens)
             shown = {"loss": f"{result.loss:.4f}", "tok/s": f"{speed.tokens_per_second:,.0f}"}
             shown |= {"MFU": f"{speed.mfu:.1%}"} if speed.mfu else {}
             bar.set_postfix(shown, refresh=False)
@@ -123,10 +125,11 @@ def uptrain(run: Run) -> Progress:
                 run.log.write({f"train/{k}": v for k, v in values.items()}, progress.step)
 
             done = progress.tokens >= total
-            if held_out and (done or options.due(progress.step, done, options.eval_every)):
+            now = progress.step, (before, progress.tokens)
+            if held_out and (done or options.due(*now, options.eval_every)):
                 evaluate()
-            if result.asked or options.due(progress.step, done, options.checkpoint_every):
-                save_checkpoint(accelerator, checkpoints, progress, options.keep)
+            if result.asked or options.due(*now, options.checkpoint_every):
+                run.save_checkpoint(model, progress)
             if result.asked and not done:
                 accelerator.end_training()
                 bar.write(

@@ -6,6 +6,7 @@ there whole or not at all. Needs ``pip install 'hf-attn-patch[train]'`` (acceler
 
 from .checkpoints import Progress, load_checkpoint, save_checkpoint
 from .errors import TrainingError
+from .evaluation import trained_value
 from .interrupts import StopSignals
 from .losses import Head, LossSums, linear_loss
 from .meters import Flops, Throughput
@@ -40,4 +41,5 @@ __all__ = [
     "pack",
     "parse_options",
     "save_checkpoint",
+    "trained_value",
 ]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoints import Progress
+from .evaluation import trained_value
 from .options import UptrainOptions
 
 #: what a conversion leaves beside the weights: the uptrained model carries it on
@@ -38,7 +39,8 @@ def render_card(
     loss = " + ".join(f"{w:g} x {name}" for w, name in ((ce, "cross-entropy"), (kl, "KL to the teacher")) if w)
     if kind == "encoder":
         loss = "distance of the teacher's embeddings, of tokens (relative, squared) and of texts (cosine)"
-    fitted = min(progress.tokens, -(-options.layerwise_tokens // options.tokens_per_step) * options.tokens_per_step)
+    size = options.tokens_per_step if kind == "causal" else 1
+    fitted = min(progress.tokens, -(-options.layerwise_tokens // size) * size)
     lines = [
         "---",
         "library_name: transformers",
@@ -65,7 +67,7 @@ def render_card(
     ]
     if progress.history:
         first, last = progress.history[0], progress.history[-1]
-        best = min(progress.history, key=lambda entry: float(entry["loss"]))
+        best = min(progress.history, key=lambda entry: trained_value(entry, ce, kl))
         columns = [key for key in first if key not in ("step", "tokens", "scored")]
         lines += [
             "",
@@ -75,7 +77,7 @@ def render_card(
             "|---" * (2 + len(columns)) + "|",
         ]
         for name, entry in (("before", first), ("after", last), ("best", best)):
-            numbers = " | ".join(f"{entry[key]:.4f}" for key in columns)
+            numbers = " | ".join(f"{entry[key]:.4f}" if entry[key] < 1e6 else f"{entry[key]:.2e}" for key in columns)
             lines.append(f"| {name} | {entry['tokens']:,} | {numbers} |")
     return "\n".join([*lines, ""])
 

@@ -155,6 +155,7 @@ def load_checkpoint(accelerator: Any, folder: Path, settings: dict[str, Any]) ->
                 "accelerate config and the number of processes that it was started with, or give another --output"
             )
         accelerator.load_state(str(found[-1]))
+        accelerator.step = 0  # a checkpoint lies between two steps; its counter is of other micro-batches, maybe
     except TrainingError:
         raise
     except Exception as error:  # of json, torch, safetensors or the operating system

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -38,3 +38,16 @@ def evaluate(
     model.train(training)
     found = {"loss": ce / count, "perplexity": math.exp(min(ce / count, 700.0)), "scored": count}
     return found if teacher is None else {**found, "kl": kl / count}
+
+
+def trained_value(found: Mapping[str, float], ce: float, kl: float) -> float:
+    """What training makes small, of held-out text: the weighted sum of its losses.
+
+    An encoder's ``loss``, which has no weights, is what it is trained on.
+
+    >>> trained_value({"loss": 2.0, "kl": 0.5}, ce=0.0, kl=1.0), trained_value({"loss": 2.0, "text_distance": 1}, 0, 1)
+    (0.5, 2.0)
+    """
+    if "text_distance" in found:
+        return found["loss"]
+    return ce * found["loss"] + kl * found.get("kl", 0.0)

@@ -122,11 +122,17 @@ class UptrainOptions:
         free |= {"gradient_checkpointing", "compile", "peak_tflops", "checkpoint_every", "eval_every"}
         return {k: v for k, v in asdict(self).items() if k not in free}
 
-    def due(self, step: int, last: bool, every: int | None) -> bool:
-        """Whether what happens every so many steps (None: ten times in the run) and at the end is due; 0: never."""
-        if every is None:
-            every = max(1, (self.layerwise_tokens + self.budget) // self.tokens_per_step // 10)
-        return bool(every) and (last or step % every == 0)
+    def due(self, step: int, tokens: tuple[int, int], every: int | None) -> bool:
+        """Whether what happens every so many steps (None: ten times in the run) and at the end is due; 0: never.
+
+        Args:
+            step: the step that has ended.
+            tokens: trained on before it and after it.
+        """
+        total = self.layerwise_tokens + self.budget
+        before, after = (10 * n // total for n in tokens)
+        last = tokens[1] >= total
+        return last or before < after if every is None else bool(every) and (last or step % every == 0)
 
     def validate(self) -> None:
         """Raises TrainingError for what can be seen to be wrong before anything is loaded."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import zero
 from .card import write_card
-from .checkpoints import Progress, save_model
+from .checkpoints import Progress, save_checkpoint, save_model
 from .data import TrainingData, framing_for
 from .errors import TrainingError, out_of_memory_advice
 from .evaluation import evaluate
@@ -22,10 +22,11 @@ from .meters import Throughput, peak_tflops
 from .models import Kind, load_config, load_student, load_teacher, load_tokenizer, make_objective, objective_kind
 from .objectives import Objective
 from .options import UptrainOptions
+from .output import CHECKPOINTS
 from .precision import keep_fp32_in_fsdp2, round_between_layers
 from .steps import Step
 from .teacher import TeacherCall, place_teacher
-from .trainable import choose_trainable, merged_state, parameter_groups
+from .trainable import as_saved, choose_trainable, merged_state, parameter_groups
 
 
 class StepResult(NamedTuple):
@@ -79,9 +80,11 @@ class Run:
                 part.compile_layers()
 
     def evaluate(self, model: Any, examples: list[Any]) -> dict[str, float]:
-        """Loss, perplexity and KL on held-out examples."""
-        size = self.options.micro_batch_size
-        found = evaluate(self.accelerator, model, examples, self.data.framing.collate, self.teacher, size)
+        """Loss, perplexity and KL on held-out examples, of the weights as they would be saved."""
+        o = self.options
+        with as_saved(model, self.saved_dtype, o.lora_alpha / o.lora_rank):
+            collate, size = self.data.framing.collate, o.micro_batch_size
+            found = evaluate(self.accelerator, model, examples, collate, self.teacher, size)
         if self.kind == "encoder":  # see EncoderObjective
             tokens, texts = found["loss"], found["kl"]
             return {"loss": tokens + texts, "token_error": tokens, "text_distance": texts, "scored": found["scored"]}
@@ -122,8 +125,37 @@ class Run:
         loss, ce, kl = (losses.sum((0, 1)) / step.targets).tolist()
         return StepResult(loss, ce, kl, float(last[0, 1]), int(last[:, 0].max()))
 
+    def save_checkpoint(self, model: Any, progress: Progress) -> None:
+        """All of the run into its folder of checkpoints.
+
+        Raises:
+            TrainingError: a weight is not finite; the checkpoints stay as they are.
+        """
+        self._require_finite(model, progress)
+        save_checkpoint(self.accelerator, Path(self.options.output, CHECKPOINTS), progress, self.options.keep)
+
+    def _require_finite(self, model: Any, progress: Progress) -> None:
+        """Nothing good is replaced by NaN, whatever the options.
+
+        Raises:
+            TrainingError: a weight is not finite.
+        """
+        weights = [(name, w) for name, w in model.named_parameters() if w.is_floating_point()]
+        own = [w.to_local() if hasattr(w, "to_local") else w for _, w in weights]  # of a sharded model
+        bad = torch.stack([(~w.detach().isfinite()).any() for w in own]).float()
+        for index in self.accelerator.reduce(bad).nonzero().flatten().tolist():  # all processes raise, or none
+            raise TrainingError(
+                f"{weights[index][0]} is not finite after step {progress.step}, so nothing is written; lower --lr, and "
+                "--resume goes on from the last checkpoint"
+            )
+
     def save_model(self, folder: Path, model: Any, progress: Progress) -> None:
-        """The student as it is now as a plain checkpoint in ``folder``: merged, in the dtype that it came in."""
+        """The student as it is now as a plain checkpoint in ``folder``: merged, in the dtype that it came in.
+
+        Raises:
+            TrainingError: a weight is not finite; the folder stays as it is.
+        """
+        self._require_finite(model, progress)
         state = self.accelerator.get_state_dict(model)  # all processes take part in gathering it
         if self.accelerator.is_main_process:
             o, state = self.options, {k.removeprefix("model."): v for k, v in state.items()}

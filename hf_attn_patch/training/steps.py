@@ -21,6 +21,8 @@ class Example(Protocol):
     @property
     def position(self) -> Position: ...
     @property
+    def lengths(self) -> list[int]: ...
+    @property
     def numbers(self) -> tuple[int, int]: ...
 
 
@@ -36,12 +38,14 @@ class Step(Generic[E]):
         micro: this process's micro-batches, each a list of examples.
         targets: labels in the whole step, over all processes: the loss is divided by it, so neither the number of
             processes nor that of micro-batches changes the gradient.
+        tokens: real ones in the whole step, over all processes; padding is none.
         position: of the stream after the step.
         numbers: for messages, ``numbers[process][micro]``: the first and last document of that micro-batch.
     """
 
     micro: list[list[E]]
     targets: int
+    tokens: int
     position: Position
     numbers: list[list[tuple[int, int]]]
 
@@ -70,6 +74,7 @@ def steps(
         yield Step(
             micro=parts[process],
             targets=sum(e.targets for e in whole),
+            tokens=sum(document_lengths(whole)),
             position=whole[-1].position,
             numbers=[
                 [(min(e.numbers[0] for e in micro), max(e.numbers[1] for e in micro)) for micro in part]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -103,6 +104,43 @@ def merged_state(
             value = (value.float() + (added.T if transposed(stem) else added)).to(value.dtype)
         merged[f"{stem}.{leaf}"] = value
     return merged
+
+
+@contextmanager
+@torch.no_grad()
+def as_saved(model: nn.Module, dtype: torch.dtype, scale: float) -> Iterator[None]:
+    """Inside, the weights are those that a saved model will have: adapters merged, rounded to ``dtype``.
+
+    They come back as they were, bit for bit; a copy is kept meanwhile.
+
+    Args:
+        scale: of adapters, alpha / rank.
+    """
+    kept: list[tuple[Tensor, Tensor]] = []
+
+    def put(weight: Tensor, value: Tensor) -> None:
+        if value.is_floating_point():
+            kept.append((weight, weight.detach().clone()))
+            weight.copy_(value.to(dtype).to(weight.dtype))
+
+    adapted = set()
+    for module in model.modules():
+        base = getattr(module, "base_layer", None)
+        if base is None or "default" not in getattr(module, "lora_A", {}):
+            continue
+        a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
+        added = scale * (b.float() @ a.float())
+        put(base.weight, base.weight + (added.T if type(base).__name__ == "Conv1D" else added).to(base.weight.dtype))
+        put(b, torch.zeros_like(b))
+        adapted |= {id(base.weight), id(a), id(b)}
+    for weight in [*model.parameters(), *model.buffers()]:
+        if weight.dtype is not dtype and id(weight) not in adapted:
+            put(weight, weight)
+    try:
+        yield
+    finally:
+        for weight, value in kept:
+            weight.copy_(value)
 
 
 def is_projection(module: nn.Module) -> bool:
