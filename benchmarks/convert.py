@@ -48,7 +48,8 @@ new.save_pretrained(dst, max_shard_size="5GB")
 def generate(folder: Path, *, layers: int, hidden: int, intermediate: int, heads: int, shard_bytes: int) -> int:
     """Write a Llama checkpoint of random bf16 weights, a few megabytes at a time; returns its bytes."""
     import torch
-    from hf_attn_patch.conversion.safetensors_header import build_header, tensor_nbytes
+
+    from hf_attn_patch.conversion.checkpoints.safetensors_header import build_header, tensor_nbytes
 
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (32000, hidden)}
     for i in range(layers):

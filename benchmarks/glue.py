@@ -23,7 +23,7 @@ import transformers
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import hf_attn_patch
-from hf_attn_patch.integration import attention_forward
+from hf_attn_patch.hf.attention_function import attention_forward
 
 SHAPES = {  # name: (HQ, HKV, Sq, Sk)
     "decode MHA": (8, 8, 1, 64),

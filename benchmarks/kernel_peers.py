@@ -18,9 +18,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import hf_attn_patch
 from benchmarks.kernel_rows import Inputs
 from benchmarks.measure import DEVICE
-from hf_attn_patch.backends import flash3 as flash3_backend
-from hf_attn_patch.dispatch import attend
-from hf_attn_patch.layout import PADDED, Layout
+from hf_attn_patch.attn.backends import flash3 as flash3_backend
+from hf_attn_patch.attn.dispatch import attend
+from hf_attn_patch.attn.visibility import PADDED, Layout
 
 Tensor = torch.Tensor
 Call = Callable[[int], Tensor]
@@ -36,7 +36,7 @@ def ours(x: Inputs) -> Call:
     if row.page:
         if DEVICE != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
             raise UnsupportedError("needs a CUDA device")
-        from hf_attn_patch.kernels.decode import grouped_decode_paged
+        from hf_attn_patch.attn.kernels.decode import grouped_decode_paged
 
         return lambda i: grouped_decode_paged(x.q, *x.pages[i], x.table, x.end, scale=row.D**-0.5)  # type: ignore
     if row.documents:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from benchmarks.measure import DEVICE
-from hf_attn_patch.kernels.decode_reference import grouped_decode_reference
+from hf_attn_patch.attn.kernels.decode_reference import grouped_decode_reference
 
 Tensor = torch.Tensor
 

@@ -6,17 +6,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from hf_attn_patch.conversion.align import merge_aligned
-from hf_attn_patch.conversion.aligned import permuted
-from hf_attn_patch.conversion.families import Stack
-from hf_attn_patch.conversion.group import pair_losses, similar_order
-from hf_attn_patch.conversion.heads import LayerAttention, stack_layers
-from hf_attn_patch.conversion.layouts import AttentionWeights
-from hf_attn_patch.conversion.pool import first_of, mean_of
-from hf_attn_patch.conversion.refit import RefitRecipe, refit
 from transformers import LlamaForCausalLM
 
 from benchmarks.code_lm import Recipe, autocast
+from hf_attn_patch.conversion.calibration.refit import RefitRecipe, refit
+from hf_attn_patch.conversion.families.head_layouts import AttentionWeights
+from hf_attn_patch.conversion.families.layer import LayerAttention, stack_layers
+from hf_attn_patch.conversion.families.table import Stack
+from hf_attn_patch.conversion.methods.align import merge_aligned
+from hf_attn_patch.conversion.methods.aligned import permuted
+from hf_attn_patch.conversion.methods.mean import first_of, mean_of
+from hf_attn_patch.conversion.methods.similar_heads import pair_losses, similar_order
 
 
 @dataclass(frozen=True)

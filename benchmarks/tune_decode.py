@@ -28,9 +28,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import assert_conforms
 from benchmarks.gpu_timing import called, copy_bandwidth, replayed
-from hf_attn_patch.kernels import decode, decode_launch
-from hf_attn_patch.kernels.decode_plan import Tuning, choose
-from hf_attn_patch.kernels.decode_reference import grouped_decode_reference
+from hf_attn_patch.attn.kernels import decode, decode_launch
+from hf_attn_patch.attn.kernels.decode_plan import Tuning, choose
+from hf_attn_patch.attn.kernels.decode_reference import grouped_decode_reference
 
 #: B, keys, HQ, HKV, D
 ROWS = [

@@ -114,7 +114,7 @@ def run_ours(row: str, args: argparse.Namespace) -> dict[str, Any]:
 
 def plain_loss(objective: Any) -> None:
     """Let the model make whole logits and its own loss, as an ordinary training loop does."""
-    from hf_attn_patch.training.losses import LossSums
+    from hf_attn_patch.losses.chunked import LossSums
 
     def forward(batch: Any, told: Any = None, mode: str = "loss") -> Any:
         if mode == "check":
@@ -129,7 +129,7 @@ def plain_loss(objective: Any) -> None:
 
 @torch.no_grad()
 def time_forward(run: Any, args: argparse.Namespace) -> dict[str, Any]:
-    from hf_attn_patch.training.stream import Position
+    from hf_attn_patch.training.data.stream import Position
 
     device = run.accelerator.device
     model = run.student.to(device, torch.bfloat16).eval()

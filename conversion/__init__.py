@@ -14,20 +14,20 @@ from .errors import ConversionError
 if TYPE_CHECKING:
     from .api import convert, plan
     from .budget import kv_heads_under_budget
-    from .evaluation import evaluate
-    from .inspection import inspect_source
     from .loading import from_pretrained
-    from .verification import verify
+    from .reports.evaluation import evaluate
+    from .reports.inspection import inspect_source
+    from .reports.verification import verify
 
 # looked up when they are asked for: torch and transformers take seconds to import, and `hf-attn --help` needs neither
 _LAZY = {
     "convert": "api",
-    "evaluate": "evaluation",
+    "evaluate": "reports.evaluation",
     "from_pretrained": "loading",
-    "inspect_source": "inspection",
+    "inspect_source": "reports.inspection",
     "kv_heads_under_budget": "budget",
     "plan": "api",
-    "verify": "verification",
+    "verify": "reports.verification",
 }
 
 __all__ = [

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .hub import resolve
+from .checkpoints.hub import resolve
+from .checkpoints.reader import no_reading_errors
+from .checkpoints.shards import parse_size
 from .loadcheck import check_loads
 from .planner import KVHeads, Plan, make_plan
-from .reader import no_reading_errors
-from .shards import parse_size
 
 StrPath = str | os.PathLike[str]
 
@@ -35,7 +35,7 @@ def plan(
         src: a checkpoint folder or a hub id.
         kv_heads: HKV of the result: one number; a list with one per layer (where the architecture can express
             it); or ``{attention: number or list}`` for models with several attentions.
-        method: how heads are merged; see ``hf_attn_patch.conversion.methods.METHODS``, and ``auto``. None: ``auto``,
+        method: how heads are merged; see ``METHODS`` of ``methods/registry.py``, and ``auto``. None: ``auto``,
             which is ``calibrated`` with ``calibrate=``, a calibration text, and ``aligned`` without.
         seed: for methods that draw numbers.
         revision: branch, tag or commit of a hub id.
@@ -93,9 +93,9 @@ def convert(
     Raises:
         ConversionError: it cannot be done; nothing is left behind.
     """
-    from .card import model_card
+    from .checkpoints.writer import check_apart, check_destination
     from .execute import execute
-    from .writer import check_apart, check_destination
+    from .reports.card import model_card
 
     target = Path(dst).expanduser()
     if isinstance(src, Plan):

@@ -11,16 +11,16 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .calibrated import Calibrated
+from .calibration.calibrated import Calibrated
+from .calibration.layers import sides
+from .calibration.moments import Moments
+from .checkpoints.hub import resolve
+from .checkpoints.reader import no_reading_errors
 from .errors import ConversionError
-from .heads import LayerAttention
-from .hub import resolve
-from .inspection import common_choices
-from .kvfield import format_numbers
-from .layerwise import sides
-from .moments import Moments
+from .families.kv_field import format_numbers
+from .families.layer import LayerAttention
 from .planner import Plan, make_plan
-from .reader import no_reading_errors
+from .reports.inspection import common_choices
 
 
 def kv_heads_under_budget(

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .dtypes import has_nonfinite
-from .engine import compute_unit, raw_bytes, refuse_nonfinite
+from .checkpoints.dtypes import has_nonfinite
+from .checkpoints.reader import INDEX, Source
+from .checkpoints.shards import Shard
+from .checkpoints.writer import OutputFolder, check_apart, check_destination, check_space, write_at
 from .errors import ConversionError
-from .methods import Merge
+from .methods.apply import compute_unit, raw_bytes, refuse_nonfinite
+from .methods.registry import Merge
 from .planner import Plan
-from .reader import INDEX, Source
-from .shards import Shard
-from .writer import OutputFolder, check_apart, check_destination, check_space, write_at
 
 #: bytes copied at a time: large enough for the disk, small enough for the processor's cache
 CHUNK = 4 << 20
@@ -281,7 +281,7 @@ def make_record(plan: Plan, digests: dict[str, str], command: str | None, detail
 
     from hf_attn_patch import __version__
 
-    from .report import stack_rows
+    from .reports.report import stack_rows
 
     source = plan.source
     return {

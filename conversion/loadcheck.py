@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from .config import architectures
-from .dtypes import torch_dtype
+from .checkpoints.dtypes import torch_dtype
 from .errors import ConversionError
+from .families.config import architectures
 from .planner import Plan
 
 

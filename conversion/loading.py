@@ -7,10 +7,10 @@ from typing import Any
 
 from .api import StrPath
 from .api import plan as make_plan
-from .engine import compute_unit
+from .checkpoints.reader import no_reading_errors
 from .errors import ConversionError
+from .methods.apply import compute_unit
 from .planner import KVHeads, Plan
-from .reader import no_reading_errors
 
 
 def from_pretrained(

@@ -8,17 +8,17 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hf_attn_patch.grouping import GroupingError, KVGrouping, divisors
-from hf_attn_patch.zoo import PREFIX
+from hf_attn_patch.hf.auto_classes import PREFIX
 
-from .config import LanguageModel, architectures, read_config
-from .dtypes import FLOATS
+from .checkpoints.dtypes import FLOATS
+from .checkpoints.reader import Source
+from .checkpoints.safetensors_header import tensor_nbytes
+from .checkpoints.shards import Shard, same_shards, split_shards
 from .errors import ConversionError
-from .families import Family, Norm, Projection, Stack
-from .heads import LayerAttention
-from .methods import Method, method_named
-from .reader import Source
-from .safetensors_header import tensor_nbytes
-from .shards import Shard, same_shards, split_shards
+from .families.config import LanguageModel, architectures, read_config
+from .families.layer import LayerAttention
+from .families.table import Family, Norm, Projection, Stack
+from .methods.registry import Method, method_named
 
 KVHeads = int | Sequence[int] | Mapping[str, int | Sequence[int]]
 
@@ -71,12 +71,12 @@ class Plan:
 
     def __str__(self) -> str:
         """What ``--dry-run`` prints."""
-        from .report import plan_text
+        from .reports.report import plan_text
 
         return plan_text(self)
 
     def _repr_html_(self) -> str:
-        from .report import plan_html
+        from .reports.report import plan_html
 
         return plan_html(self)
 

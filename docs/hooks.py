@@ -7,8 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from hf_attn_patch.conversion.families import FAMILIES, Stack
-from hf_attn_patch.conversion.methods import METHODS
+from hf_attn_patch.conversion.families.table import FAMILIES, Stack
+from hf_attn_patch.conversion.methods.registry import METHODS
 
 ROOT = Path(__file__).parents[1]
 #: from a line with >>> to the next empty line, or the end of the docstring

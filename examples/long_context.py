@@ -17,8 +17,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 import hf_attn_patch  # noqa: F401  (registers the implementation)
+from hf_attn_patch.losses.output_head import head_of
 from hf_attn_patch.training import linear_loss
-from hf_attn_patch.training.heads import head_of
 
 SHAPES = {
     # Llama 3.2 1B

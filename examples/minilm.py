@@ -21,11 +21,11 @@ from typing import Any
 
 import click
 import torch
-from hf_attn_patch.conversion import convert
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
 import hf_attn_patch  # noqa: F401 - makes the Auto classes know the grouped BERT
+from hf_attn_patch.conversion import convert
 
 METHODS = ("mean", "first", "random", "mean-norm", "aligned", "calibrated")
 

@@ -27,12 +27,12 @@ from typing import Any
 import click
 import torch
 import transformers
-from hf_attn_patch.conversion import convert
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import AutoModelForSeq2SeqLM, T5Config, T5ForConditionalGeneration
 
 import hf_attn_patch  # noqa: F401 - makes the Auto classes know the grouped T5
+from hf_attn_patch.conversion import convert
 
 PAD, END = 0, 1
 SOURCE, TARGET = 64, 16  # tokens

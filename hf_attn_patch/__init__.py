@@ -9,32 +9,33 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from . import registration as _registration
-from . import zoo as _zoo
+from . import moved as _moved
 from .grouping import GroupingError, KVGrouping
+from .hf import auto_classes as _zoo
+from .hf import registration as _registration
 
 if TYPE_CHECKING:
-    from .cache import GrowingCache
-    from .dispatch import use_backend
-    from .explanation import explain
-    from .functional import attention, attention_varlen
-    from .request import AttentionError
-    from .switch import enable, override
-    from .unpadding import unpadded
+    from .attn.dispatch import use_backend
+    from .attn.functional import attention, attention_varlen
+    from .attn.request import AttentionError
+    from .cache.growing_cache import GrowingCache
+    from .enabling import enable, override
+    from .hf.explanation import explain
+    from .hf.unpadding import unpadded
 
 __version__ = "0.1.0"
 
 #: public name -> module that defines it
 _LAZY = {
-    "AttentionError": "request",
-    "GrowingCache": "cache",
-    "attention": "functional",
-    "attention_varlen": "functional",
-    "enable": "switch",
-    "explain": "explanation",
-    "override": "switch",
-    "unpadded": "unpadding",
-    "use_backend": "dispatch",
+    "AttentionError": "attn.request",
+    "GrowingCache": "cache.growing_cache",
+    "attention": "attn.functional",
+    "attention_varlen": "attn.functional",
+    "enable": "enabling",
+    "explain": "hf.explanation",
+    "override": "enabling",
+    "unpadded": "hf.unpadding",
+    "use_backend": "attn.dispatch",
 }
 
 __all__ = [
@@ -56,6 +57,9 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name == "enable_flash_attention":  # the same under the name that people look for
         return __getattr__("enable")
+    if _moved.is_old(f"{__name__}.{name}"):
+        globals()[name] = module = _moved.module_of(f"{__name__}.{name}", stacklevel=2)
+        return module
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
@@ -67,5 +71,6 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
+_moved.install()
 _registration.when_imported("transformers.modeling_utils", _registration.register)
 _zoo.register()

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from hf_attn_patch.functional import attention, attention_varlen
+from hf_attn_patch.attn.functional import attention, attention_varlen
 from hf_attn_patch.grouping import KVGrouping
 
 from .positions import NoPosition

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from hf_attn_patch import zoo
+from hf_attn_patch.hf import auto_classes as zoo
 
 _ABSOLUTE = re.compile(r"^from (hf_attn_patch(?:\.\w+)*)\.(\w+) import", re.MULTILINE)
 _RELATIVE = re.compile(r"^from \.(\w+) import", re.MULTILINE)

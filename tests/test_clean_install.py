@@ -90,5 +90,5 @@ def test_the_requirements_are_enough(site: Path, tmp_path: Path) -> None:
 
 def test_what_transformers_registers_does_not_import_it_back(site: Path, tmp_path: Path) -> None:
     """Otherwise ``from hf_attn_patch import enable`` fails in a process that has not imported transformers yet."""
-    code = "import sys, hf_attn_patch.masking; print('transformers.modeling_utils' in sys.modules)"
+    code = "import sys, hf_attn_patch.hf.mask_function; print('transformers.modeling_utils' in sys.modules)"
     assert run(site, tmp_path, code).split()[-1] == "False"

@@ -9,11 +9,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import hf_attn_patch.conversion
-import hf_attn_patch.modeling
 import pytest
 
 import hf_attn_patch
+import hf_attn_patch.conversion
+import hf_attn_patch.modeling
 
 ROOT = Path(__file__).parents[1]
 #: what runs kernels; Triton comes with torch, the others only when a request could use them
@@ -58,7 +58,8 @@ for statement in sys.argv[2:]:
 #: what transformers itself imports, so that each process need not
 ITS_REQUIREMENTS = "import accelerate, torch, torch._dynamo, torch.distributed.tensor"
 EXPECTED = (
-    "hf_attn_patch.integration hf_attn_patch.integration hf_attn_patch.masking hf_attn_patch.modeling.gpt2 "
+    "hf_attn_patch.hf.attention_function hf_attn_patch.hf.attention_function hf_attn_patch.hf.mask_function "
+    "hf_attn_patch.modeling.gpt2 "
     "hf_attn_patch"
 )
 

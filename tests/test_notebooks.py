@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hf_attn_patch.conversion import evaluate, inspect_source, plan
 from tiny import save_tiny, tiny_llama
 
 import hf_attn_patch
+from hf_attn_patch.conversion import evaluate, inspect_source, plan
 
 ROOT = Path(__file__).parents[1]
 

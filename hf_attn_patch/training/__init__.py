@@ -4,19 +4,20 @@ Data that is streamed, packed and resumable at a token; losses that never make w
 there whole or not at all. Needs ``pip install 'hf-attn-patch[train]'`` (accelerate, datasets, peft).
 """
 
-from .checkpoints import Progress, load_checkpoint, save_checkpoint
+from hf_attn_patch.losses.chunked import Head, LossSums, linear_loss
+
+from .data.packing import pack
+from .data.steps import ahead, document_lengths
+from .data.stream import Position, TokenStream
 from .errors import TrainingError
-from .evaluation import trained_value
-from .interrupts import StopSignals
-from .losses import Head, LossSums, linear_loss
-from .meters import Flops, Throughput
+from .loop.checkpoints import Progress, load_checkpoint, save_checkpoint
+from .loop.held_out import trained_value
+from .loop.interrupts import StopSignals
+from .loop.meters import Flops, Throughput
+from .loop.output import claimed_output
+from .loop.schedule import Count, learning_rate
 from .options import UptrainOptions, parse_options
-from .output import claimed_output
-from .packing import pack
 from .run import Run, load_run
-from .schedule import Count, learning_rate
-from .steps import ahead, document_lengths
-from .stream import Position, TokenStream
 
 __all__ = [
     "Count",

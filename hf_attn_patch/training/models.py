@@ -7,10 +7,10 @@ from typing import Any, Literal, cast
 import torch
 
 from .errors import TrainingError
-from .objectives import CausalObjective, LossWeights, Objective
+from .model.objectives import CausalObjective, LossWeights, Objective
+from .model.other_objectives import EncoderObjective, Seq2SeqObjective
+from .model.teacher import freeze, require_same_vocabulary
 from .options import UptrainOptions
-from .other_objectives import EncoderObjective, Seq2SeqObjective
-from .teacher import freeze, require_same_vocabulary
 
 Kind = Literal["causal", "seq2seq", "encoder"]
 

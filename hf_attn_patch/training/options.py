@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from .errors import TrainingError
-from .schedule import Count, token_budget
+from .loop.schedule import Count, token_budget
 
 
 def _option(default: Any, help: str) -> Any:

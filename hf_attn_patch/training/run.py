@@ -11,22 +11,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import zero
-from .card import write_card
-from .checkpoints import Progress, save_checkpoint, save_model
-from .data import TrainingData, framing_for
+from .data.steps import Step
+from .data.training_data import TrainingData, framing_for
 from .errors import TrainingError, out_of_memory_advice
-from .evaluation import evaluate
-from .log import RunLog
-from .meters import Throughput, peak_tflops
+from .loop.checkpoints import Progress, save_checkpoint, save_model
+from .loop.held_out import evaluate
+from .loop.log import RunLog
+from .loop.meters import Throughput, peak_tflops
+from .loop.output import CHECKPOINTS
+from .loop.run_card import write_card
+from .model import zero
+from .model.objectives import Objective
+from .model.precision import keep_fp32_in_fsdp2, round_between_layers
+from .model.teacher import TeacherCall, place_teacher
+from .model.trainable import as_saved, choose_trainable, merged_state, parameter_groups
 from .models import Kind, load_config, load_student, load_teacher, load_tokenizer, make_objective, objective_kind
-from .objectives import Objective
 from .options import UptrainOptions
-from .output import CHECKPOINTS
-from .precision import keep_fp32_in_fsdp2, round_between_layers
-from .steps import Step
-from .teacher import TeacherCall, place_teacher
-from .trainable import as_saved, choose_trainable, merged_state, parameter_groups
 
 
 class StepResult(NamedTuple):

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hf_attn_patch.conversion import methods
 from tiny_families import tiny_model
+
+from hf_attn_patch.conversion.methods import registry as methods
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -14,13 +14,13 @@ import torch
 import transformers
 from checkpoints import same, tensors
 from click.testing import CliRunner
-from hf_attn_patch.conversion import convert, inspect_source, plan, verify
-from hf_attn_patch.conversion.hub import resolve
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_families import tiny_model
 
 from hf_attn_patch.cli import main
+from hf_attn_patch.conversion import convert, inspect_source, plan, verify
+from hf_attn_patch.conversion.checkpoints.hub import resolve
 
 IDS = torch.tensor([[5, 9, 33, 2, 17, 60, 41]])
 
@@ -119,7 +119,7 @@ def test_a_dry_run_reads_no_weights(src: Path, tmp_path: Path, monkeypatch: pyte
     def no(*args: object) -> None:
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr("hf_attn_patch.conversion.reader.Source.read", no)
+    monkeypatch.setattr("hf_attn_patch.conversion.checkpoints.reader.Source.read", no)
     monkeypatch.setattr(os, "preadv", no)
     run("convert", src, tmp_path / "dst", "--kv-heads", 2, "--dry-run")
 

@@ -11,8 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from hf_attn_patch.conversion import ConversionError
-from hf_attn_patch.conversion.evaluation import evaluate, load_causal, score, windows
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import python_sources, save_tiny, tiny_llama, trained_tokenizer
@@ -34,6 +32,8 @@ from transformers import (
 )
 
 from hf_attn_patch.cli import main
+from hf_attn_patch.conversion import ConversionError
+from hf_attn_patch.conversion.reports.evaluation import evaluate, load_causal, score, windows
 
 CPU = torch.device("cpu")
 SIZES = {"vocab_size": 512, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}

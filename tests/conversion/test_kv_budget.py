@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from hf_attn_patch.conversion import ConversionError, budget, convert, evaluate, kv_heads_under_budget, verify
 from tiny import python_sources, save_tiny, tiny_llama, trained_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 from zoo_cases import BY_NAME
 
 from hf_attn_patch import explain
 from hf_attn_patch.cli import main
+from hf_attn_patch.conversion import ConversionError, budget, convert, evaluate, kv_heads_under_budget, verify
 from hf_attn_patch.grouping import GroupingError
 
 LAYERED = ("gpt2", "gpt_neox", "gptj", "codegen", "opt", "biogpt", "bloom", "mpt")

@@ -8,8 +8,9 @@ import pytest
 import torch
 import transformers
 from checkpoints import same
-from hf_attn_patch.conversion import ConversionError, convert, from_pretrained
 from tiny_families import tiny_model
+
+from hf_attn_patch.conversion import ConversionError, convert, from_pretrained
 
 IDS = torch.tensor([[5, 9, 33, 2, 17, 60, 41]])
 

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 from doc_blocks import PAGES, ROOT, Block, blocks, commands, stand_ins
-from hf_attn_patch.conversion import families
 
 from hf_attn_patch.cli import main
+from hf_attn_patch.conversion.families import table as families
 
 #: first words of commands that only name a file here, because they install, train or start a server
 NOT_RUN = {"pip", "make", "git", "cd"}

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from hf_attn_patch.conversion import convert
 from tiny import save_tiny, tiny_llama
 from transformers import AutoModelForCausalLM
+
+from hf_attn_patch.conversion import convert
 
 HQ, HKV = 4, 2
 

@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from hf_attn_patch.conversion import ConversionError, convert
 from safetensors.torch import load_file
 from tiny_families import tiny_model
 from works_with import works_with
+
+from hf_attn_patch.conversion import ConversionError, convert
 
 HQ, HKV = 8, 2
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "olmo2", "phi3")

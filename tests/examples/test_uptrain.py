@@ -145,7 +145,7 @@ def test_the_layerwise_phase_brings_attention_closer_to_the_teachers(world, uptr
     """With training switched off after it, only the first phase can have moved the weights."""
     from transformers import AutoModelForCausalLM
 
-    from hf_attn_patch.training.layerwise import layerwise_loss, tracing
+    from hf_attn_patch.training.model.layerwise import layerwise_loss, tracing
 
     save_tiny(world / "S4", tiny_llama(4, seed=3))
     uptrain(
@@ -239,7 +239,7 @@ def test_out_of_memory_says_what_helps(world, uptrain, monkeypatch):
     def exhausted(*_args, **_kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("hf_attn_patch.training.objectives.linear_loss", exhausted)
+    monkeypatch.setattr("hf_attn_patch.training.model.objectives.linear_loss", exhausted)
     message = refused(uptrain, arguments(world, "x-oom", eval_tokens=0))
     assert "out of memory; what helps, the cheapest first: --micro-batch-size 1" in message
     assert "--gradient-checkpointing" in message

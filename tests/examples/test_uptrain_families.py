@@ -126,7 +126,7 @@ def test_a_padded_causal_run_equals_a_packed_one(tmp_path):
 
 
 def test_an_encoder_trains_only_what_its_embeddings_come_through():
-    from hf_attn_patch.training.other_objectives import EncoderObjective
+    from hf_attn_patch.training.model.other_objectives import EncoderObjective
 
     masked = bert(0)
     with_pooler = transformers.BertModel(masked.config)

@@ -16,7 +16,7 @@ from scripts import ROOT, load_script
 from tiny import python_sources, save_tiny, tiny_llama
 
 from hf_attn_patch.training import TrainingError
-from hf_attn_patch.training.checkpoints import STATE, list_checkpoints, remove_leftovers, written_aside
+from hf_attn_patch.training.loop.checkpoints import STATE, list_checkpoints, remove_leftovers, written_aside
 
 
 @pytest.fixture(scope="module")

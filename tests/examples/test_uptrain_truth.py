@@ -14,7 +14,7 @@ from scripts import load_script
 from tiny import python_sources, save_tiny, tiny_llama, trained_tokenizer
 
 from hf_attn_patch.training import trained_value
-from hf_attn_patch.training.trainable import as_saved
+from hf_attn_patch.training.model.trainable import as_saved
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,7 @@ def test_resuming_with_other_micro_batches_is_the_same_run(size: int, world: Pat
 
 def test_a_gradient_that_is_not_finite_is_never_applied(world: Path, tmp_path: Path, uptrain, monkeypatch) -> None:
     """Without clipping, too: the third step's gradient is infinite; the second step's checkpoint stays."""
-    from hf_attn_patch.training import objectives
+    from hf_attn_patch.training.model import objectives
 
     loss, calls = objectives.CausalObjective.loss, []
 

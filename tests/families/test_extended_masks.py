@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hf_attn_patch import AttentionError
-from hf_attn_patch.integration import attention_forward
+from hf_attn_patch.hf.attention_function import attention_forward
 
 deepseek_v4 = pytest.importorskip("transformers.models.deepseek_v4")
 LAYERS = ["sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"]

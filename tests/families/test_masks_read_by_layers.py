@@ -10,7 +10,7 @@ import torch
 import transformers
 
 import hf_attn_patch
-from hf_attn_patch.masking import EXTENDS_MASKS
+from hf_attn_patch.hf.mask_function import EXTENDS_MASKS
 
 SIZES: dict[str, Any] = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 DECODER = {**SIZES, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -12,9 +12,9 @@ import pytest
 import torch
 from conformance import assert_conforms
 
-from hf_attn_patch.dispatch import BACKENDS, attend, backend
-from hf_attn_patch.layout import DENSE, PADDED, Layout, full, packed
-from hf_attn_patch.request import AttentionError
+from hf_attn_patch.attn.dispatch import BACKENDS, attend, backend
+from hf_attn_patch.attn.request import AttentionError
+from hf_attn_patch.attn.visibility import DENSE, PADDED, Layout, full, packed
 
 pytestmark = pytest.mark.gpu
 KINDS = ["full", "causal", "window", "both sides", "padded", "padded causal", "packed", "dense"]

@@ -14,8 +14,8 @@ from decoding import FAMILIES, generate, recorded
 from transformers import DynamicCache
 
 import hf_attn_patch
-from hf_attn_patch import recorded_step
-from hf_attn_patch.cache import GrowingCache
+from hf_attn_patch.cache.growing_cache import GrowingCache
+from hf_attn_patch.decoding import step as recorded_step
 
 pytestmark = pytest.mark.gpu
 

@@ -7,7 +7,7 @@ import torch
 from conformance import assert_conforms
 from paged_requests import PagedRequests
 
-from hf_attn_patch.paged_decode import paged_decode
+from hf_attn_patch.hf.paged_decode import paged_decode
 
 pytestmark = pytest.mark.gpu
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from conformance import assert_conforms
 
-from hf_attn_patch.backends import torch_sdpa
-from hf_attn_patch.dispatch import attend
-from hf_attn_patch.functional import attention
-from hf_attn_patch.layout import PADDED, Layout, full
+from hf_attn_patch.attn.backends import torch_sdpa
+from hf_attn_patch.attn.dispatch import attend
+from hf_attn_patch.attn.functional import attention
+from hf_attn_patch.attn.visibility import PADDED, Layout, full
 
 pytestmark = pytest.mark.gpu
 

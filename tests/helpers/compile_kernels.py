@@ -13,8 +13,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from hf_attn_patch.kernels import decode_launch
-from hf_attn_patch.kernels.launcher import Launch
+from hf_attn_patch.attn.kernels import decode_launch
+from hf_attn_patch.attn.kernels.launcher import Launch
 
 HOPPER, SMS = GPUTarget("cuda", 90, 32), 132
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.bool: "i1"}

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 import hf_attn_patch
-from hf_attn_patch import graphs
+from hf_attn_patch.decoding import cuda_graphs as graphs
 
 SIZES = {
     "vocab_size": 128,

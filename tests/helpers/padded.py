@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from hf_attn_patch import unpadded
-from hf_attn_patch.packing import IGNORE
+from hf_attn_patch.hf.padded_rows import IGNORE
 
 SIZES = {
     "vocab_size": 64,

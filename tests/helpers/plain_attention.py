@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from hf_attn_patch.conversion.layouts import AttentionWeights
 from torch import Tensor
+
+from hf_attn_patch.conversion.families.head_layouts import AttentionWeights
 
 
 def rope(x_SD: Tensor, layout: str, dims: int) -> Tensor:

@@ -6,9 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from hf_attn_patch.conversion.engine import from_heads, to_heads
-from hf_attn_patch.conversion.planner import Plan
 from safetensors.torch import load_file, save_file
+
+from hf_attn_patch.conversion.methods.apply import from_heads, to_heads
+from hf_attn_patch.conversion.planner import Plan
 
 #: a norm between projection and scores knows the basis of K: there heads are made equal instead
 KEYS_HAVE_A_NORM = {

@@ -12,7 +12,7 @@ from packaging.version import Version
 from torch import Tensor
 from transformers import AutoConfig
 
-from hf_attn_patch import zoo
+from hf_attn_patch.hf import auto_classes as zoo
 
 BEFORE_5_24 = Version(transformers.__version__) < Version("5.24")  # GPT-J and CodeGen joined the interface in it
 HEADS, DIM, VOCAB = 4, 8, 61

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from hf_attn_patch.modeling import Alibi, GroupedQueryAttention, RelativeBias, Rope
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache, EncoderDecoderCache, LlamaConfig, StaticCache
@@ -12,6 +11,7 @@ from transformers.cache_utils import Cache, QuantizedLayer
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from hf_attn_patch import GrowingCache
+from hf_attn_patch.modeling import Alibi, GroupedQueryAttention, RelativeBias, Rope
 
 E, HQ, D = 24, 4, 6
 POSITIONS = {

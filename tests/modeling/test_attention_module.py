@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-from hf_attn_patch.modeling import Alibi, GroupedQueryAttention, RelativeBias, Rope, attention, positions
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -17,6 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from hf_attn_patch import GroupingError
+from hf_attn_patch.modeling import Alibi, GroupedQueryAttention, RelativeBias, Rope, attention, positions
 
 E, HQ, D = 32, 4, 8
 

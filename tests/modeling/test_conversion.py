@@ -3,11 +3,12 @@
 import pytest
 import torch
 import transformers
-from hf_attn_patch.conversion import convert, inspect_source, plan, verify
-from hf_attn_patch.conversion import from_pretrained as convert_while_loading
-from hf_attn_patch.conversion.reader import open_source
 from safetensors.torch import load_file
 from zoo_cases import CASES, DIM, HEADS, output
+
+from hf_attn_patch.conversion import convert, inspect_source, plan, verify
+from hf_attn_patch.conversion import from_pretrained as convert_while_loading
+from hf_attn_patch.conversion.checkpoints.reader import open_source
 
 cases = pytest.mark.parametrize("case", CASES, ids=[c.stock for c in CASES])
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 import transformers
 from click.testing import CliRunner
-from hf_attn_patch.conversion import ConversionError, convert, verify
-from hf_attn_patch.modeling import remote_code
 from zoo_cases import BY_NAME, CASES, output
 
 from hf_attn_patch.cli import main
+from hf_attn_patch.conversion import ConversionError, convert, verify
+from hf_attn_patch.modeling import remote_code
 
 # a fresh interpreter in which hf_attn_patch cannot be imported, only transformers
 LOAD = """

@@ -6,14 +6,14 @@ import sys
 import pytest
 import torch
 import transformers
-from hf_attn_patch.modeling.bert import GroupedBertLMHeadModel
-from hf_attn_patch.modeling.falcon import GroupedFalconConfig, GroupedFalconForCausalLM
-from hf_attn_patch.modeling.gpt2 import GroupedGPT2LMHeadModel
 from transformers import AutoConfig, AutoModelForCausalLM
 from zoo_cases import BY_NAME, CASES, DIM, HEADS, E, gpt2_columns, output, separate
 
 import hf_attn_patch
 from hf_attn_patch import GroupingError
+from hf_attn_patch.modeling.bert import GroupedBertLMHeadModel
+from hf_attn_patch.modeling.falcon import GroupedFalconConfig, GroupedFalconForCausalLM
+from hf_attn_patch.modeling.gpt2 import GroupedGPT2LMHeadModel
 
 FALCONS = {
     "multi-query": ({"multi_query": True}, 1),

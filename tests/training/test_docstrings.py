@@ -11,7 +11,9 @@ import pytest
 import hf_attn_patch.training
 
 
-@pytest.mark.parametrize("name", [m.name for m in pkgutil.iter_modules(hf_attn_patch.training.__path__)])
+@pytest.mark.parametrize(
+    "name", [m.name for m in pkgutil.walk_packages(hf_attn_patch.training.__path__, "hf_attn_patch.training.")]
+)
 def test_examples(name):
-    result = doctest.testmod(importlib.import_module(f"hf_attn_patch.training.{name}"))
+    result = doctest.testmod(importlib.import_module(name))
     assert result.failed == 0

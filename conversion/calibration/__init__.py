@@ -1,0 +1,1 @@
+"""Methods that read text, and fit every layer to the original's."""

@@ -1,0 +1,326 @@
+"""The method ``calibrated``: merge heads by what the layers read on real text, then fit every layer to the original's.
+
+The text goes up through the model layer by layer, once. Of each layer the moments of its inputs are summed, its heads
+are merged with them (:mod:`.align`), and its attention is fitted to what the original layer gives (:mod:`.refit`)
+before the next layer is looked at. One layer at a time is on the device, in fp32; the model itself stays in its
+mapped file, and on the CPU are two sets of hidden states, 2 * tokens * E numbers, unless a GPU has plenty of room.
+
+An encoder-decoder goes the same way: first the encoder, then the decoder, whose two attentions are fitted together and
+whose cross-attention reads the encoder's output, the original's or the converted one's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from hf_attn_patch.conversion.errors import ConversionError
+from hf_attn_patch.conversion.families.head_layouts import AttentionWeights
+from hf_attn_patch.conversion.loadcheck import device_named
+from hf_attn_patch.conversion.methods.aligned import Aligned
+from hf_attn_patch.conversion.methods.apply import from_heads, to_heads
+from hf_attn_patch.conversion.planner import Plan, Unit
+
+from .layers import Block, Side, caller, load, sides
+from .moments import Moments
+from .pairs import text_pairs
+from .refit import RefitRecipe, Run, TwoStreams
+from .text import calibration_ids
+
+#: tokens of a sequence at most, where nothing else is asked for
+LENGTH, PAIR_LENGTH, ENCODER_LENGTH = 1024, 512, 128
+
+
+class Calibrated:
+    """A merge of whole layers. ``record`` tells what it was calibrated on and how well layers fit.
+
+    Layers are gone through in the model's order, whichever is asked for first; what came out on the way is kept.
+
+    Args:
+        plan: of a model that reads text.
+        calibrate: a text file, JSONL, a folder, or the id of a data set.
+        calibration_tokens: how many at most.
+        calibration_length: of each sequence; by default 1024, of encoder-decoders 512, of encoders what the text's
+            paragraphs typically have (at most 128), or what the model can read.
+        refit: fit each layer's attention after the merge.
+        group: see :class:`~hf_attn_patch.conversion.methods.aligned.Aligned`.
+        device: where layers run; a GPU if there is one.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        calibrate: str | None,
+        calibration_tokens: int = 500_000,
+        calibration_length: int | None = None,
+        refit: bool = True,
+        group: str | None = None,
+        device: str | None = None,
+    ) -> None:
+        refuse(plan)
+        self.plan, self.refit = plan, refit
+        self.device = device_named(device)
+        self.aligned = Aligned(plan, group or "adjacent")
+        self.units = {unit.layer.prefix: unit for unit in plan.units}
+        self.original = load(plan)
+        tokenizer = tokenizer_of(plan)
+        both = bool(plan.config.is_encoder_decoder)
+        causal = both or plan.units[0].layer.stack.causal
+        ids, about, notes = calibration_ids(
+            tokenizer,
+            str(calibrate),
+            tokens=calibration_tokens,
+            length=calibration_length,
+            longest=longest(plan, PAIR_LENGTH if both else LENGTH if causal else ENCODER_LENGTH, calibration_length),
+            seed=plan.seed,
+            whole=not causal,
+        )
+        if int(ids.max()) >= self.original.get_input_embeddings().num_embeddings:
+            raise ConversionError(f"{plan.source.name}: its tokenizer has ids that the model has no embedding for")
+        self.half = next(self.original.parameters()).dtype in (torch.float16, torch.bfloat16)
+        self.sides = sides(plan, self.original)
+        self.texts = [ids]
+        if both:
+            *self.texts, about["pairs"] = text_pairs(ids, tokenizer, plan.config)
+        self.record = self.aligned.record | {"calibration": about, "refit": refit, "layers": {}, "notes": notes}
+        self.side = self.number = -1
+        self.memory: tuple[Tensor | None, Tensor | None] = (None, None)
+        self.done: dict[str, AttentionWeights] = {}
+        self.bar = tqdm(total=self._count(), desc="calibrating", unit="layer", disable=None)
+        self._next_side()
+        if refit and not self.streams.unseen:
+            notes.append("too little calibration text to fit layers on: heads were merged, and nothing was fitted")
+
+    def autocast(self) -> Any:
+        if self.device.type == "cuda":
+            return torch.autocast("cuda", torch.bfloat16)
+        return contextlib.nullcontext()
+
+    def __call__(self, weights: AttentionWeights) -> AttentionWeights:
+        """The merged layer; the layers below it are passed on the way."""
+        prefix = weights.layer.prefix
+        while prefix not in self.done:
+            self._pass()
+        if self.bar.n == self.bar.total:
+            self.bar.close()
+        return self.done.pop(prefix)
+
+    def _count(self) -> int:
+        """How many layers have to be passed: those above the last one that changes need not be."""
+        blocks = [block for side in self.sides for block in side.blocks]
+        return 1 + max(i for i, block in enumerate(blocks) if self._units(block))
+
+    def _units(self, block: Block) -> list[tuple[Unit, str]]:
+        """What changes in a layer, and the attention's name in it."""
+        return [(self.units[a.prefix], inside) for a, inside in block.attentions if a.prefix in self.units]
+
+    def _next_side(self) -> None:
+        """Begin with the first side, or go on from the encoder to the decoder."""
+        if self.side >= 0:
+            tail, streams = self._current.tail, self.streams
+            ends = []
+            with torch.no_grad():
+                for stream in (streams.theirs, streams.ours):
+                    like: Tensor = next(self._current.blocks[0].original.parameters())
+                    ends.append(torch.cat([tail(x.to("cpu", like.dtype)).to(x) for x in stream.split(16)]))
+            self.memory = (ends[0], ends[1])
+        self.side, self.number = self.side + 1, 0
+        self._look()
+        self.streams: TwoStreams = TwoStreams(
+            self._placed(self._current.hidden),
+            RefitRecipe(seed=self.plan.seed),
+            device=self.device,
+            autocast=self.autocast,
+            noise=1e-5 if self.half or self.device.type == "cuda" else 1e-10,
+        )
+
+    def _look(self) -> None:
+        """See what this side's first layer reads; sequences for which that is not finite are left out."""
+        side = self._current
+        for _ in range(2):
+            theirs, like = self.memory[0], next(side.blocks[0].original.parameters())
+            side.look(self.texts[self.side], None if theirs is None else theirs[:1].to("cpu", like.dtype))
+            fine = side.hidden.isfinite().flatten(1).all(1)
+            if fine.all():
+                return
+            if not fine.any():
+                break
+            self.record["notes"].append(
+                f"{int((~fine).sum())} of {len(fine)} sequences of calibration text were left out: what the model's"
+                " layers read there is not finite"
+            )
+            self.texts = [ids[fine] for ids in self.texts]
+            theirs, ours = ((None if x is None else x[fine.to(x.device)]) for x in self.memory)
+            self.memory = (theirs, ours)
+        raise ConversionError(
+            f"{self.plan.source.name}: its embeddings are not finite; nothing can be calibrated on it"
+        )
+
+    @property
+    def _current(self) -> Side:
+        return self.sides[self.side]
+
+    def _placed(self, hidden: Tensor) -> Tensor:
+        """On a GPU that has plenty of room for two such streams they stay there."""
+        if self.device.type == "cuda" and 6 * hidden.nbytes < torch.cuda.mem_get_info(self.device)[0]:
+            return hidden.to(self.device)
+        return hidden
+
+    def _pass(self) -> None:
+        """Send both streams through the next layer, and keep its merged attentions if it has any."""
+        if self.number == len(self._current.blocks):
+            self._next_side()
+        block, streams = self._current.blocks[self.number], self.streams
+        units = self._units(block)
+        truth, theirs, own = self._open(block)
+        if not units:
+            self._check(streams.original(theirs))
+            streams.converted(own(truth))
+        else:
+            with contextlib.ExitStack() as stack:
+                moments = [stack.enter_context(Moments(truth.get_submodule(name), u.layer)) for u, name in units]
+                size = streams.original(theirs)
+            self._check(size)
+            merged = [self._merge(unit, m) for (unit, _), m in zip(units, moments, strict=True)]
+            student = self._student(block, truth, units, merged)
+            ours: Run = own(student)
+            trained = {n: p for unit, name in units for n, p in self._trained(student, unit, name).items()}
+            if self.refit:
+                before, after = streams.fit(ours, list(trained.values()), size)
+                self.record["layers"].update({u.layer.prefix: {"error": before, "refitted": after} for u, _ in units})
+            for name, parameter in trained.items():  # what is stored is what the layers above shall build on
+                stored = self.plan.source.read(name).dtype
+                parameter.data = parameter.data.to(stored).float()
+            streams.converted(ours)
+            for (unit, _), weights in zip(units, merged, strict=True):
+                self.done[unit.layer.prefix] = self._heads(unit, trained, weights)
+        self.number += 1
+        self.bar.update()
+
+    def _open(self, block: Block) -> tuple[nn.Module, Run, Callable[[nn.Module], Run]]:
+        """The original's layer on the device in fp32; what runs it; and what makes the same of a converted layer."""
+        truth = copy.deepcopy(block.original).to(self.device, torch.float32).eval().requires_grad_(False)
+        given = self._current.arguments[self.number]
+        return truth, caller(given, self.device, self.memory[0])(truth), caller(given, self.device, self.memory[1])
+
+    def _check(self, size: float) -> None:
+        """Layer by layer must be what the model itself does: some models do more between their layers."""
+        number, seen = self.number, self._current.seen
+        if not math.isfinite(size):
+            raise ConversionError(
+                f"{self.plan.source.name} cannot be calibrated: what its layer {number} gives on the text is not"
+                " finite; use --method aligned"
+            )
+        if number + 1 >= len(seen):
+            return
+        want, got = seen[number + 1].float(), self.streams.theirs[:1].float().cpu()
+        error = (want - got).norm() / want.norm().clamp_min(1e-30)
+        if not error < (0.05 if self.half or self.device.type == "cuda" else 1e-3):
+            raise ConversionError(
+                f"{self.plan.model_type} cannot be calibrated layer by layer (what its layer {number} gives is not what"
+                " the next one reads); use --method aligned"
+            )
+
+    def _merge(self, unit: Unit, moments: Moments) -> AttentionWeights:
+        prefix = unit.layer.prefix
+        for key, (moment, note) in zip((prefix, (prefix, "memory")), moments.results(), strict=False):
+            if note:
+                self.record["notes"].append(f"{prefix.rstrip('.')}: {note}")
+            if moment is not None:
+                self.aligned.moments[key] = moment
+        weights = to_heads(unit, {name: self.plan.source.read(name) for name in unit.reads})
+        merged = self.aligned(on(weights, self.device))
+        for key in (prefix, (prefix, "memory")):
+            self.aligned.moments.pop(key, None)
+        return on(merged, torch.device("cpu"))
+
+    def _student(
+        self, block: Block, truth: nn.Module, units: list[tuple[Unit, str]], merged: list[AttentionWeights]
+    ) -> nn.Module:
+        """The layer with fewer KV heads: the original's tensors, and the merged ones."""
+        student = copy.deepcopy(block.converted).to_empty(device=self.device).eval()
+        known = dict(truth.named_parameters()) | dict(truth.named_buffers())
+        for (unit, inside), weights in zip(units, merged, strict=True):
+            prefix = unit.layer.prefix
+            known |= {f"{inside}.{n.removeprefix(prefix)}": t for n, t in from_heads(unit, weights).items()}
+        with torch.no_grad():
+            for name, tensor in [*student.named_parameters(), *student.named_buffers()]:
+                tensor.data = known[name].detach().to(self.device, tensor.dtype).clone()
+        return student.float().requires_grad_(False)
+
+    def _trained(self, student: nn.Module, unit: Unit, inside: str) -> dict[str, nn.Parameter]:
+        """By their names in the checkpoint, the parameters of the student's layer that the unit writes."""
+        prefix = unit.layer.prefix
+        out = {n: student.get_parameter(f"{inside}.{n.removeprefix(prefix)}") for n in unit.writes}
+        for parameter in out.values():
+            parameter.requires_grad_(True)
+        return out
+
+    def _heads(self, unit: Unit, trained: dict[str, nn.Parameter], like: AttentionWeights) -> AttentionWeights:
+        layer = unit.layer
+        done = replace(
+            unit,
+            layer=replace(layer, kv_heads=layer.new_kv_heads),
+            projections=layer.stack.written or layer.stack.projections,
+        )
+        found = to_heads(done, {name: trained[name].detach().cpu() for name in unit.writes})
+        return replace(found, layer=like.layer)
+
+
+def calibrated(plan: Plan, **options: Any) -> Calibrated:
+    """Heads are merged by what layers read on a calibration text, and layers fitted to the original's on it."""
+    return Calibrated(plan, **options)
+
+
+def refuse(plan: Plan) -> None:
+    """Raise for what cannot be calibrated on text."""
+    stacks = {unit.layer.stack.name for unit in plan.units}
+    cross = any(unit.layer.stack.cross for unit in plan.units)
+    if not plan.config.is_encoder_decoder and (len(stacks) > 1 or cross):
+        raise ConversionError(
+            f"{plan.model_type} has several attentions ({', '.join(sorted(stacks))}), which cannot be calibrated; "
+            "use --method aligned"
+        )
+    if plan.text_config is not plan.config:
+        raise ConversionError(
+            f"{plan.model_type} is part of a larger model, which cannot be calibrated on text; use --method aligned"
+        )
+    alibi = any(unit.layer.stack.no_rope_layers == "alibi" and unit.layer.fixed_heads for unit in plan.units)
+    if alibi or plan.model_type.endswith("bloom"):  # their layers are given slopes that are as long as the batch
+        raise ConversionError(f"{plan.model_type} with ALiBi cannot be calibrated; use --method aligned")
+
+
+def tokenizer_of(plan: Plan) -> Any:
+    from hf_attn_patch.training.errors import TrainingError
+    from hf_attn_patch.training.models import load_tokenizer
+
+    try:
+        return load_tokenizer(str(plan.source.folder))
+    except TrainingError as error:
+        raise ConversionError(f"--calibrate: {error}; put the tokenizer's files beside the weights") from None
+
+
+def longest(plan: Plan, at_most: int, asked: int | None = None) -> int:
+    """Tokens of a calibration sequence: what the model can read, and no more than ``at_most``.
+
+    Raises:
+        ConversionError: ``asked`` is more than that, or nothing.
+    """
+    limit = getattr(plan.text_config, "max_position_embeddings", None)
+    if asked is not None and (asked < 2 or (limit and asked > limit)):
+        raise ConversionError(f"--calibration-length {asked}: give 2 or more" + f", at most {limit}" * bool(limit))
+    return min(at_most, max(2, int(limit or at_most) - 2))
+
+
+def on(weights: AttentionWeights, device: torch.device) -> AttentionWeights:
+    values = {f.name: getattr(weights, f.name) for f in fields(weights)}
+    moved: dict[str, Any] = {n: t.to(device) for n, t in values.items() if isinstance(t, Tensor)}
+    return replace(weights, **moved)

@@ -1,0 +1,195 @@
+"""A model taken apart for the way through it layer by layer: its layers in order, what is in them, what they are given.
+
+Shapes: N sequences of calibration text, S sequence, E model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_attn_patch.conversion.errors import ConversionError
+from hf_attn_patch.conversion.families.config import architectures
+from hf_attn_patch.conversion.families.layer import LayerAttention
+from hf_attn_patch.conversion.loadcheck import model_class_of, quiet
+from hf_attn_patch.conversion.planner import Plan
+
+from .refit import Arguments, Rows, layer_inputs, run_layer
+
+
+@dataclass(frozen=True)
+class Block:
+    """A layer of the model: the original's module, the converted one's (without weights), the attentions in it.
+
+    ``attentions``: each with the name of its module inside the layer.
+    """
+
+    original: nn.Module
+    converted: nn.Module
+    attentions: tuple[tuple[LayerAttention, str], ...]
+
+
+@dataclass
+class Side:
+    """A stack of layers that hidden states go through: a model has one, an encoder-decoder two.
+
+    Attributes:
+        run: sends ids [B, S] through the original's layers; a decoder also gets what it reads of the encoder.
+        tail: what stands between the last layer and what reads this side's output.
+        reads: whether this is a decoder that reads an encoder's output.
+        hidden: what the first layer reads, [N, S, E]; ``seen``: what every layer reads for the first sequence.
+        arguments: what else each layer is called with; :data:`MEMORY` stands for the encoder's output.
+    """
+
+    blocks: list[Block]
+    run: Callable[..., object]
+    tail: Callable[[Tensor], Tensor] = lambda x: x
+    reads: bool = False
+    hidden: Tensor = field(default_factory=lambda: torch.empty(0))
+    arguments: list[Arguments] = field(default_factory=list)
+    seen: list[Tensor] = field(default_factory=list)
+
+    def look(self, ids: Tensor, memory: Tensor | None = None) -> None:
+        """Fill in what the layers are called with for ``ids`` [N, S].
+
+        Args:
+            memory: the encoder's output for the first sequence, [1, S', E].
+        """
+        run = self.run if memory is None else lambda block: self.run(block, memory.expand(len(block), -1, -1))
+        self.hidden, found, self.seen = layer_inputs(run, [b.original for b in self.blocks], ids)
+        self.arguments = [_marked(given, memory) for given in found]
+
+
+class _Memory:
+    """Stands for the encoder's output among a layer's arguments."""
+
+
+MEMORY = _Memory()
+
+
+def _marked(value: Any, memory: Tensor | None) -> Any:
+    """``value`` with :data:`MEMORY` in place of the encoder's output."""
+    if isinstance(value, Tensor):
+        return MEMORY if memory is not None and value.data_ptr() == memory.data_ptr() else value
+    if isinstance(value, (tuple, list)):
+        return type(value)(_marked(v, memory) for v in value)
+    return {k: _marked(v, memory) for k, v in value.items()} if isinstance(value, dict) else value
+
+
+def caller(arguments: Arguments, device: torch.device, memory: Tensor | None) -> Callable[[nn.Module], Any]:
+    """From a layer to the function that :class:`~.refit.TwoStreams` runs: fp32, on ``device``, without a cache.
+
+    Args:
+        memory: the encoder's output for all sequences [N, S, E], if the layer reads it.
+    """
+
+    def move(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.to(device, torch.float32) if value.is_floating_point() else value.to(device)
+        if isinstance(value, (tuple, list)):
+            return type(value)(move(v) for v in value)
+        if isinstance(value, dict):
+            return {k: move(v) for k, v in value.items()}
+        return value if isinstance(value, (int, float, str, bool, type(None), _Memory)) else None
+
+    def filled(value: Any, rows: Rows) -> Any:
+        if value is MEMORY and memory is not None:
+            return memory[rows].to(device, torch.float32)
+        if isinstance(value, (tuple, list)):
+            return type(value)(filled(v, rows) for v in value)
+        return {k: filled(v, rows) for k, v in value.items()} if isinstance(value, dict) else value
+
+    moved = move(arguments)
+    return lambda layer: lambda x, rows: run_layer(layer, x.float(), filled(moved, rows))
+
+
+def sides(plan: Plan, model: Any) -> list[Side]:
+    """The stacks of layers of a model, in the order in which text goes through them."""
+    student = _meta_model(plan)
+    found: dict[str, list[tuple[LayerAttention, str]]] = {}
+    for layer in plan.layers:
+        name = attention_name(model, layer)
+        found.setdefault(layer_name(name), []).append((layer, name.removeprefix(layer_name(name) + ".")))
+    names = sorted(found, key=lambda name: int(name.rpartition(".")[2]))
+    blocks = {
+        name: Block(
+            model.get_submodule(name),
+            student.get_submodule(layer_name(attention_name(student, found[name][0][0]))),
+            tuple(found[name]),
+        )
+        for name in names
+    }
+    if not plan.config.is_encoder_decoder:
+        return [Side(list(blocks.values()), lambda ids: model(input_ids=ids))]
+    encoder, decoder = model.get_encoder(), model.get_decoder()
+    inside = set(map(id, encoder.modules()))
+    first = [b for b in blocks.values() if id(b.original) in inside]
+    second = [b for b in blocks.values() if id(b.original) not in inside]
+    norm = getattr(encoder, "final_layer_norm", None) or getattr(encoder, "layer_norm", None)
+    return [
+        Side(first, lambda ids: encoder(input_ids=ids), norm or (lambda x: x)),
+        Side(second, lambda ids, memory: decoder(input_ids=ids, encoder_hidden_states=memory), reads=True),
+    ]
+
+
+def _meta_model(plan: Plan) -> nn.Module:
+    """The converted model without weights."""
+    from transformers import CONFIG_MAPPING, AutoModel
+
+    config = CONFIG_MAPPING[plan.new_config["model_type"]].from_dict(dict(plan.new_config))
+    config.use_cache = False
+    model_class = model_class_of(plan.new_config, config)
+    with torch.device("meta"), quiet():
+        model: nn.Module = AutoModel.from_config(config) if model_class is None else model_class._from_config(config)
+    return model
+
+
+def attention_name(model: nn.Module, layer: Any) -> str:
+    """The attention module of a layer: the model's name for what the checkpoint keeps under ``layer.prefix``."""
+    local = layer.stack.layer.format(i=layer.index).rstrip(".")
+    prefix = layer.prefix.rstrip(".")
+    found = [n for n, _ in model.named_modules() if n == local or n.endswith("." + local)]
+    exact = [n for n in found if n == prefix or n.endswith("." + prefix) or prefix.endswith("." + n)] or found
+    if len(exact) != 1:
+        raise ConversionError(
+            f"{type(model).__name__} has {len(exact)} modules {local!r}; use --method aligned, which needs no text"
+        )
+    return exact[0]
+
+
+def layer_name(attention: str) -> str:
+    """The layer that an attention module is in: its name up to the first number."""
+    parts = attention.split(".")
+    number = next(i for i, part in enumerate(parts) if part.isdigit())
+    return ".".join(parts[: number + 1])
+
+
+def load(plan: Plan) -> Any:
+    """The original on the CPU, in its own dtype.
+
+    Where the result is of a class of ours, so is this: with all its heads that is the stock model, and its layers are
+    called as the result's will be (GPT-Neo's stock layers, for one, know their window by themselves).
+    """
+    import transformers
+    from transformers import CONFIG_MAPPING
+
+    raw = dict(plan.source.config)
+    if plan.family.becomes and raw["model_type"] != plan.family.becomes:
+        raw["model_type"] = plan.family.becomes
+        raw["architectures"] = [f"Grouped{name}" for name in architectures(raw)]
+    config = CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
+    model_class = model_class_of(raw, config) or transformers.AutoModel
+    with quiet():
+        try:
+            model = model_class.from_pretrained(plan.source.folder, config=config, dtype="auto")
+        except Exception as error:  # whatever a model's constructor refuses
+            text = " ".join(str(error).split())[:300]
+            raise ConversionError(f"{plan.source.name} cannot be loaded for calibration: {text}") from None
+    if model.main_input_name != "input_ids":
+        raise ConversionError(f"{plan.model_type} reads {model.main_input_name}, no text; use --method aligned")
+    model.config.use_cache = False
+    return model.eval().requires_grad_(False)

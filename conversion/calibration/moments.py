@@ -1,0 +1,69 @@
+"""What a layer's attention reads on calibration text, as second moments summed over the text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_attn_patch.conversion.families.layer import LayerAttention
+
+
+class Sum:
+    """Sums of x x^T over the rows that a module reads, x extended by a constant 1, in fp64, where x is."""
+
+    def __init__(self) -> None:
+        self.sum: Tensor | None = None
+        self.rows = self.broken = 0
+
+    def add(self, _module: nn.Module, args: tuple[Any, ...]) -> None:
+        x = args[0].detach().flatten(0, -2).float()
+        fine = x.isfinite().all(-1)
+        self.rows, self.broken = self.rows + len(x), self.broken + int((~fine).sum())
+        x = torch.cat([x, torch.ones_like(x[:, :1])], 1)[fine]
+        with torch.autocast(x.device.type, enabled=False):
+            part = (x.T @ x).double()
+        self.sum = part if self.sum is None else self.sum + part
+
+    def result(self) -> tuple[Tensor | None, str | None]:
+        """E[x x^T] [E + 1, E + 1] (None: use the weights alone), and what had to be done to it."""
+        count = self.rows - self.broken
+        if self.sum is None or count == 0 or not self.sum.isfinite().all():
+            return None, "its inputs are not finite: merged by the weights alone"
+        moment = self.sum / count
+        notes = [f"{self.broken} of {self.rows} inputs are not finite and were left out"] if self.broken else []
+        E = len(moment) - 1
+        values = torch.linalg.eigvalsh(moment)
+        rank = int((values > values[-1] * 1e-9).sum())
+        if rank < E:  # LayerNorm alone takes one away
+            # directions that the text does not have still count a little
+            share = max(1e-3, E / (E + count))
+            mean = moment.diagonal()[:-1].mean()
+            plain = torch.cat([mean.expand(E), mean.new_ones(1)])
+            moment = (1 - share) * moment + share * plain.diag()
+            notes.append(f"second moment of rank {rank} of {E + 1}: mixed with {share:.1%} of the identity")
+        return moment, "; ".join(notes) or None
+
+
+class Moments:
+    """Sums over what the attention of a layer reads; in cross-attention also over what K and V are made from."""
+
+    def __init__(self, attention: nn.Module, layer: LayerAttention) -> None:
+        roles = ("q", "k") if layer.stack.cross else ("q",)
+        self.read: list[tuple[nn.Module, Sum]] = []
+        for role in roles:
+            module = next(p.module for p in layer.stack.projections if role in p.holds)
+            self.read.append((attention.get_submodule(module), Sum()))
+
+    def __enter__(self) -> Moments:
+        self.hooks = [module.register_forward_pre_hook(found.add) for module, found in self.read]
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+    def results(self) -> list[tuple[Tensor | None, str | None]]:
+        """:meth:`Sum.result` of the layer's inputs, and in cross-attention of the encoder's output."""
+        return [found.result() for _, found in self.read]

@@ -1,0 +1,181 @@
+"""The calibration text: a file, JSONL, a folder or a data set, cut into sequences of equal length."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_attn_patch.conversion.errors import ConversionError
+
+#: characters read for each token that is wanted: more than a token has, so that a seed can choose among them
+CHARACTERS = 12
+#: fewer tokens say nothing about a layer's inputs
+FEWEST = 16
+
+
+def read_text(path: Path) -> str:
+    """A text file.
+
+    Raises:
+        ConversionError: it cannot be read, or is no text.
+    """
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise ConversionError(f"{path} cannot be read: {error.strerror}") from None
+    text = raw.decode("utf-8", errors="replace")
+    if b"\0" in raw or text.count("\ufffd") > len(text) / 10:
+        raise ConversionError(f"{path} is no text (it has bytes that are not UTF-8); give text, JSONL or a data set")
+    if not text.strip():
+        raise ConversionError(f"{path} holds no text")
+    return text
+
+
+def documents(source: str, seed: int) -> Iterator[str]:
+    """The texts of ``source``: a text file, JSONL or Parquet with a field ``text``, a folder, or the id of a data set.
+
+    Raises:
+        ConversionError: there is nothing of the kind.
+    """
+    path = Path(source).expanduser()
+    if path.is_file() and path.suffix.lower() in (".jsonl", ".json", ".ndjson"):
+        yield from _json_lines(path)
+    elif path.is_file() and path.suffix.lower() != ".parquet":
+        yield read_text(path)
+    else:
+        from hf_attn_patch.documents.sources import open_documents, take_fields
+        from hf_attn_patch.training.errors import TrainingError
+
+        try:
+            records = open_documents(source)
+            for record in records if path.exists() else records.shuffle(seed=seed, buffer_size=1000):
+                yield take_fields(record, ("text",), source)[0]
+        except TrainingError as error:
+            raise ConversionError(f"--calibrate: {error}") from None
+        except Exception as error:  # a table or a data set that is broken in any way
+            text = " ".join(str(error).split())[:200]
+            raise ConversionError(f"--calibrate {source} cannot be read: {type(error).__name__}: {text}") from None
+
+
+def _json_lines(path: Path) -> Iterator[str]:
+    text = read_text(path)
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError:
+            raise ConversionError(f"{path}, line {number} is no JSON; JSONL has one object a line") from None
+        if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+            raise ConversionError(f'{path}, line {number} has no field "text" with a text in it')
+        yield record["text"]
+
+
+def calibration_ids(
+    tokenizer: Any, source: str, *, tokens: int, length: int | None, longest: int, seed: int, whole: bool
+) -> tuple[Tensor, dict[str, Any], list[str]]:
+    """Sequences of calibration text.
+
+    Args:
+        tokens: how many at most.
+        length: S, of each sequence; less where the text has fewer tokens than that. None: ``longest``; with ``whole``
+            what a paragraph (a document of JSONL or a data set) has, if that is less: an encoder of sentences must
+            be shown sentences.
+        longest: what the model can read, or is of use.
+        seed: chooses sequences where there are more than wanted.
+        whole: every sequence gets the tokenizer's special tokens ([CLS] ... [SEP]), as encoders expect; otherwise
+            documents follow one another with an end-of-text token between.
+
+    Returns:
+        ids [N, S] int64, what to record of them, and notes for the user.
+
+    Raises:
+        ConversionError: there is no text, or next to none.
+    """
+    if tokens < FEWEST:
+        raise ConversionError(f"--calibration-tokens {tokens}: give at least {FEWEST}")
+    texts: list[str] = []
+    characters = 0
+    for text in documents(source, seed):
+        texts.append(text)
+        characters += len(text)
+        if characters > CHARACTERS * tokens:
+            break
+    limit = CHARACTERS * tokens
+    if whole:
+        length = length or min(longest, typical_length(tokenizer, texts))
+        joined = "\n\n".join(texts)[:limit]
+        rows = _windows(tokenizer, joined, length)
+    else:
+        length = length or longest
+        rows = _stream(tokenizer, [text[:limit] for text in texts], length)
+    found = sum(map(len, rows))
+    if found < FEWEST:
+        read = min(characters, limit)
+        broken = "; are the tokenizer's files beside the weights?" if read > 50 * FEWEST else ""
+        raise ConversionError(
+            f"--calibrate {source}: {found} tokens of text ({read} characters) are too few to calibrate on{broken}"
+        )
+    full = [row for row in rows if len(row) == length] or [max(rows, key=len)]
+    ids = torch.tensor(full, dtype=torch.int64)
+    chosen = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))
+    ids = ids[chosen[: max(1, tokens // ids.shape[1])]]
+    notes = []
+    if ids.numel() < 0.9 * min(tokens, 50_000):
+        notes.append(
+            f"only {ids.numel()} tokens of calibration text ({tokens} are asked for); more text gives a better model"
+        )
+    about = {
+        "source": source,
+        "seed": seed,
+        "sequences": len(ids),
+        "length": ids.shape[1],
+        "tokens": ids.numel(),
+        "ids_sha256": hashlib.sha256(ids.numpy().tobytes()).hexdigest(),
+    }
+    return ids, about, notes
+
+
+def typical_length(tokenizer: Any, texts: list[str], sample: int = 1000) -> int:
+    """The median number of tokens, special ones included, of a paragraph; at least 8.
+
+    Paragraphs stand between blank lines; in one text without blank lines every line is one.
+    """
+    pieces = [piece for text in texts for piece in re.split(r"\n\s*\n", text)]
+    if len(pieces) == 1:
+        pieces = pieces[0].splitlines()
+    pieces = [piece for piece in pieces if piece.strip()]
+    pieces = pieces[:: max(1, len(pieces) // sample)]
+    counts = sorted(len(tokenizer(piece[: 1 << 14], verbose=False)["input_ids"]) for piece in pieces)
+    return max(8, counts[len(counts) // 2]) if counts else 8
+
+
+def _stream(tokenizer: Any, texts: list[str], length: int) -> list[list[int]]:
+    """Documents one after the other, cut every ``length`` tokens."""
+    stream: list[int] = []
+    end = tokenizer.eos_token_id
+    piece = 1 << 16  # characters at a time: tokenizers take long over long texts
+    for text in texts:
+        for start in range(0, len(text), piece):
+            stream += tokenizer(text[start : start + piece], add_special_tokens=False, verbose=False)["input_ids"]
+        stream += [] if end is None else [end]
+    return [stream[i : i + length] for i in range(0, len(stream), length)]
+
+
+def _windows(tokenizer: Any, text: str, length: int) -> list[list[int]]:
+    """One text in windows of ``length`` tokens, each with the special tokens around it."""
+    rows: list[list[int]] = []
+    piece = 1 << 16
+    for start in range(0, len(text), piece):
+        cut = tokenizer(
+            text[start : start + piece], max_length=length, truncation=True, return_overflowing_tokens=True
+        )["input_ids"]
+        rows += cut if cut and isinstance(cut[0], list) else [cut]
+    return rows

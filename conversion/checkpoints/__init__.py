@@ -1,0 +1,1 @@
+"""Checkpoints as files: headers, tensors, shards; read and written without loading a model."""

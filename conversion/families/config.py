@@ -1,0 +1,153 @@
+"""From config.json to the language model's numbers, through transformers' own config classes (defaults included)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from hf_attn_patch.conversion.errors import ConversionError
+
+from .layer import ABSURD, LayerAttention, stack_layers
+from .table import TEXT_PREFIXES, Family, Stack, family_of, supported
+
+
+@dataclass
+class LanguageModel:
+    """The part of a model whose KV heads are converted.
+
+    ``path``: the keys that lead from the top of config.json to this part's own config (empty: the top itself).
+    ``prefix``: what stands before the layers' names in the checkpoint; known after :meth:`locate`.
+    """
+
+    family: Family
+    model_type: str
+    config: Any
+    text_config: Any
+    path: tuple[str, ...]
+    prefixes: tuple[str, ...]
+    stacks: list[tuple[Stack, list[LayerAttention]]]
+    prefix: str = ""
+    warnings: list[str] = field(default_factory=list)
+
+    def locate(self, names: Collection[str]) -> None:
+        """Find the prefix under which this checkpoint keeps its layers, and put it before every layer's names."""
+        for prefix in self.prefixes:
+            found = [_has(names, prefix, layers) for _, layers in self.stacks]
+            if any(found):
+                self.prefix = prefix
+                break
+        else:
+            first = self.stacks[0][1][0]
+            wanted = first.prefix + first.stack.projections[0].module + ".weight"
+            raise ConversionError(
+                f"the checkpoint has no tensor {wanted!r} (under {', '.join(map(repr, self.prefixes))}), "
+                f"where {self.model_type} keeps it"
+            )
+        self.stacks = [
+            (stack, [replace(layer, prefix=self.prefix + layer.prefix) for layer in layers])
+            for (stack, layers), here in zip(self.stacks, found, strict=True)
+            if here or not stack.optional
+        ]
+
+    def write_kv_heads(self, raw: dict[str, Any], layers: list[LayerAttention]) -> None:
+        """Change ``raw`` (a copy of config.json) so that it describes ``layers``."""
+        if not any(layer.changes for layer in layers):
+            return
+        part = raw
+        for key in self.path:
+            part = part[key]
+        for stack, _ in self.stacks:
+            own = [layer for layer in layers if layer.stack is stack]
+            if any(layer.changes for layer in own) or self.family.becomes:
+                stack.kv_field.write(part, self.text_config, own[0].heads, [layer.new_kv_heads for layer in own])
+        if self.family.becomes:
+            part["model_type"] = self.family.becomes
+            part["architectures"] = [f"Grouped{n.removeprefix('Grouped')}" for n in architectures(part)]
+        raw.pop("auto_map", None)  # the code that it names does not come along
+
+
+def _has(names: Collection[str], prefix: str, layers: list[LayerAttention]) -> bool:
+    """Whether a checkpoint has a tensor of a stack's first layer."""
+    modules = (projection.module for projection in layers[0].stack.projections)
+    starts = tuple(f"{prefix}{layers[0].prefix}{module}." for module in modules)
+    return any(name.startswith(starts) for name in names)
+
+
+def architectures(raw: Mapping[str, Any]) -> list[str]:
+    """The names of model classes in a config.json."""
+    names = raw.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ConversionError(f"config.json lists no class names under architectures but {names!r}")
+    return names
+
+
+def _refuse_quantized(raw: dict[str, Any], where: str) -> None:
+    how = raw.get("quantization_config") or raw.get("compression_config")
+    if how:
+        method = how.get("quant_method") if isinstance(how, dict) else None
+        raise ConversionError(
+            f"{where} describes a quantized checkpoint{f' ({method})' if method else ''}; convert the unquantized one, "
+            "then quantize that"
+        )
+
+
+def read_config(raw: dict[str, Any], where: str) -> LanguageModel:
+    """The language model that a config.json describes.
+
+    Raises:
+        ConversionError: unknown family, quantized, or numbers that cannot be.
+    """
+    model_type = raw.get("model_type")
+    if not isinstance(model_type, str) or not model_type:
+        raise ConversionError(f"{where} names no model_type, so the family is unknown")
+    _refuse_quantized(raw, where)
+    _refuse_absurd(raw, where)
+    config = _config_object(raw, model_type, where)
+    text = getattr(config, "text_config", None)
+    path: tuple[str, ...] = ()
+    text_config, text_type = config, model_type
+    if text is not None and getattr(text, "model_type", None) is not None and model_type not in supported():
+        text_config, text_type = text, text.model_type
+        if isinstance(raw.get("text_config"), dict):
+            path = ("text_config",)
+            _refuse_quantized(raw["text_config"], where)
+    try:
+        family = family_of(text_type)
+    except ConversionError as error:
+        known = None if text_type == model_type else f"{model_type!r}, whose language model is unknown here: "
+        raise ConversionError(f"{where}: {known or ''}{error}") from None
+    stacks = [(stack, stack_layers(stack, text_config, where)) for stack in family.stacks]
+    prefixes = family.prefixes if text_config is config else (*TEXT_PREFIXES, *family.prefixes)
+    warnings = []
+    if raw.get("auto_map"):
+        warnings.append("config.json names code of its own (auto_map); the result uses transformers' own classes")
+    return LanguageModel(family, text_type, config, text_config, path, prefixes, stacks, warnings=warnings)
+
+
+def _refuse_absurd(raw: Mapping[str, Any], where: str) -> None:
+    """Refuse numbers of layers, experts or heads for which transformers would build lists until memory is gone."""
+    for key, value in raw.items():
+        if isinstance(value, Mapping):
+            _refuse_absurd(value, where)
+        most = 4096 if "layer" in key else ABSURD
+        if isinstance(value, int) and value > most and key.startswith(("num_", "n_")):
+            raise ConversionError(f"{where} is no config of a real model: {key} is {value}")
+
+
+def _config_object(raw: dict[str, Any], model_type: str, where: str) -> Any:
+    """transformers' config of this type; its classes fill in defaults. Never runs code from a checkpoint."""
+    from transformers import CONFIG_MAPPING
+
+    try:
+        config_class = CONFIG_MAPPING[model_type]
+    except KeyError:
+        family_of(model_type)  # names the nearest family if it is unknown to us too
+        raise ConversionError(
+            f"{where}: this version of transformers does not know {model_type!r}; upgrade it"
+        ) from None
+    try:
+        return config_class.from_dict(dict(raw))
+    except Exception as error:  # the classes validate by many exception types of their own
+        text = " ".join(str(error).split())
+        raise ConversionError(f"{where} is no valid {model_type} config: {text[:300]}") from None

@@ -1,0 +1,140 @@
+"""The numbers of one attention layer: heads, widths, RoPE. Read from a config through the family table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from hf_attn_patch.conversion.errors import ConversionError
+from hf_attn_patch.grouping import GroupingError, KVGrouping
+
+from .table import Norm, Projection, RopeKind, Stack
+
+
+@dataclass(frozen=True, slots=True)
+class LayerAttention:
+    """One layer of one stack: HQ, HKV before and after, D, E, and how positions enter.
+
+    Attributes:
+        prefix: what stands before the module names, e.g. ``model.layers.3.self_attn.``.
+        rope: the pairing of rotary planes: "half" pairs (i, i + rotary_dims / 2), "interleaved" (2i, 2i + 1).
+        rotary_dims: how many of the D dimensions, from the first on, rotate; the others carry no position.
+        fixed_heads: a query head's index means something, so heads may not be permuted.
+    """
+
+    stack: Stack
+    index: int
+    prefix: str
+    heads: int
+    kv_heads: int
+    new_kv_heads: int
+    head_dim: int
+    width: int
+    kv_width: int
+    rope: RopeKind
+    rotary_dims: int
+    fixed_heads: bool
+
+    @property
+    def grouping(self) -> KVGrouping:
+        """Query heads and the KV heads of the source."""
+        return KVGrouping(self.heads, self.kv_heads)
+
+    @property
+    def merged(self) -> tuple[range, ...]:
+        """For each new KV head the present ones that it replaces."""
+        return self.grouping.merged(self.new_kv_heads)
+
+    @property
+    def changes(self) -> bool:
+        return self.new_kv_heads != self.kv_heads
+
+    def name(self, module: str, what: str = "weight") -> str:
+        """The full name of a tensor of this layer."""
+        return f"{self.prefix}{module}.{what}"
+
+    def rows(self, projection: Projection, kv_heads: int) -> int:
+        """Outputs of a projection when there are ``kv_heads`` KV heads."""
+        return sum(self.heads if role == "q" else kv_heads for role in projection.holds) * self.head_dim
+
+    def inputs(self, projection: Projection) -> int:
+        return self.kv_width if "k" in projection.holds or "v" in projection.holds else self.width
+
+    def count(self, norm: Norm, kv_heads: int) -> int:
+        """How many heads' gains a norm has."""
+        return self.heads if norm.of == "q" else kv_heads
+
+
+#: no model is near this; a config that says more would only keep us counting
+ABSURD = 1 << 24
+
+
+def attribute(config: Any, name: str) -> Any:
+    """A config attribute, None if it is absent; ``text_config.hidden_size`` is that of a config inside."""
+    for part in name.split("."):
+        config = getattr(config, part, None)
+    return config
+
+
+def positive(config: Any, name: str, where: str) -> int:
+    """A config attribute that must be a whole number of at least 1."""
+    value = attribute(config, name)
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < ABSURD:
+        raise ConversionError(f"{where} gives no usable {name}: {value!r}")
+    return value
+
+
+def stack_layers(stack: Stack, config: Any, where: str) -> list[LayerAttention]:
+    """Every layer of a stack as the config describes it, nothing changed yet (prefixes without the model's own)."""
+    heads, width = positive(config, stack.heads, where), positive(config, stack.width, where)
+    num_layers = positive(config, stack.num_layers, where)
+    kv = stack.kv_field.read(config, heads)
+    per_layer = list(kv) if isinstance(kv, (list, tuple)) else None
+    if per_layer is not None and len(per_layer) != num_layers:
+        raise ConversionError(f"{where} gives {len(per_layer)} numbers of KV heads for {num_layers} layers")
+    explicit = attribute(config, stack.head_dim) if stack.head_dim else None
+    if explicit is None and width % heads:
+        raise ConversionError(f"{where} gives {heads} heads for a width of {width}, which does not divide evenly")
+    head_dim = width // heads if explicit is None else positive(config, stack.head_dim or "", where)
+    kv_width = positive(config, stack.kv_width, where) if stack.kv_width else width
+    layers = []
+    for i in range(num_layers):
+        number = kv if per_layer is None else per_layer[i]
+        if isinstance(number, bool) or not isinstance(number, int) or number >= ABSURD:
+            raise ConversionError(f"{where} gives no usable {stack.kv_field.name}: {number!r}")
+        try:
+            KVGrouping(heads, number)
+        except GroupingError as error:
+            raise ConversionError(f"{where} is inconsistent: {error}") from None
+        rope, rotary = _rope(stack, config, i, head_dim)
+        fixed = stack.fixed_heads or bool(stack.no_rope_layers == "alibi" and getattr(config, "alibi", False))
+        layers.append(
+            LayerAttention(
+                stack, i, stack.layer.format(i=i), heads, number, number, head_dim, width, kv_width, rope, rotary, fixed
+            )
+        )
+    return layers
+
+
+def _rope(stack: Stack, config: Any, layer: int, head_dim: int) -> tuple[RopeKind, int]:
+    """RoPE of one layer: its kind and how many dimensions rotate."""
+    if stack.rope == "none":
+        return "none", 0
+    if stack.no_rope_layers == "alibi" and getattr(config, "alibi", False):
+        return "none", 0
+    if stack.no_rope_layers == "layer_types":  # Cohere 2: only the sliding layers rotate
+        types = getattr(config, "layer_types", None)
+        if types and layer < len(types) and types[layer] != "sliding_attention":
+            return "none", 0
+    if stack.no_rope_layers == "no_rope_layers":  # SmolLM 3: 1 where RoPE is used, 0 where it is not
+        used = getattr(config, "no_rope_layers", None)
+        if used and layer < len(used) and not used[layer]:
+            return "none", 0
+    if stack.rotary_dim is not None:
+        return stack.rope, int(getattr(config, stack.rotary_dim, None) or head_dim)
+    parameters = getattr(config, "rope_parameters", None)
+    fraction = parameters.get("partial_rotary_factor") if isinstance(parameters, Mapping) else None
+    if fraction is None:
+        fraction = getattr(config, "partial_rotary_factor", None)
+    return stack.rope, int(head_dim * (stack.rotary_fraction if fraction is None else fraction))

@@ -1,0 +1,1 @@
+"""What is said of models and conversions: to people, programs, plots and cards."""

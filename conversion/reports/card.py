@@ -1,0 +1,110 @@
+"""The model card (README.md) of a converted checkpoint, by huggingface_hub's ModelCard."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hf_attn_patch.conversion.planner import Plan
+from hf_attn_patch.hf.auto_classes import PREFIX
+
+from .report import cache_itemsize, human, kv_bytes_per_token, numbers
+
+_TEXT = """\
+---
+{metadata}
+---
+
+# {title}
+
+{base}, converted with [hf-attn-patch](https://pypi.org/project/hf-attn-patch/) to fewer KV heads.
+{loading}
+| attention | layers | query heads | KV heads before | KV heads now |
+|---|---|---|---|---|
+{rows}
+
+- Method `{method}`: {summary}{options}; seed {seed}.
+- KV cache per token: {before} before, {after} now.
+- Everything that is not attention is the source's, byte for byte. `conversion.json` records versions, source hashes
+  and the command; `hf-attn verify SOURCE THIS` {check}.
+
+{caution}
+{command}"""
+
+#: of methods that look at the weights alone, and of those that read text
+_UNTRAINED = """\
+The merged heads have not been trained together. Mean-pooling in particular changes what the model says until it is
+uptrained (Ainslie et al. 2023, [arXiv 2305.13245](https://arxiv.org/abs/2305.13245))."""
+_CALIBRATED = """\
+Heads were merged by what the layers read on a calibration text{fitted}. As a whole the model has
+not been trained since: see with `hf-attn evaluate` what was lost."""
+
+
+def model_card(plan: Plan, record: dict[str, Any]) -> str:
+    """The card's text: metadata from the source's own card where it has one, what was done, and how to check it."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    source = plan.source
+    inherited = _source_metadata(source.folder)
+    is_hub = source.revision is not None
+    data = ModelCardData(
+        license=inherited.get("license"),
+        language=inherited.get("language"),
+        library_name="transformers",
+        pipeline_tag=inherited.get("pipeline_tag"),
+        base_model=source.name if is_hub else None,
+        tags=["gqa", "hf-attn-patch"],
+    )
+    rows = []
+    for r in record["attention"]:
+        kv = f"{numbers(r['kv_heads_before'])} | {numbers(r['kv_heads_after'])}"
+        rows.append(f"| {r['attention']} | {r['layers']} | {r['heads']} | {kv} |")
+    itemsize = cache_itemsize(plan)
+    options = ", ".join(f"{k}={v}" for k, v in plan.options.items() if v is not None)
+    exact = plan.method.exact
+    fitted = ", and layers were fitted to the source's on it" if plan.options.get("refit") else ""
+    name = source.name.rsplit("/", 1)[-1] if is_hub else source.folder.resolve().name
+    text = _TEXT.format(
+        metadata=data.to_yaml(),
+        title=f"{name} with fewer KV heads",
+        base=f"[{source.name}](https://huggingface.co/{source.name})" if is_hub else f"`{name}`",
+        loading=_loading(plan),
+        rows="\n".join(rows),
+        method=plan.method.name,
+        summary=plan.method.summary,
+        options=f" with {options}" if options else "",
+        seed=plan.seed,
+        before=human(kv_bytes_per_token(plan.layers, itemsize, new=False)),
+        after=human(kv_bytes_per_token(plan.layers, itemsize, new=True)),
+        check="recomputes and compares" if exact else "checks what does not depend on the calibration text",
+        caution=_UNTRAINED if exact else _CALIBRATED.format(fitted=fitted),
+        command=f"\n```\n{record['command']}\n```\n" if record["command"] else "",
+    )
+    return str(ModelCard(text))
+
+
+def _loading(plan: Plan) -> str:
+    """How to load a model whose class transformers does not have."""
+    model_type = plan.new_config.get("model_type", "")
+    if not model_type.startswith(PREFIX):
+        return ""
+    code = " or, without that package, with `trust_remote_code=True`" if plan.with_code else ""
+    return f"\n`{model_type}` loads with transformers' Auto classes after `import hf_attn_patch`{code}.\n"
+
+
+def _source_metadata(folder: Any) -> dict[str, Any]:
+    """What is taken over from the metadata block of the source's README.md; nothing where it cannot be read."""
+    import yaml
+    from huggingface_hub import ModelCard
+
+    path = folder / "README.md"
+    if not path.is_file():
+        return {}
+    try:
+        found = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict()
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, OSError):
+        return {}  # not ours to repair, and a conversion needs none of it
+    return {key: value for key, value in found.items() if isinstance(value, str) or _is_texts(value)}
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)

@@ -1,0 +1,186 @@
+"""What a plan says to people and programs: heads, bytes, KV bytes per token, disk and memory."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from hf_attn_patch.conversion.calibration.memory import memory_needed
+from hf_attn_patch.conversion.checkpoints.safetensors_header import DTYPE_BITS
+from hf_attn_patch.conversion.families.kv_field import format_numbers
+from hf_attn_patch.conversion.families.layer import LayerAttention
+from hf_attn_patch.conversion.planner import Plan
+
+
+def kv_bytes_per_token(layers: Iterable[LayerAttention], itemsize: float, *, new: bool) -> int:
+    """Bytes that one more token adds to the KV cache: 2 * L * HKV * D * itemsize, summed over layers.
+
+    Cross-attention's cache grows with the encoder's input, one entry for each of its tokens, and counts too. An
+    encoder's own attention caches nothing.
+    """
+    total = 0.0
+    for layer in layers:
+        if not layer.stack.causal and not layer.stack.cross:
+            continue
+        heads = layer.new_kv_heads if new else layer.kv_heads
+        total += 2 * (layer.heads if layer.stack.caches_query_heads else heads) * layer.head_dim * itemsize
+    return int(total)
+
+
+def cache_itemsize(plan: Plan) -> int:
+    """Bytes of one cached number: that of the checkpoint's K projection."""
+    layer = plan.layers[0]
+    for projection in layer.stack.projections:
+        if "k" in projection.holds:
+            return DTYPE_BITS[plan.source.tensors[layer.name(projection.module)].dtype] // 8
+    raise AssertionError("a stack without keys")
+
+
+def stack_rows(plan: Plan) -> list[dict[str, Any]]:
+    """For each attention of the model: its layers and heads before and after."""
+    rows = []
+    for stack in dict.fromkeys(layer.stack for layer in plan.layers):
+        layers = [layer for layer in plan.layers if layer.stack is stack]
+        before, after = [x.kv_heads for x in layers], [x.new_kv_heads for x in layers]
+        rows.append(
+            {
+                "attention": stack.name,
+                "layers": len(layers),
+                "heads": layers[0].heads,
+                "head_dim": layers[0].head_dim,
+                "kv_heads_before": before[0] if len(set(before)) == 1 else before,
+                "kv_heads_after": after[0] if len(set(after)) == 1 else after,
+            }
+        )
+    return rows
+
+
+def plan_dict(plan: Plan, workers: int = 1) -> dict[str, Any]:
+    """``--dry-run --json``."""
+    itemsize = cache_itemsize(plan)
+    changed = [name for name, tensor in plan.tensors.items() if tensor.unit is not None]
+    return {
+        "source": plan.source.name,
+        "model_type": plan.source.config.get("model_type"),
+        "language_model": plan.model_type,
+        "result_model_type": plan.new_config.get("model_type"),
+        "method": plan.method.name,
+        "options": plan.options,
+        "seed": plan.seed,
+        "attention": stack_rows(plan),
+        "tensors": {
+            "before": len(plan.source.tensors),
+            "after": len(plan.tensors),
+            "changed": len(changed),
+            "copied": len(plan.tensors) - len(changed),
+        },
+        "bytes": {"before": plan.bytes_before, "after": plan.bytes_after},
+        "kv_bytes_per_token": {
+            "before": kv_bytes_per_token(plan.layers, itemsize, new=False),
+            "after": kv_bytes_per_token(plan.layers, itemsize, new=True),
+        },
+        "output_files": [shard.name for shard in plan.shards],
+        "disk_needed": plan.bytes_after,
+        "memory_needed": memory_needed(plan, workers),
+        "warnings": list(plan.warnings),
+    }
+
+
+def human(nbytes: float) -> str:
+    """Bytes for people.
+
+    >>> human(524288), human(13_500_000_000)
+    ('524.3 kB', '13.5 GB')
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.1f} TB"
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Columns under a header, numbers to the right."""
+    texts = [list(header), *([str(cell) for cell in row] for row in rows)]
+    widths = [max(len(row[i]) for row in texts) for i in range(len(header))]
+    lines = [
+        "  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        for row in texts
+    ]
+    lines.insert(1, "  ".join("-" * w for w in widths))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def html_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """:func:`table` for notebooks."""
+    lines = [("th", header), *(("td", row) for row in rows)]
+    return (
+        "<table>"
+        + "".join(
+            "<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in row) + "</tr>" for tag, row in lines
+        )
+        + "</table>"
+    )
+
+
+def numbers(value: int | list[int]) -> str:
+    """One number of heads or a list of them."""
+    return str(value) if isinstance(value, int) else format_numbers(value)
+
+
+ATTENTION = ("attention", "layers", "heads", "head dim", "KV heads", "after")
+
+
+def attention_rows(facts: dict[str, Any]) -> list[tuple[object, ...]]:
+    """Under :data:`ATTENTION`, of :func:`plan_dict`."""
+    return [
+        (
+            r["attention"],
+            r["layers"],
+            r["heads"],
+            r["head_dim"],
+            numbers(r["kv_heads_before"]),
+            numbers(r["kv_heads_after"]),
+        )
+        for r in facts["attention"]
+    ]
+
+
+def plan_lines(plan: Plan, facts: dict[str, Any]) -> list[tuple[str, str]]:
+    """(what, how much) below the table of heads."""
+    kv, size, tensors = facts["kv_bytes_per_token"], facts["bytes"], facts["tensors"]
+    return [
+        ("method", f"{plan.method.name}: {plan.method.summary}"),
+        ("KV cache", f"{human(kv['before'])} -> {human(kv['after'])} per token ({kv['after'] / kv['before']:.1%})"),
+        (
+            "tensors",
+            f"{tensors['before']} -> {tensors['after']}: {tensors['changed']} changed, {tensors['copied']} copied",
+        ),
+        ("weights", f"{human(size['before'])} -> {human(size['after'])} in {len(plan.shards)} file(s)"),
+        ("disk needed", human(facts["disk_needed"])),
+        ("memory needed", f"{human(facts['memory_needed'])} beside the programs themselves"),
+        *(("note", warning) for warning in plan.warnings),
+    ]
+
+
+def plan_title(facts: dict[str, Any]) -> str:
+    """The source, and what its family becomes."""
+    before, after = facts["model_type"], facts["result_model_type"]
+    return f"{facts['source']}: {before}" + (f" -> {after}" if after != before else "")
+
+
+def plan_text(plan: Plan, workers: int = 1) -> str:
+    """``--dry-run`` for people."""
+    facts = plan_dict(plan, workers)
+    lines = [plan_title(facts), "", table(ATTENTION, attention_rows(facts)), ""]
+    return "\n".join(lines + [f"{what:<17} {how}" for what, how in plan_lines(plan, facts)])
+
+
+def plan_html(plan: Plan) -> str:
+    """A plan in a notebook."""
+    facts = plan_dict(plan)
+    return (
+        f"<p>{html.escape(plan_title(facts))}</p>{html_table(ATTENTION, attention_rows(facts))}"
+        f"{html_table(('', ''), plan_lines(plan, facts))}"
+    )

@@ -1,0 +1,1 @@
+"""Attention itself: knows torch, and nothing of transformers."""

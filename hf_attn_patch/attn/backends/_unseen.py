@@ -1,0 +1,95 @@
+"""Keys that nobody sees may hold anything, NaN and infinity included; 0 * NaN is NaN, so no kernel may meet them.
+
+A key is unseen where no query of its KV head looks: by the layout, by an additive -inf, or by both together. One under
+a dtype's lowest number, the other way to write a mask, has a weight of exactly zero in each row that sees another key.
+A row that sees no other has the softmax of what it adds, as in torch, so finite values stay as they are there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_attn_patch.attn.visibility import Layout
+
+from ._common import cut_bias
+
+
+def without_unseen(layout: Layout, bias: Tensor | None, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """K and V [B, HKV, Sk, D] (already cut) with zeros where no query looks; the gradient there is exactly zero."""
+    if bias is not None:
+        return Unseen(peaks_of(layout, bias, k.device), bias.dtype).clean(k, v)
+    dead = layout.dead_keys(k.device)
+    if dead is None:
+        return k, v
+    dead = _per_kv_head(dead, k.shape[1])
+    return k.masked_fill(dead, 0), v.masked_fill(dead, 0)
+
+
+def peaks_of(layout: Layout, bias: Tensor, device: torch.device) -> Tensor:
+    """[B or 1, HQ or 1, Sk or 1]: what is added to a key's scores at most, -inf where the layout hides it from all."""
+    bias = cut_bias(layout, bias.detach())
+    if bias.shape[2] > 1 or (layout.mask is not None and layout.mask.shape[1] > 1):
+        mask = layout.dense(device)
+        return (bias if mask is None else bias.masked_fill(~mask, -torch.inf)).amax(2)
+    dead = layout.dead_keys(device)  # one row for all queries: no mask of Sq x Sk is needed
+    return bias[:, :, 0] if dead is None else bias[:, :, 0].masked_fill(dead, -torch.inf)
+
+
+class Unseen:
+    """The unseen keys of one mask or bias, and the queries that see none.
+
+    On a GPU all three stay tensors until the device has said, unasked, that there are none: nothing waits for it.
+
+    Args:
+        peaks: [B or 1, HQ or 1, Sk or 1], what is added to a key's scores at most.
+        dtype: of what was added.
+        blind: bool [B or 1, HQ or 1, Sq, 1], kept for who asks for it.
+    """
+
+    __slots__ = ("_asked", "_said", "blind", "dead", "low")
+
+    def __init__(self, peaks: Tensor, dtype: torch.dtype, blind: Tensor | None = None) -> None:
+        self.dead: Tensor | None = peaks == -torch.inf
+        # half of the lowest: a bias on top of it may have taken it up a little
+        self.low: Tensor | None = peaks <= torch.finfo(dtype).min / 2
+        self.blind = blind
+        self._asked: Any = None
+        if torch.compiler.is_compiling():
+            return
+        self._said = torch.stack([t.any() for t in (self.dead, self.low, self.low if blind is None else blind)])
+        if peaks.device.type == "cpu":
+            self._listen()
+        elif not torch.cuda.is_current_stream_capturing():
+            self._said = self._said.to("cpu", non_blocking=True)
+            self._asked = torch.cuda.Event()
+            self._asked.record()
+
+    def _listen(self) -> None:
+        found = zip((self.dead, self.low, self.blind), self._said.tolist(), strict=True)
+        self.dead, self.low, self.blind = (t if some else None for t, some in found)
+        self._asked = None
+
+    def settle(self) -> None:
+        """Drop what the device has found to be empty, if it has said so by now."""
+        if self._asked is not None and self._asked.query():
+            self._listen()
+
+    def clean(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """K and V with zeros where nobody looks."""
+        if self.low is not None:
+            low = _per_kv_head(self.low, k.shape[1])
+            k, v = (t.masked_fill(low & ~t.isfinite(), 0) for t in (k, v))
+        if self.dead is not None:
+            dead = _per_kv_head(self.dead, k.shape[1])
+            k, v = (t.masked_fill(dead, 0) for t in (k, v))
+        return k, v
+
+
+def _per_kv_head(unseen: Tensor, HKV: int) -> Tensor:
+    """[B or 1, HQ or 1, Sk or 1] -> [B or 1, HKV or 1, Sk or 1, 1]: unseen by all of a group."""
+    if unseen.shape[1] not in (1, HKV):
+        unseen = unseen.unflatten(1, (HKV, -1)).all(2)
+    return unseen[..., None]

@@ -1,0 +1,68 @@
+"""What the kernels that take cumulative lengths share: FlashAttention 2, 3, 4 and torch's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from hf_attn_patch.attn.request import AttentionRequest, Operands
+from hf_attn_patch.attn.visibility import FULL, PACKED, PADDED
+
+from ._common import cut
+from ._unseen import without_unseen
+
+#: kernel(q [T, HQ, D], k [Tk, HKV, D], v, cu_q, cu_k, max_q, max_k) -> out [T, HQ, Dv]
+Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int], Tensor]
+
+
+def refuses_common(request: AttentionRequest, largest: int, step: int = 8) -> str | None:
+    """What no FlashAttention takes."""
+    if request.device != "cuda":
+        return "needs a CUDA device"
+    if request.tracing:
+        return "is not traceable by torch.compile"
+    if not request.half:
+        return f"takes fp16 and bf16, not {str(request.dtype).removeprefix('torch.')}"
+    if request.weights:
+        return "returns no attention weights"
+    if request.bias:
+        return "takes no additive bias"
+    if request.visibility not in (FULL, PADDED, PACKED):
+        return "takes no dense mask"
+    if request.head_dim > largest or request.head_dim % step or request.value_dim != request.head_dim:
+        return f"takes head_dim up to {largest} in steps of {step}, not {request.head_dim}/{request.value_dim}"
+    return None
+
+
+def output_of(result: Any) -> Tensor:
+    """The output alone, of a kernel that in some releases also gives the log-sum-exp."""
+    out: Tensor = result[0] if isinstance(result, tuple) else result
+    return out
+
+
+def run_varlen(q: Tensor, k: Tensor, v: Tensor, operands: Operands, kernel: Kernel, *, clean: bool = False) -> Tensor:
+    """A padded or packed request through ``kernel``, without gathering a token.
+
+    Padding: rows become segments (:meth:`Layout.segments`) over the tokens as they lie. Packed: the documents.
+
+    Args:
+        clean: zero K and V at padding, for kernels whose tiles reach beyond a segment (0 * NaN is NaN).
+    """
+    layout = operands.layout
+    B, HQ, Sq, _ = q.shape
+    k, v = cut(layout, k, v)
+    if layout.kind == PADDED:
+        if clean:
+            k, v = without_unseen(layout, None, k, v)
+        cu_q, cu_k = layout.segments()
+        max_q, max_k = max(2, Sq), layout.keys  # at 1, FlashAttention-2 takes every segment to hold one query
+    else:
+        assert layout.cu_q is not None and layout.cu_k is not None
+        cu_q, cu_k, max_q, max_k = layout.cu_q, layout.cu_k, layout.max_q, layout.max_k
+        if layout.padding is not None:  # documents of their own, whose output is dropped: gradients of NaN would stay
+            k, v = (t.masked_fill(layout.padding[:, None, :, None], 0) for t in (k, v))
+    q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (q, k, v))
+    out = kernel(q, k, v, cu_q, cu_k, max_q, max_k).unflatten(0, (B, Sq)).transpose(1, 2)
+    return out if layout.padding is None else out.masked_fill(layout.padding[:, None, :, None], 0)

@@ -1,0 +1,67 @@
+"""FlashAttention-2 (package ``flash-attn``): Ampere and newer; dropout, softcap and deterministic backward."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_attn_patch.attn.request import AttentionRequest, Operands
+from hf_attn_patch.attn.visibility import FULL
+
+from ._common import cut, installed
+from ._varlen import refuses_common, run_varlen
+
+
+@functools.cache
+def _module() -> Any:
+    return importlib.import_module("flash_attn")
+
+
+@functools.cache
+def missing() -> str | None:
+    """Why the package cannot run here, or None."""
+    if not installed("flash_attn.flash_attn_interface"):
+        return "flash-attn is not installed (pip install 'hf-attn-patch[flash2]')"
+    if not torch.cuda.is_available():
+        return "needs a CUDA device"
+    if torch.cuda.get_device_capability() < (8, 0):
+        return "needs an Ampere GPU or newer"
+    return None
+
+
+def refuses(request: AttentionRequest) -> str | None:
+    """Why not, or None."""
+    if reason := refuses_common(request, 256) or missing():
+        return reason
+    if request.sinks:
+        return "FlashAttention-2 has no sinks"
+    if request.softcap and request.dropout:
+        return "FlashAttention-2 has no softcap together with dropout"
+    return None
+
+
+def run(q: Tensor, k: Tensor, v: Tensor, request: AttentionRequest, operands: Operands) -> tuple[Tensor, None]:
+    """q [B, HQ, Sq, D], k [B, HKV, Sk, D], v [B, HKV, Sk, D] -> (out [B, HQ, Sq, D], None)."""
+    layout = operands.layout
+    options: dict[str, Any] = {
+        "dropout_p": operands.dropout,
+        "softmax_scale": operands.scale,
+        "causal": layout.causal,
+        "window_size": tuple(-1 if side is None else side for side in layout.window),
+        "softcap": operands.softcap or 0.0,
+        "deterministic": request.deterministic,
+    }
+    if layout.kind == FULL:
+        k, v = cut(layout, k, v)
+        out: Tensor = _module().flash_attn_func(*(t.transpose(1, 2) for t in (q, k, v)), **options)
+        return out.transpose(1, 2), None
+
+    def kernel(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int) -> Tensor:
+        varlen: Tensor = _module().flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q, max_k, **options)
+        return varlen
+
+    return run_varlen(q, k, v, operands, kernel), None

@@ -1,0 +1,73 @@
+"""FlashAttention-4 (package ``flash-attn-4``, module ``flash_attn.cute``): Hopper and newer, forward and backward."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_attn_patch.attn.request import AttentionRequest, Operands
+from hf_attn_patch.attn.visibility import FULL
+
+from ._common import cut, installed
+from ._varlen import output_of, refuses_common, run_varlen
+
+
+@functools.cache
+def _module() -> Any:
+    return importlib.import_module("flash_attn.cute")
+
+
+@functools.cache
+def missing() -> str | None:
+    """Why the package cannot run here, or None."""
+    if not installed("flash_attn.cute"):
+        return "flash-attn-4 is not installed (pip install 'hf-attn-patch[flash]')"
+    if not torch.cuda.is_available():
+        return "needs a CUDA device"
+    if torch.cuda.get_device_capability() < (9, 0):
+        return "needs a Hopper GPU or newer"
+    return None
+
+
+def refuses(request: AttentionRequest) -> str | None:
+    """Why not, or None."""
+    if reason := refuses_common(request, 256) or missing():
+        return reason
+    if request.dropout:
+        return "FlashAttention-4 has no dropout"
+    if request.head_dim % 32:
+        return f"FlashAttention-4 gives wrong results with head_dim {request.head_dim} (seen with 4.0.0b36 on Hopper)"
+    return None
+
+
+def run(q: Tensor, k: Tensor, v: Tensor, request: AttentionRequest, operands: Operands) -> tuple[Tensor, None]:
+    """q [B, HQ, Sq, D], k [B, HKV, Sk, D], v [B, HKV, Sk, D] -> (out [B, HQ, Sq, D], None)."""
+    layout = operands.layout
+    sinks = operands.sinks
+    options = {
+        "softmax_scale": operands.scale,
+        "causal": layout.causal and layout.window == (None, None),
+        "window_size": (layout.window[0], 0 if layout.causal else layout.window[1])
+        if layout.window != (None, None)
+        else (None, None),
+        "softcap": operands.softcap or 0.0,
+        "learnable_sink": None if sinks is None else sinks.to(q.dtype),
+        "deterministic": request.deterministic,
+    }
+    if layout.kind == FULL:
+        k, v = cut(layout, k, v)
+        out = _module().flash_attn_func(*(t.transpose(1, 2) for t in (q, k, v)), **options)
+        return output_of(out).transpose(1, 2), None
+
+    def kernel(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int) -> Tensor:
+        return output_of(
+            _module().flash_attn_varlen_func(
+                q, k, v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, max_seqlen_q=max_q, max_seqlen_k=max_k, **options
+            )
+        )
+
+    return run_varlen(q, k, v, operands, kernel, clean=True), None

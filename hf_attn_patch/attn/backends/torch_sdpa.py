@@ -1,0 +1,334 @@
+"""PyTorch's own fused kernels: FlashAttention-2 code, cuDNN, memory-efficient (CUDA) and the CPU flash kernel.
+
+The kernels are called through their ATen operators: the choice is ours, not the dispatcher's, and no flag is flipped.
+K and V are never repeated: where a kernel knows no grouping, it is called once per member of the group. The gradients
+of a group are added up in fp32 wherever that is done here.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from hf_attn_patch.attn.crossovers import is_small
+from hf_attn_patch.attn.request import AttentionRequest, Operands
+from hf_attn_patch.attn.visibility import DENSE, FULL, PACKED, Layout, full
+
+from ._blocks import block_of, in_blocks
+from ._common import as_dtype, cut, cut_bias, rescale_by_sinks
+from ._scores import scores_of, unseen_of
+from ._unseen import without_unseen
+
+aten = torch.ops.aten
+# torch's own bindings: a microsecond or two less of Python than the same operators in torch.ops
+_sdpa = F.scaled_dot_product_attention
+_cudnn = torch._scaled_dot_product_cudnn_attention
+_flash = torch._scaled_dot_product_flash_attention
+_CPU_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def kernel(request: AttentionRequest) -> str | None:
+    """Which of the kernels takes the request: 'cpu', 'cudnn', 'flash', 'efficient'; None if none does."""
+    masked = request.visibility != FULL or request.bias or request.windowed or (request.causal and not request.square)
+    if request.device == "cpu":
+        return "cpu"
+    if request.device != "cuda" or request.head_dim > 1024:
+        return None
+    same = request.head_dim == request.value_dim
+    by_cudnn = same and request.half and request.head_dim <= 128 and request.head_dim % 8 == 0
+    by_cudnn = by_cudnn and request.capability >= 90 and not request.deterministic
+    if masked or not request.half:
+        # cuDNN gives no gradient to what is added, and plans anew for each length: not at each token of a generation
+        scored = by_cudnn and request.q_class > 16 and not (request.grad or request.sinks or request.tracing)
+        return "cudnn" if scored else "efficient" if request.dtype != torch.float64 else None
+    trainable = not request.grad or request.q_class > 1  # cuDNN's backward refuses one query with one key
+    if by_cudnn and trainable and not is_small(request):
+        return "cudnn"
+    return "flash" if same and request.head_dim <= 256 else "efficient"
+
+
+def refuses(request: AttentionRequest) -> str | None:
+    """Why not, or None."""
+    if request.weights:
+        return "fused kernels return no attention weights"
+    if request.softcap:
+        return "torch's SDPA has no softcap"
+    if request.device == "cpu":
+        if request.dtype not in _CPU_TYPES:
+            return f"the CPU kernel has no {request.dtype}"
+        if request.dropout:
+            return "the CPU flash kernel has no dropout"
+        if request.bias_grad:
+            return "the CPU flash kernel gives no gradient to a bias"
+        if request.sinks and (request.grad or request.tracing):
+            return "the CPU flash kernel gives no gradient through sinks"
+        return None
+    chosen = kernel(request)
+    if chosen is None:
+        return f"torch has no fused kernel for {request.dtype} with head_dim {request.head_dim} on {request.device}"
+    if request.sinks and (request.grad or request.tracing or chosen == "cudnn"):
+        return "torch's fused kernels give no gradient through sinks"
+    if request.visibility == PACKED and request.tracing:
+        return "packed documents need host lengths, which a compiled graph does not have"
+    return None
+
+
+def run(q: Tensor, k: Tensor, v: Tensor, request: AttentionRequest, operands: Operands) -> tuple[Tensor, None]:
+    """q [B, HQ, Sq, D], k [B, HKV, Sk, D], v [B, HKV, Sk, Dv] -> (out [B, HQ, Sq, Dv], None)."""
+    layout = operands.layout
+    if _wants_fp32(request):
+        with torch.autocast("cpu", enabled=False):  # which would take the wide operands back to half precision
+            wide = request._replace(dtype=torch.float32)
+            return run(q.float(), k.float(), v.float(), wide, operands)[0].to(q.dtype), None
+    if layout.kind == PACKED and operands.bias is None:
+        return _documents(q, k, v, request, operands), None
+    k, v = cut(layout, k, v)
+    causal = layout.causal and layout.kind == FULL and operands.bias is None and layout.window == (None, None)
+    causal = causal and q.shape[2] == k.shape[2]
+    if request.device == "cuda" and kernel(request) == "cudnn" and not causal:
+        scored = operands.bias is not None or layout.kind != FULL or layout.causal or layout.window != (None, None)
+        if scored:
+            return _cudnn_scored(q, k, v, operands), None
+    if request.device == "cpu" and operands.bias is None and not request.tracing and (block := block_of(layout)):
+        part = functools.partial(_cpu, causal=False, request=request, operands=operands)
+        return in_blocks(q, k, v, layout, block, part), None
+    mask = None if causal else layout.dense(q.device)
+    if operands.bias is not None:
+        mask = _additive(mask, cut_bias(layout, operands.bias), q.dtype)
+    if request.device == "cpu":
+        return _cpu(q, k, v, mask, causal, request, operands), None
+    return _cuda(q, k, v, mask, causal, request, operands), None
+
+
+def _wants_fp32(request: AttentionRequest) -> bool:
+    """The CPU kernel's backward adds up dK and dV over queries and group in the dtype of K: up to 5 times the error of
+    plain attention in half precision. In fp32 it takes as long in bf16, and a tenth of the time in fp16."""
+    return request.device == "cpu" and request.half and request.grad
+
+
+def shorter(request: AttentionRequest, layout: Layout) -> Callable[..., tuple[Tensor, None]] | None:
+    """:func:`run` for the commonest calls, with everything decided that is known of them; None for all others."""
+    if request.bias or request.sinks or request.head_dim != request.value_dim or not layout.whole:
+        return None
+    if _wants_fp32(request):
+        return None
+    rows = request.q_class == 1 and request.heads != request.kv_heads
+    if request.device == "cpu" and layout.kind == DENSE and not request.per_head_mask and not layout.has_dead_keys():
+        return functools.partial(_cpu_rows if rows else _cpu_plain, layout.mask, False)
+    if layout.kind != FULL or layout.window != (None, None) or (layout.causal and not request.square):
+        return None
+    if request.device == "cpu":
+        return functools.partial(_cpu_rows if rows else _cpu_plain, None, layout.causal)
+    if kernel(request) == "cudnn":
+        return functools.partial(_cudnn_plain, layout.causal)
+    if kernel(request) == "flash" and request.head_dim % 8 == 0:
+        return functools.partial(_flash_plain, layout.causal)
+    return None
+
+
+def _cpu_plain(
+    mask: Tensor | None, causal: bool, q: Tensor, k: Tensor, v: Tensor, request: AttentionRequest, operands: Operands
+) -> tuple[Tensor, None]:
+    gqa = request.heads != request.kv_heads
+    return _sdpa(q, k, v, mask, 0.0, causal, scale=operands.scale, enable_gqa=gqa), None
+
+
+def _cpu_rows(
+    mask: Tensor | None, causal: bool, q: Tensor, k: Tensor, v: Tensor, request: AttentionRequest, operands: Operands
+) -> tuple[Tensor, None]:
+    """One query: the group as the rows of one head."""
+    B, HQ, _, D = q.shape
+    HKV = request.kv_heads
+    out = _sdpa(q.reshape(B, HKV, HQ // HKV, D), k, v, mask, scale=operands.scale)
+    return out.reshape(B, HQ, 1, D), None
+
+
+def _cudnn_plain(
+    causal: bool, q: Tensor, k: Tensor, v: Tensor, request: AttentionRequest, operands: Operands
+) -> tuple[Tensor, None]:
+    q, k, v = _rows(q), _rows(k), _rows(v)
+    return _cudnn(q, k, v, None, request.grad, operands.dropout, causal, False, scale=operands.scale)[0], None
+
+
+def _flash_plain(
+    causal: bool, q: Tensor, k: Tensor, v: Tensor, request: AttentionRequest, operands: Operands
+) -> tuple[Tensor, None]:
+    q, k, v = _rows(q), _rows(k), _rows(v)
+    return _flash(q, k, v, operands.dropout, causal, False, scale=operands.scale)[0], None
+
+
+def _rows(t: Tensor) -> Tensor:
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def _cudnn_scored(q: Tensor, k: Tensor, v: Tensor, operands: Operands) -> Tensor:
+    """cuDNN with a mask or bias as scores to add; queries that see nothing come out as zeros. No gradients."""
+    scores = scores_of(operands.layout, operands.bias, q.dtype, q.device)
+    k, v = scores.clean(k, v)
+    q, k, v = _rows(q), _rows(k), _rows(v)
+    out = _cudnn(q, k, v, scores.values, False, operands.dropout, False, False, scale=operands.scale)[0]
+    return out if scores.blind is None else out.masked_fill_(scores.blind, 0)
+
+
+def _documents(q: Tensor, k: Tensor, v: Tensor, request: AttentionRequest, operands: Operands) -> Tensor:
+    """Packed documents one after another: no mask, and no work between documents."""
+    layout = operands.layout
+    k, v = cut(layout, k, v)
+    if layout.padding is not None:  # documents of their own, whose output is dropped: gradients of NaN would stay
+        k, v = (t.masked_fill(layout.padding[:, None, :, None], 0) for t in (k, v))
+    q, k, v = (t.transpose(0, 1).flatten(1, 2)[None] for t in (q, k, v))  # [1, H, B * S, D]
+    parts: list[Tensor] = []
+    for q0, q1, k0, k1 in layout.borders():
+        if k1 == k0:  # tokens outside every document
+            parts.append(q[:, :, q0:q1, :0] @ k[:, :1, :0, :0] @ v[:, :1, :0])  # zeros, and zeros as gradients
+            continue
+        one = full(q1 - q0, k1 - k0, layout.causal, layout.window)
+        square = q1 - q0 == one.keys
+        part = request._replace(
+            visibility=FULL, square=square, windowed=one.window != (None, None), q_class=1 if q1 - q0 == 1 else 17
+        )
+        inside = operands._replace(layout=one)
+        parts.append(run(q[:, :, q0:q1], k[:, :, k0:k1], v[:, :, k0:k1], part, inside)[0])
+    out = torch.cat(parts, 2).squeeze(0).unflatten(1, (layout.batch, layout.q_len)).transpose(0, 1)
+    return out if layout.padding is None else out.masked_fill(layout.padding[:, None, :, None], 0)
+
+
+def _additive(mask: Tensor | None, bias: Tensor, dtype: torch.dtype) -> Tensor:
+    """One float mask of what may be seen and what is added."""
+    bias = as_dtype(bias, dtype)
+    return bias if mask is None else bias.masked_fill(~mask, -torch.inf)
+
+
+def _cpu(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, request: AttentionRequest, operands: Operands
+) -> Tensor:
+    width = v.shape[-1]
+    if width != q.shape[-1]:
+        q, k, v = _same_width(q, k, v)
+    # a masked key still meets the arithmetic (0 * NaN). A graph and a backward must be told beforehand; else unseen
+    # keys are zeroed, and the work done again, only where it shows in the result
+    doubtful = mask is not None and (request.tracing or request.bias or operands.layout.has_dead_keys())
+    if doubtful and (request.tracing or (request.grad and not _finite(k, v))):
+        k, v = without_unseen(operands.layout, operands.bias, k, v)
+        doubtful = False
+    out = _cpu_kernel(q, k, v, mask, causal, operands)
+    if doubtful and not request.grad and math.isnan(out.sum().item()):
+        k, v = without_unseen(operands.layout, operands.bias, k, v)
+        out = _cpu_kernel(q, k, v, mask, causal, operands)
+    return out[..., :width] if width < q.shape[-1] else out
+
+
+def _finite(*tensors: Tensor) -> bool:
+    return all(math.isfinite(t.detach().sum().item()) for t in tensors)
+
+
+def _cpu_kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, operands: Operands) -> Tensor:
+    (B, HQ, Sq, D), HKV = q.shape, k.shape[1]
+    sinks, scale = operands.sinks, operands.scale
+    if sinks is None:
+        if Sq > 1 or HQ == HKV:
+            return F.scaled_dot_product_attention(q, k, v, mask, 0.0, causal, scale=scale, enable_gqa=HQ != HKV)
+        # the group becomes the rows of one head: K and V are read once (1.3 to 7.6 times faster than enable_gqa)
+        if mask is not None and mask.shape[1] == HQ:
+            mask = mask.reshape(mask.shape[0], HKV, HQ // HKV, mask.shape[-1])
+        out = F.scaled_dot_product_attention(q.reshape(B, HKV, HQ // HKV, D), k, v, mask, scale=scale)
+        return out.reshape(B, HQ, 1, v.shape[-1])
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.zeros((), dtype=q.dtype).expand(mask.shape).masked_fill(~mask, -torch.inf)
+    if mask is not None:
+        mask = mask.expand(B, mask.shape[1], Sq, k.shape[2])
+    out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
+    return rescale_by_sinks(out, lse, sinks)
+
+
+def _same_width(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Zeros up to one head_dim for kernels that want D == Dv: scores and the first Dv outputs stay the same."""
+    D, Dv = q.shape[-1], v.shape[-1]
+    if Dv < D:
+        v = F.pad(v, (0, D - Dv))
+    elif D < Dv:
+        q, k = F.pad(q, (0, Dv - D)), F.pad(k, (0, Dv - D))
+    return q, k, v
+
+
+def _cuda(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, request: AttentionRequest, operands: Operands
+) -> Tensor:
+    q, k, v = _rows(q), _rows(k), _rows(v)
+    which = kernel(request)
+    lse: Tensor | None = None
+    if which == "cudnn":
+        out = aten._scaled_dot_product_cudnn_attention(
+            q, k, v, None, request.grad, operands.dropout, causal, False, scale=operands.scale
+        )[0]
+    elif which == "flash":
+        D = q.shape[-1]
+        if D % 8:
+            q, k, v = (F.pad(t, (0, -D % 8)) for t in (q, k, v))
+        out, lse = aten._scaled_dot_product_flash_attention(
+            q, k, v, operands.dropout, causal, False, scale=operands.scale
+        )[:2]
+        out = out[..., :D]
+    else:
+        return _efficient(q, k, v, mask, causal, request, operands)
+    if operands.sinks is not None:
+        assert lse is not None
+        out = rescale_by_sinks(out, lse, operands.sinks)
+    return out
+
+
+def _efficient(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, request: AttentionRequest, operands: Operands
+) -> Tensor:
+    """The memory-efficient kernel knows no grouping: one call a member of the group, each on all of K and V as they
+    are. Rows that see nothing are shown everything and zeroed afterwards, so that no kernel meets an empty softmax."""
+    (B, HQ, Sq, _), HKV, Sk = q.shape, k.shape[1], k.shape[2]
+    G = HQ // HKV
+    blind: Tensor | None = None
+    masks: tuple[Tensor | None, ...] = (None,) * G
+    if mask is not None:
+        if request.bias and not request.tracing:
+            assert operands.bias is not None
+            k, v = unseen_of(operands.layout, operands.bias, k.device).clean(k, v)
+        else:
+            k, v = without_unseen(operands.layout, operands.bias, k, v)
+        mask, blind = _aligned_scores(mask, Sk, q.dtype)
+        if mask.shape[1] > 1:
+            masks = tuple(mask[:, g::G].expand(B, HKV, Sq, Sk) for g in range(G))
+        else:
+            masks = tuple(part.expand(B, HKV, Sq, Sk) for part in _shared(mask, G))
+    outs = []
+    save = request.grad or operands.sinks is not None
+    for g, (k_g, v_g, part) in enumerate(zip(_shared(k, G), _shared(v, G), masks, strict=True)):
+        out, lse = aten._scaled_dot_product_efficient_attention(
+            q[:, g::G], k_g, v_g, part, save, operands.dropout, causal, scale=operands.scale
+        )[:2]
+        if operands.sinks is not None:
+            out = rescale_by_sinks(out, lse[..., :Sq], operands.sinks[g::G])
+        outs.append(out)
+    out = outs[0] if G == 1 else torch.stack(outs, 2).flatten(1, 2)
+    return out if blind is None else out.masked_fill(blind, 0)
+
+
+def _shared(t: Tensor, G: int) -> tuple[Tensor, ...]:
+    """``t`` as G views: autograd adds up their gradients at once, in fp32, not one after another in half precision."""
+    return (t,) if G == 1 else t.expand(G, *t.shape).unbind()
+
+
+def _aligned_scores(mask: Tensor, Sk: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A mask as scores to add, in rows of 16-byte alignment (the kernel's wish), and the queries that see nothing."""
+    if mask.dtype == torch.bool:
+        blind = ~mask.any(-1, keepdim=True)
+        zero = torch.zeros((), dtype=dtype, device=mask.device)
+        mask = zero.expand(mask.shape).masked_fill(~(mask | blind), -torch.inf)
+    else:
+        blind = (mask == -torch.inf).all(-1, keepdim=True)
+        mask = mask.masked_fill(blind, 0)
+    if Sk % 16:
+        mask = F.pad(mask.expand(*mask.shape[:-1], Sk), (0, -Sk % 16))[..., :Sk]
+    return mask, blind

@@ -1,0 +1,74 @@
+"""FlashAttention-2 code inside torch, over cumulative lengths: windows, padding and packed documents.
+
+It is called through ATen, because the public ``torch.nn.attention.varlen.varlen_attn`` has no dropout, and no grouping
+in torch 2.11.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from hf_attn_patch.attn.request import AttentionRequest, Operands
+from hf_attn_patch.attn.visibility import FULL
+
+from ._common import cut, rescale_by_sinks
+from ._varlen import refuses_common, run_varlen
+
+aten = torch.ops.aten
+
+
+def refuses(request: AttentionRequest) -> str | None:
+    """Why not, or None."""
+    if reason := refuses_common(request, 256, 1):
+        return reason
+    if request.softcap:
+        return "torch's FlashAttention has no softcap"
+    if request.sinks and request.grad:
+        return "its backward drops the gradient of the log-sum-exp that sinks need"
+    if request.deterministic and request.grad:
+        return "its backward is not deterministic"
+    return None
+
+
+def run(q: Tensor, k: Tensor, v: Tensor, request: AttentionRequest, operands: Operands) -> tuple[Tensor, None]:
+    """q [B, HQ, Sq, D], k [B, HKV, Sk, D], v [B, HKV, Sk, D] -> (out [B, HQ, Sq, D], None)."""
+    layout, D = operands.layout, q.shape[-1]
+    left, right = layout.window
+    if layout.causal:
+        right = 0 if right is None else min(right, 0)
+
+    def kernel(
+        q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, max_q: int, max_k: int
+    ) -> Tensor:
+        out, lse = aten._flash_attention_forward(
+            q,
+            k,
+            v,
+            cu_q,
+            cu_k,
+            max_q,
+            max_k,
+            operands.dropout,
+            left is None and right == 0,
+            False,
+            scale=operands.scale,
+            window_size_left=None if left is None and right in (0, None) else (-1 if left is None else left),
+            window_size_right=None if left is None and right in (0, None) else (-1 if right is None else right),
+        )[:2]
+        if operands.sinks is not None:
+            if lse.dim() == 2:  # [HQ, T]
+                return rescale_by_sinks(out.transpose(0, 1)[None], lse[None], operands.sinks)[0].transpose(0, 1)
+            return rescale_by_sinks(out.transpose(1, 2), lse, operands.sinks).transpose(1, 2)
+        return out
+
+    if D % 8:
+        q, k, v = (F.pad(t, (0, -D % 8)) for t in (q, k, v))
+    if layout.kind == FULL:
+        k, v = cut(layout, k, v)
+        args = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        out = kernel(*args, None, None, q.shape[2], k.shape[2]).transpose(1, 2)
+    else:
+        out = run_varlen(q, k, v, operands, kernel)
+    return (out[..., :D] if D % 8 else out), None

@@ -1,0 +1,101 @@
+"""Our own Triton kernel for 1 to 16 queries: the group's queries in one tile, so that K and V are read once."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+
+from torch import Tensor
+
+from hf_attn_patch.attn.request import AttentionRequest, Operands
+from hf_attn_patch.attn.visibility import DENSE, FULL, PACKED, PADDED, Layout
+
+from ._common import cut, cut_bias
+
+_FOUND = importlib.util.find_spec("triton") is not None
+
+
+def missing() -> str | None:
+    """Why Triton cannot run here, or None."""
+    return None if _FOUND else "triton is not installed"
+
+
+def refuses(request: AttentionRequest) -> str | None:
+    """Why not, or None."""
+    if request.device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "needs a CUDA device"
+    if request.q_class > 16:
+        return "takes at most 16 queries"
+    if request.grad:
+        return "has no backward"
+    if request.dropout:
+        return "has no dropout"
+    if request.weights:
+        return "returns no attention weights"
+    if request.visibility == PACKED:
+        return "takes no packed documents"
+    if request.windowed and not request.causal:
+        return "takes a window only where attention is causal"
+    if request.dtype.itemsize not in (2, 4):
+        return f"takes fp16, bf16 and fp32, not {str(request.dtype).removeprefix('torch.')}"
+    if not 8 <= request.head_dim <= 512 or not 8 <= request.value_dim <= 512:
+        return f"takes head_dim 8 to 512, not {request.head_dim}/{request.value_dim}"
+    return missing()
+
+
+def _bounds(layout: Layout, request: AttentionRequest) -> tuple[Tensor | None, Tensor | None]:
+    """First and last + 1 key that a row can see at all, worked out once a forward."""
+    if layout.kind == DENSE and layout.mask is not None and not request.tracing and not request.per_head_mask:
+        from hf_attn_patch.attn.kernels import decode
+
+        if layout._key_bounds is None and layout.keys > decode.SHORT:
+            layout._key_bounds = decode.mask_bounds(layout.mask.expand(layout.batch, -1, -1, -1))
+    return layout.key_bounds() or (None, None)
+
+
+def shorter(request: AttentionRequest, layout: Layout) -> Callable[..., tuple[Tensor, None]] | None:
+    """:func:`run` for decoding without padding or bias, straight to the launch; None for all other calls."""
+    if layout.kind != FULL or not layout.whole or request.bias or request.tracing:
+        return None
+    from hf_attn_patch.attn.kernels.decode_launch import launch
+
+    causal, left = layout.causal, layout.window[0]
+    window = None if left is None else left + 1
+
+    def straight(q: Tensor, k: Tensor, v: Tensor, request: AttentionRequest, operands: Operands) -> tuple[Tensor, None]:
+        if type(q) is not Tensor:  # what only looks like a tensor goes through the registered operator
+            return run(q, k, v, request, operands)
+        scale, softcap, sinks = operands.scale, operands.softcap, operands.sinks
+        return launch(q, k, v, None, None, None, None, None, sinks, scale, causal, window, softcap, False)[0], None
+
+    return straight
+
+
+def run(q: Tensor, k: Tensor, v: Tensor, request: AttentionRequest, operands: Operands) -> tuple[Tensor, None]:
+    """q [B, HQ, Sq, D], k [B, HKV, Sk, D], v [B, HKV, Sk, Dv] -> (out [B, HQ, Sq, Dv], None)."""
+    layout = operands.layout
+    k, v = cut(layout, k, v)
+    first, end = _bounds(layout, request)
+    # the kernel aligns queries at each row's last valid key, a padded layout at the last key of all
+    aligned = layout.kind == FULL or (layout.kind == PADDED and not layout.restrict_queries)
+    mask = None if aligned else layout.dense(q.device)
+    left = layout.window[0] if mask is None else None
+    from hf_attn_patch.attn.kernels import decode  # needs triton
+
+    out = decode.grouped_decode(
+        q,
+        k,
+        v,
+        scale=operands.scale,
+        causal=layout.causal and mask is None,
+        first=first,
+        end=end,
+        mask=mask,
+        bias=None if operands.bias is None else cut_bias(layout, operands.bias),
+        window=None if left is None else left + 1,
+        softcap=operands.softcap,
+        sinks=operands.sinks,
+    )
+    assert isinstance(out, Tensor)
+    return out, None

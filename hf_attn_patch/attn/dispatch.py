@@ -1,0 +1,288 @@
+"""The ladder: the first backend that can run a request exactly, and why the others can't.
+
+The order is ``ladder.py``'s, by what was measured. The choice for a request is remembered, and calls of one kind find
+it by their shapes and options alone.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hf_attn_patch.compat.torch import deterministic_algorithms
+
+from .backends import flash2, flash3, flash4, flex, reference, torch_sdpa, torch_varlen, triton_decode
+from .ladder import order
+from .request import AttentionError, AttentionRequest, Operands, query_class
+from .visibility import DENSE, FULL, Layout, remembered_full
+
+logger = logging.getLogger("hf_attn_patch")
+
+_MODULES: dict[str, Any] = {
+    "flash4": flash4,
+    "flash3": flash3,
+    "flash2": flash2,
+    "triton_decode": triton_decode,
+    "torch_sdpa": torch_sdpa,
+    "torch_varlen": torch_varlen,
+    "flex": flex,
+    "reference": reference,
+}
+BACKENDS = tuple(_MODULES)
+Run = Callable[[Tensor, Tensor, Tensor, AttentionRequest, Operands], tuple[Tensor, Tensor | None]]
+
+_chosen: dict[tuple[AttentionRequest, str | None], tuple[str, Run]] = {}
+_forced: list[str] = []
+_capabilities: dict[torch.device, int] = {}
+
+
+def backend(name: str) -> Any:
+    """The module of a backend: ``refuses(request)`` and ``run(q, k, v, request, operands)``."""
+    if name not in _MODULES:
+        raise AttentionError(f"there is no backend {name!r}; choose one of {', '.join(BACKENDS)}")
+    return _MODULES[name]
+
+
+def reasons(request: AttentionRequest) -> list[tuple[str, str | None]]:
+    """Every backend in the order it is tried, with the reason why it can't run the request (None: it can)."""
+    return [(name, backend(name).refuses(request)) for name in order(request)]
+
+
+def choose(request: AttentionRequest, name: str | None = None) -> tuple[str, Run]:
+    """The backend that runs ``request``: ``name`` if given, else the first on the ladder that can.
+
+    Raises:
+        AttentionError: the backend asked for by name cannot run the request exactly.
+    """
+    name = name or (_forced[-1] if _forced else None)
+    known = None if request.tracing else _chosen.get((request, name))
+    if known is not None:
+        return known
+    if name is not None:
+        module = backend(name)
+        if reason := module.refuses(request):
+            raise AttentionError(
+                f"backend {name!r} cannot run this exactly: {reason} ({request.describe()}); "
+                "leave the choice to hf_attn_patch (backend=None) or name another"
+            )
+        found = (name, module.run)
+    else:
+        found = _first(request)
+    if not request.tracing:
+        _chosen[(request, name)] = found
+        if logger.isEnabledFor(logging.INFO):
+            passed = "; ".join(f"{n}: {why}" for n, why in reasons(request) if why and name is None)
+            logger.info("%s for %s%s", found[0], request.describe(), f" ({passed})" if passed else "")
+    return found
+
+
+def _first(request: AttentionRequest) -> tuple[str, Run]:
+    for name in order(request):  # a plain loop: torch.compile traces it
+        if _MODULES[name].refuses(request) is None:
+            return name, _MODULES[name].run
+    raise AttentionError(f"no backend can run this exactly: {request.describe()}")
+
+
+def forget() -> None:
+    """Forget remembered choices (after installing a package, say)."""
+    _chosen.clear()
+    known_calls.clear()
+    remembered_full.cache_clear()
+
+
+def _capability(device: torch.device) -> int:
+    known = _capabilities.get(device)
+    if known is None:
+        major, minor = torch.cuda.get_device_capability(device)
+        known = _capabilities[device] = 10 * major + minor
+    return known
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Insist on one backend for a block; it raises instead of falling back.
+
+    >>> with use_backend("reference"):
+    ...     out = attend(*(torch.ones(1, 2, 3, 8),) * 3, layout=Layout("full", 1, 3, 3))[0]
+    """
+    backend(name)
+    _forced.append(name)
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+class Known(NamedTuple):
+    """What was worked out for a kind of call: the layout, the request, and the function that runs it."""
+
+    layout: Layout
+    request: AttentionRequest
+    run: Run
+    operands: Operands | None = None  # where they are only numbers
+
+
+#: calls of one kind, found again by the numbers alone: no mask, no padding, nothing that could hold a large tensor
+known_calls: dict[Any, Known] = {}
+_MOST_KNOWN = 1024  # a growing cache makes a new kind at each token
+
+
+def remember_call(
+    key: Any, facts: tuple[Any, ...], layout: Layout, scale: float | None, softcap: float | None, dropout: float
+) -> None:
+    """Keep what was worked out for calls of one kind, unless its layout may come to hold a mask of many queries."""
+    needs_mask = layout.window != (None, None) or (layout.causal and layout.q_len != layout.keys)
+    if layout.kind != FULL or (needs_mask and layout.q_len > 1024):
+        return
+    if len(known_calls) >= _MOST_KNOWN:
+        known_calls.clear()
+    operands = Operands(layout, facts[0][-1] ** -0.5 if scale is None else scale, softcap, None, None, dropout)
+    known_calls[key] = prepare(facts, layout)._replace(operands=operands)
+
+
+def facts_of(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    bias: Tensor | None = None,
+    dropout: float = 0.0,
+    weights: bool = False,
+    deterministic: bool = False,
+    name: str | None = None,
+) -> tuple[Any, ...]:
+    """The facts of a call that decide who runs it, but for its layout: hashable, and cheap to make."""
+    bias_grad = grad = False
+    if torch.is_grad_enabled():
+        bias_grad = bias is not None and bias.requires_grad
+        grad = bias_grad or q.requires_grad or k.requires_grad or v.requires_grad
+        grad = grad or (sinks is not None and sinks.requires_grad)
+    return (
+        q.shape,
+        k.shape,
+        v.shape,
+        q.dtype,
+        q.device,
+        softcap is None,
+        sinks is None,
+        bias is None,
+        bias_grad,
+        dropout > 0.0,
+        grad,
+        weights,
+        deterministic or deterministic_algorithms(),
+        name if name is not None or not _forced else _forced[-1],
+    )
+
+
+def prepare(facts: tuple[Any, ...], layout: Layout) -> Known:
+    """Choose the backend for a kind of call (remembered with the layout).
+
+    Raises:
+        AttentionError: no backend can run it exactly, or the one asked for by name cannot.
+    """
+    known: Known | None = layout.chosen.get(facts)
+    if known is None:
+        q, _, v, dtype, device, *options, name = facts
+        request = _request(q, v, dtype, device, layout, tuple(options), False)
+        name, run = choose(request, name)
+        shorter = getattr(_MODULES[name], "shorter", None)  # a backend's way for the commonest calls
+        run = run if shorter is None else shorter(request, layout) or run
+        if _is_empty(q, v, layout):
+            run = reference.run
+        known = layout.chosen[facts] = Known(layout, request, run)
+    return known
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    layout: Layout,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    bias: Tensor | None = None,
+    dropout: float = 0.0,
+    weights: bool = False,
+    deterministic: bool = False,
+    name: str | None = None,
+    tracing: bool | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Run one call on the best backend.
+
+    Args:
+        q: [B, HQ, Sq, D]. k: [B, HKV, Sk, D]. v: [B, HKV, Sk, Dv]. One dtype, one device.
+        layout: who may see whom. bias: float, broadcastable to [B, HQ, Sq, Sk]. sinks: [HQ].
+        scale: defaults to D ** -0.5.
+        name: a backend to insist on. tracing: inside torch.compile; asked for if not given.
+
+    Returns:
+        out [B, HQ, Sq, Dv], and the weights [B, HQ, Sq, Sk] if asked for.
+    """
+    if torch.compiler.is_compiling() if tracing is None else tracing:
+        deterministic = deterministic or torch.are_deterministic_algorithms_enabled()  # which can be traced
+        facts = facts_of(q, k, v, softcap, sinks, bias, dropout, weights, True, name)
+        request = _request(q.shape, v.shape, q.dtype, q.device, layout, (*facts[5:-2], deterministic), True)
+        run = choose(request, facts[-1])[1]
+        if _is_empty(q.shape, v.shape, layout):
+            run = reference.run
+    else:
+        facts = facts_of(q, k, v, softcap, sinks, bias, dropout, weights, deterministic, name)
+        _, request, run, _ = layout.chosen.get(facts) or prepare(facts, layout)
+    operands = Operands(layout, q.shape[-1] ** -0.5 if scale is None else scale, softcap, sinks, bias, dropout)
+    return run(q, k, v, request, operands)
+
+
+def _is_empty(q: torch.Size, v: torch.Size, layout: Layout) -> bool:
+    """No batch, no queries, no keys or no values: no kernel is made for it, and there is nothing to compute."""
+    return 0 in q or 0 in v or layout.keys == 0
+
+
+def _request(
+    q_shape: torch.Size,
+    v_shape: torch.Size,
+    dtype: torch.dtype,
+    device: torch.device,
+    layout: Layout,
+    options: tuple[bool, ...],
+    tracing: bool,
+) -> AttentionRequest:
+    B, HQ, Sq, D = q_shape
+    _, HKV, Sk, Dv = v_shape
+    no_softcap, no_sinks, no_bias, bias_grad, dropout, grad, weights, deterministic = options
+    mask = layout.mask if layout.kind == DENSE else None
+    return AttentionRequest(
+        device=device.type,
+        capability=_capability(device) if device.type == "cuda" else 0,
+        dtype=dtype,
+        heads=HQ,
+        kv_heads=HKV,
+        head_dim=D,
+        value_dim=Dv,
+        q_class=query_class(Sq),
+        work_bits=-1 if tracing else (B * HQ * Sq * Sk * D).bit_length(),
+        streams=-1 if tracing else B * HKV,
+        rows=0 if tracing or Sq > 16 else HQ // HKV * Sq,
+        square=Sq == layout.keys,
+        visibility=layout.kind,
+        causal=layout.causal,
+        windowed=layout.window != (None, None),
+        softcap=not no_softcap,
+        sinks=not no_sinks,
+        bias=not no_bias,
+        bias_grad=bias_grad,
+        dropout=dropout,
+        grad=grad,
+        weights=weights,
+        per_head_mask=mask is not None and mask.shape[1] > 1,
+        deterministic=deterministic,
+        tracing=tracing,
+    )

@@ -1,0 +1,218 @@
+"""The attention function itself, for people who call it without a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_attn_patch.grouping import KVGrouping
+
+from .dispatch import attend, facts_of, known_calls, remember_call
+from .request import AttentionError
+from .visibility import DENSE, FULL, Layout, full, packed
+
+Window = int | tuple[int | None, int | None] | None
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    window: Window = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    bias: Tensor | None = None,
+    dropout: float = 0.0,
+    backend: str | None = None,
+) -> Tensor:
+    """Exact attention with shared KV heads, on the fastest kernel that can do the request.
+
+    Args:
+        q: [B, HQ, Sq, D]. k: [B, HKV, Sk, D]. v: [B, HKV, Sk, Dv], HQ a multiple of HKV. One floating dtype and device.
+        mask: bool (True: may be seen) or float (added to the scores), broadcastable to [B, HQ, Sq, Sk]; or bool
+            [B, Sk], the valid keys.
+        causal: query i sees keys up to ``i + Sk - Sq`` (aligned at the lower right, as FlashAttention does).
+        window: an int w: the last w keys, itself included (implies ``causal``'s alignment); or (left, right) keys on
+            each side, None for no bound.
+        scale: of the scores; D ** -0.5 by default.
+        softcap: scores become ``softcap * tanh(scores / softcap)`` before mask and bias (Gemma 2).
+        sinks: [HQ], logits that join each row's softmax and take no value (gpt-oss).
+        bias: float, broadcastable to [B, HQ, Sq, Sk], added to the scores; it may need a gradient (T5, ALiBi).
+        dropout: probability with which a weight is dropped. There is no training flag: pass 0 in evaluation.
+        backend: one of :data:`hf_attn_patch.attn.dispatch.BACKENDS`, to insist on it.
+
+    Returns:
+        [B, HQ, Sq, Dv] in q's dtype. Rows that see no key are zero. Values of keys that nobody sees never matter,
+        NaN included.
+
+    Raises:
+        AttentionError: shapes or dtypes do not fit, or the backend asked for cannot run the request exactly.
+
+    >>> q, k = torch.randn(2, 8, 5, 16), torch.randn(2, 2, 9, 16)
+    >>> attention(q, k, k, causal=True).shape
+    torch.Size([2, 8, 5, 16])
+    """
+    key: Any = None
+    if mask is None and bias is None and not torch.compiler.is_compiling():
+        facts = facts_of(q, k, v, softcap, sinks, None, dropout, name=backend)
+        bounds = tuple(window) if isinstance(window, (tuple, list)) else window
+        sizes = None if sinks is None else sinks.shape
+        key = (facts, k.dtype, v.dtype, k.device, v.device, causal, bounds, scale, softcap, dropout, sizes)
+        known = known_calls.get(key)
+        if known is not None:  # arguments of this kind were checked before
+            operands = known.operands
+            assert operands is not None
+            if sinks is not None:
+                operands = operands._replace(sinks=sinks)
+            return known.run(q, k, v, known.request, operands)[0]
+    layout, bias = _layout(q, k, v, mask, causal, window, sinks, bias, dropout)
+    options: dict[str, Any] = {"scale": scale, "softcap": softcap, "dropout": dropout, "name": backend}
+    out = attend(q, k, v, layout=layout, sinks=sinks, bias=bias, **options)[0]
+    if key is not None:
+        remember_call(key, facts, layout, scale, softcap, dropout)
+    return out
+
+
+def _layout(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    window: Window,
+    sinks: Tensor | None,
+    bias: Tensor | None,
+    dropout: float,
+) -> tuple[Layout, Tensor | None]:
+    """Check the arguments of :func:`attention`; who may see whom, and the bias with what a float mask adds."""
+    _check(q, k, v, dropout)
+    B, HQ, Sq, _ = q.shape
+    Sk = k.shape[2]
+    if sinks is not None and sinks.shape != (HQ,):
+        raise AttentionError(f"sinks have the shape {tuple(sinks.shape)}, not one for each of {HQ} query heads")
+    bounds, causal = _window(window, causal)
+    layout = full(Sq, Sk, causal, bounds, B)
+    if mask is not None:
+        if mask.dim() == 2 and mask.dtype == torch.bool and mask.shape == (B, Sk):
+            mask = mask[:, None, None, :]
+        _check_broadcast("mask", mask, (B, HQ, Sq, Sk))
+        if mask.dtype == torch.bool:
+            layout = _masked(layout, mask, (B, HQ, Sq, Sk))
+        elif mask.is_floating_point():
+            bias = mask if bias is None else bias + mask
+        else:
+            raise AttentionError(f"a mask is bool or float, not {mask.dtype}")
+    if bias is not None:
+        _check_broadcast("bias", bias, (B, HQ, Sq, Sk))
+        bias = bias if bias.dim() == 4 else bias.reshape((1,) * (4 - bias.dim()) + bias.shape)
+    return layout, bias
+
+
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    *,
+    causal: bool = False,
+    window: Window = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    dropout: float = 0.0,
+    backend: str | None = None,
+) -> Tensor:
+    """Attention within packed documents: tokens of one never see another.
+
+    Args:
+        q: [T, HQ, D]. k: [Tk, HKV, D]. v: [Tk, HKV, Dv].
+        cu_seqlens_q, cu_seqlens_k: integers [N + 1], 0 = first border, ascending, the last at most T (Tk). Keys
+            default to the queries' borders.
+        max_seqlen_q, max_seqlen_k: the longest document, as ints; read from the device if not given.
+
+    The other arguments, the result [T, HQ, Dv] and the errors are those of :func:`attention`; ``causal`` is aligned at
+    the end of each document.
+
+    >>> t = torch.randn(7, 4, 8)
+    >>> attention_varlen(t, t, t, torch.tensor([0, 3, 7]), causal=True).shape
+    torch.Size([7, 4, 8])
+    """
+    if q.dim() != 3 or k.dim() != 3 or v.dim() != 3:
+        raise AttentionError(f"packed q, k and v are [T, H, D]; got {q.dim()}, {k.dim()} and {v.dim()} dimensions")
+    self_attention = cu_seqlens_k is None
+    cu_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
+    if cu_seqlens_q.dim() != 1 or cu_seqlens_q.shape != cu_k.shape or len(cu_k) < 2:
+        raise AttentionError(
+            f"cu_seqlens_q and cu_seqlens_k are integers [N + 1]; got {list(cu_seqlens_q.shape)} and {list(cu_k.shape)}"
+        )
+    if self_attention and q.shape[0] != k.shape[0]:
+        raise AttentionError(f"{q.shape[0]} queries and {k.shape[0]} keys need their own cu_seqlens each")
+    q4, k4, v4 = (t.transpose(0, 1)[None] for t in (q, k, v))
+    _check(q4, k4, v4, dropout)
+    if max_seqlen_q is None or max_seqlen_k is None:
+        longest = torch.stack([cu_seqlens_q.diff().max(), cu_k.diff().max()]).tolist()
+        max_seqlen_q = longest[0] if max_seqlen_q is None else max_seqlen_q
+        max_seqlen_k = longest[1] if max_seqlen_k is None else max_seqlen_k
+    bounds, causal = _window(window, causal)
+    layout = packed(1, q.shape[0], k.shape[0], cu_seqlens_q, cu_k, max_seqlen_q, max_seqlen_k, causal, bounds)
+    out, _ = attend(q4, k4, v4, layout=layout, scale=scale, softcap=softcap, sinks=sinks, dropout=dropout, name=backend)
+    return out.squeeze(0).transpose(0, 1)  # out[0] would copy the whole gradient
+
+
+def _masked(layout: Layout, mask: Tensor, shape: tuple[int, int, int, int]) -> Layout:
+    """``mask`` together with the layout's causality and window, as a dense layout."""
+    B, HQ, Sq, Sk = shape
+    mask = mask.reshape((1,) * (4 - mask.dim()) + mask.shape)
+    mask = mask.expand(mask.shape[0], mask.shape[1], Sq, Sk)
+    own = Layout(FULL, B, Sq, Sk, layout.causal, layout.window)
+    band = own.dense(mask.device)
+    if layout.start:
+        seen = torch.arange(Sk, device=mask.device) >= layout.start
+        band = seen if band is None else band & seen
+    return Layout(DENSE, B, Sq, Sk, mask=mask if band is None else mask & band)
+
+
+def _window(window: Window, causal: bool) -> tuple[tuple[int | None, int | None], bool]:
+    if window is None:
+        return (None, None), causal
+    if isinstance(window, int):
+        if window < 1:
+            raise AttentionError(f"a window of {window} keys shows nothing; use None for no window")
+        return (window - 1, None), True
+    left, right = window
+    if (left is not None and left < 0) or (right is not None and right < 0):
+        raise AttentionError(f"window {window}: sides are numbers of keys from 0, None for no bound")
+    return (left, right), causal
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> None:
+    if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
+        raise AttentionError(f"q, k and v are [B, H, S, D]; got {q.dim()}, {k.dim()} and {v.dim()} dimensions")
+    if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise AttentionError(
+            f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not go together: "
+            "[B, HQ, Sq, D], [B, HKV, Sk, D] and [B, HKV, Sk, Dv] are wanted"
+        )
+    KVGrouping(q.shape[1], k.shape[1])
+    if not (q.dtype == k.dtype == v.dtype and q.is_floating_point()):
+        raise AttentionError(
+            f"q, k and v have the dtypes {q.dtype}, {k.dtype} and {v.dtype}; one floating one is wanted"
+        )
+    if not q.device == k.device == v.device:
+        raise AttentionError(f"q, k and v are on {q.device}, {k.device} and {v.device}; one device is wanted")
+    if not 0.0 <= dropout < 1.0:
+        raise AttentionError(f"dropout {dropout} is not a probability below 1")
+
+
+def _check_broadcast(name: str, t: Tensor, shape: tuple[int, ...]) -> None:
+    if t.dim() > 4 or any(n not in (1, m) for n, m in zip(reversed(t.shape), reversed(shape), strict=False)):
+        raise AttentionError(f"{name} {tuple(t.shape)} does not broadcast to [B, HQ, Sq, Sk] = {shape}")

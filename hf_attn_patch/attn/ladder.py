@@ -1,0 +1,35 @@
+"""In which order the backends are tried: the one that was measured fastest for a kind of request first.
+
+The measurements are those of ``benchmarks/`` on one H200: on Hopper FlashAttention-4, then 3, then cuDNN for prefill
+and training, our own kernel for decoding, cuDNN for masks and biases as scores; on Ampere and Ada FlashAttention-2
+code; on the CPU torch's flash kernel. ``crossovers.py`` has the numbers.
+"""
+
+from __future__ import annotations
+
+from .backends.torch_sdpa import kernel
+from .crossovers import has_many_rows, is_small
+from .request import AttentionRequest
+from .visibility import DENSE, FULL
+
+_CPU = ("torch_sdpa", "reference", "triton_decode", "torch_varlen", "flex", "flash4", "flash3", "flash2")
+_DECODE = ("triton_decode", "flash3", "torch_sdpa", "flash4", "torch_varlen", "flash2", "flex", "reference")
+_FULL = ("flash4", "flash3", "torch_sdpa", "flash2", "torch_varlen", "flex", "reference", "triton_decode")
+_MASKED = ("flash4", "flash3", "flash2", "torch_varlen", "flex", "torch_sdpa", "reference", "triton_decode")
+
+
+def order(request: AttentionRequest) -> tuple[str, ...]:
+    """All backends, the one that was measured fastest for this kind of request first."""
+    if request.device != "cuda":
+        return _CPU
+    if request.q_class < 17 and not request.grad:  # decoding: bytes, not arithmetic
+        return _first("flash4", _DECODE) if has_many_rows(request) else _DECODE
+    if request.visibility == FULL and not request.windowed and not request.bias:
+        return _first("torch_sdpa", _FULL) if is_small(request) else _FULL
+    if (request.bias or request.visibility == DENSE) and kernel(request) == "cudnn":
+        return _first("torch_sdpa", _MASKED)
+    return _FULL if request.visibility == FULL and not request.windowed else _MASKED
+
+
+def _first(name: str, names: tuple[str, ...]) -> tuple[str, ...]:
+    return (name, *(n for n in names if n != name))

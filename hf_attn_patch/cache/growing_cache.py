@@ -1,0 +1,205 @@
+"""A KV cache that grows without copying itself at every token.
+
+``DynamicCache`` concatenates: each new token reads and writes the whole cache once more, so that decoding moves three
+times the bytes that attention needs. Here K and V live in buffers ``[B, HKV, capacity, D]`` with room at the end. A new
+token is written behind the last one, attention gets views of the valid part ``[B, HKV, S, D]``, and only when the room
+is used up do the states move to a buffer that is larger by a factor: amortised, a token costs a token.
+
+Everything else is ``DynamicCache``: the classes here are its subclasses, ``layer.keys`` and ``layer.values`` hold what
+they hold there, and code that slices or replaces them is noticed and followed (one copy, then in place again).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, EncoderDecoderCache, GenerationMixin, PretrainedConfig
+from transformers.cache_utils import Cache
+
+from .layers import GrowingLayer, GrowingMixin, GrowingSlidingWindowLayer, growing, new_layer
+
+__all__ = ["GrowingCache", "GrowingLayer", "GrowingSlidingWindowLayer", "use_growing_cache"]
+
+
+class GrowingCache(DynamicCache):
+    """A ``DynamicCache`` whose K and V ``[B, HKV, S, D]`` grow in place.
+
+    Args:
+        ddp_cache_data: as in ``DynamicCache``: (keys, values) of each layer to start from.
+        config: the model's config; picks full, sliding and hybrid layers as ``DynamicCache`` does.
+        offloading: as in ``DynamicCache``. Layers that are offloaded cross the bus whole at every token, and so are
+            kept at their exact size and do not grow in place.
+        offload_only_non_sliding: as in ``DynamicCache``.
+        growth: a full buffer is replaced by one this many times as large (rounded up to 256 keys). 1.25 costs at most a
+            quarter more memory, and copies 4 tokens for each one cached.
+        expected_length: the number of keys beyond which none are expected: growth stops there first. Not a limit.
+
+    Raises:
+        ValueError: if ``growth`` is under 1 or no number, or ``expected_length`` under 1.
+
+    In-place growth needs ``torch.no_grad()`` or ``torch.inference_mode()`` (``generate`` has it): with gradients on,
+    and under ``torch.compile``, the layers concatenate, because autograd or the graph may still need the old states.
+
+    >>> import torch
+    >>> from hf_attn_patch import GrowingCache
+    >>> cache = GrowingCache()
+    >>> token = torch.ones(2, 4, 1, 64)  # [B, HKV, S, D]
+    >>> with torch.no_grad():
+    ...     for _ in range(3):
+    ...         keys, values = cache.update(token, token, layer_idx=0)
+    >>> tuple(keys.shape), cache.get_seq_length(), cache.capacity()
+    ((2, 4, 3, 64), 3, 256)
+    """
+
+    layers: list[Any]
+    layer_class_to_replicate: Any
+
+    def __init__(
+        self,
+        ddp_cache_data: Iterable[tuple[Tensor | None, ...]] | None = None,
+        config: PretrainedConfig | None = None,
+        offloading: bool = False,
+        offload_only_non_sliding: bool = False,
+        *,
+        growth: float = 1.25,
+        expected_length: int | None = None,
+    ) -> None:
+        super().__init__(ddp_cache_data, config, offloading, offload_only_non_sliding)
+        self._grow(growth, expected_length)
+
+    @classmethod
+    def from_dynamic(
+        cls, cache: DynamicCache, *, growth: float = 1.25, expected_length: int | None = None
+    ) -> GrowingCache:
+        """A growing cache that starts with what ``cache`` holds.
+
+        Raises:
+            TypeError: if ``cache`` is not exactly a ``DynamicCache`` (its subclasses count positions in their own way).
+        """
+        if type(cache) is not DynamicCache:
+            raise TypeError(f"only a DynamicCache can be turned into a GrowingCache, not a {type(cache).__name__}")
+        grown = cls.__new__(cls)
+        grown.__dict__.update(cache.__dict__)
+        grown._grow(growth, expected_length)
+        return grown
+
+    def _grow(self, growth: float, expected_length: int | None) -> None:
+        if not 1 <= growth < math.inf:
+            raise ValueError(f"growth must be at least 1 and finite, not {growth}")
+        if expected_length is not None and expected_length < 1:
+            raise ValueError(f"expected_length must be positive or None, not {expected_length}")
+        if self.layer_class_to_replicate is not None and not self.offloading:
+            self.layer_class_to_replicate = functools.partial(new_layer, growth, expected_length)
+        self.layers = [
+            growing(layer, growth, expected_length)
+            if not self.offloading or (sliding and self.only_non_sliding)
+            else layer
+            for layer, sliding in zip(self.layers, self.is_sliding, strict=True)
+        ]
+
+    def prefetch(self, layer_idx: int, only_non_sliding: bool = True) -> None:
+        """As in ``Cache``, but the copy to the GPU begins after what was asked of the GPU before.
+
+        Else it overtakes the layer's copy to the CPU, or writes to memory that another layer still reads (up to
+        transformers 5.23 the tokens then differ from run to run).
+        """
+        if torch.cuda.is_available():
+            self.prefetch_stream.wait_stream(torch.cuda.current_stream(self.prefetch_stream.device))
+        super().prefetch(layer_idx, only_non_sliding)
+
+    @property
+    def is_compileable(self) -> bool:
+        """False: the buffers move, so ``generate`` must not compile around them."""
+        return False
+
+    def capacity(self, layer_idx: int = 0) -> int:
+        """How many keys fit into a layer before it has to grow."""
+        layer = self.layers[layer_idx]
+        room = layer._held() if isinstance(layer, GrowingMixin) else None
+        return int(layer.get_seq_length()) if room is None else room.capacity - room.start
+
+    def trim(self) -> None:
+        """Give the unused room of all layers back, say before a prefix is kept for later."""
+        for layer in self.layers:
+            if isinstance(layer, GrowingMixin):
+                layer.trim()
+
+
+_PREPARE = "_prepare_cache_for_generation"
+
+
+@dataclass(eq=False)
+class _PrepareGrowing:
+    """Stands before a model's ``_prepare_cache_for_generation`` and makes the cache that it creates a growing one.
+
+    The cross-attention cache is written once, so it is left at its exact size. An object, and not a bound function:
+    copies and pickles of the model take it along.
+
+    Args:
+        inner: the method that it stands before: the class's, or one that lay in the instance and has its ``self``.
+    """
+
+    model: Any
+    inner: Callable[..., Any]
+    bound: bool
+    growth: float
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        inner = self.inner if self.bound else functools.partial(self.inner, self.model)
+        return _prepare(inner, self.growth, *args, **kwargs)
+
+
+def _prepare(inner: Callable[..., Any], growth: float, *args: Any, **kwargs: Any) -> Any:
+    names = ("generation_config", "model_kwargs", "generation_mode", "batch_size", "max_cache_length")
+    given = dict(zip(names, args, strict=False)) | kwargs
+    model_kwargs, expected = given["model_kwargs"], given.get("max_cache_length")
+    before = {id(value) for value in model_kwargs.values()}
+    result = inner(*args, **kwargs)
+    if not (isinstance(expected, int) and expected > 0):
+        expected = None
+    for name, cache in model_kwargs.items():
+        if not isinstance(cache, Cache) or id(cache) in before:  # what the user passed is the user's
+            continue
+        if type(cache) is DynamicCache:
+            model_kwargs[name] = GrowingCache.from_dynamic(cache, growth=growth, expected_length=expected)
+        elif type(cache) is EncoderDecoderCache and type(cache.self_attention_cache) is DynamicCache:
+            cache.self_attention_cache = GrowingCache.from_dynamic(
+                cache.self_attention_cache, growth=growth, expected_length=expected
+            )
+    return result
+
+
+def use_growing_cache(model: torch.nn.Module, *, growth: float = 1.25) -> Callable[[], None]:
+    """Make ``model.generate`` cache into a :class:`GrowingCache` wherever it would make a ``DynamicCache``.
+
+    A cache that is passed to ``generate``, or another ``cache_implementation``, is respected. Wrappers (PEFT,
+    ``torch.compile``) and composite models are looked through: every module that can generate is switched.
+
+    Returns:
+        a function that undoes it.
+
+    Raises:
+        TypeError: if nothing in ``model`` can generate.
+    """
+    generators = [module for module in model.modules() if isinstance(module, GenerationMixin)]
+    if not generators:
+        raise TypeError(f"{type(model).__name__} cannot generate, so it has no use for a growing cache")
+    before = [module.__dict__.get(_PREPARE) for module in generators]
+    for module, own in zip(generators, before, strict=True):
+        inner = getattr(type(module), _PREPARE) if own is None else own
+        module.__dict__[_PREPARE] = _PrepareGrowing(module, inner, own is not None, growth)
+
+    def undo() -> None:
+        for module, own in zip(generators, before, strict=True):
+            if own is None:
+                module.__dict__.pop(_PREPARE, None)
+            else:
+                module.__dict__[_PREPARE] = own
+
+    return undo

@@ -1,0 +1,243 @@
+"""``hf-attn convert`` and its sisters. Nothing heavy is imported before a command runs."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from hf_attn_patch.conversion.errors import ConversionError
+from hf_attn_patch.conversion.methods.registry import AUTO, METHODS, all_options
+
+KVHeads = int | list[int] | dict[str, int | list[int]]
+
+
+def parse_kv_heads(text: str) -> KVHeads:
+    """``8``; ``8,8,4,4`` (one per layer); ``cross=2,self=4`` (by attention).
+
+    >>> parse_kv_heads("8"), parse_kv_heads("8,4"), parse_kv_heads("self=4,cross=2")
+    (8, [8, 4], {'self': 4, 'cross': 2})
+    """
+    parts = [part.strip() for part in text.split(",")]
+    try:
+        if any("=" in part for part in parts):
+            pairs = [part.split("=") for part in parts]
+            return {name.strip(): int(number) for name, number in pairs}
+        return int(parts[0]) if len(parts) == 1 else [int(part) for part in parts]
+    except ValueError:
+        raise ConversionError(
+            f"--kv-heads {text!r} is no number of heads; write 8, or 8,8,4,4 (one per layer), or self=4,cross=2"
+        ) from None
+
+
+def user_errors(function: Callable[..., Any]) -> Callable[..., Any]:
+    """One sentence on stderr and exit code 2 for what a user can cause."""
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except ConversionError as error:
+            click.echo(f"Error: {' '.join(str(error).split())}", err=True)
+            sys.exit(2)
+
+    return wrapper
+
+
+def method_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A click option for every option of any method."""
+    for option in reversed(all_options().values()):
+        owners = ", ".join(method.name for method in METHODS.values() if option in method.options)
+        flag = f"--{option.name.replace('_', '-')}"
+        text = f"{option.help} [{owners}]"
+        if option.type is bool:
+            declare = click.option(f"{flag}/--no-{flag[2:]}", default=None, help=text)
+        else:
+            declare = click.option(flag, type=option.type, default=None, help=text)
+        function = declare(function)
+    return function
+
+
+def command_line() -> str:
+    """The command as typed."""
+    return shlex.join(["hf-attn", *sys.argv[1:]])
+
+
+@click.command()
+@click.argument("src")
+@click.argument("dst", required=False)
+@click.option("--kv-heads", metavar="N", help="KV heads of the result: 8; 8,8,4,4 (one per layer); self=4,cross=2.")
+@click.option(
+    "--kv-budget",
+    type=float,
+    metavar="SHARE",
+    help="Instead: choose a number for each layer on the calibration text, so that this share of the KV cache is left "
+    "(experimental; for architectures that can say a number for each layer).",
+)
+@click.option(
+    "--method",
+    metavar="NAME",
+    help=f"{AUTO} (calibrated with --calibrate, otherwise aligned), {', '.join(METHODS)}.  [default: {AUTO}]",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="For methods that draw numbers or text.")
+@method_options
+@click.option("--dry-run", is_flag=True, help="Print what would happen, from config and headers alone.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing checkpoint at DST.")
+@click.option("--resume", is_flag=True, help="Go on where a killed run of the same conversion stopped.")
+@click.option("--workers", type=int, default=1, show_default=True, help="Threads that convert and copy.")
+@click.option("--max-shard-size", metavar="SIZE", help="Size of an output file, such as 5GB.  [default: as in SRC]")
+@click.option("--revision", help="Branch, tag or commit of a hub id.")
+@click.option("--allow-pickle", is_flag=True, help="Read pytorch_model.bin (with weights_only=True).")
+@click.option("--allow-nonfinite", is_flag=True, help="Convert weights that have NaN or Inf.")
+@click.option("--with-code", is_flag=True, help="Carry the model class's code, for trust_remote_code=True.")
+@click.option("--push-to-hub", metavar="REPO", help="Upload DST to this repository afterwards.")
+@click.option("--private", is_flag=True, help="With --push-to-hub: a private repository.")
+@click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
+@click.option("-v", "--verbose", is_flag=True, help="Print the plan first.")
+@user_errors
+def convert(
+    src: str, dst: str | None, kv_heads: str | None, kv_budget: float | None, method: str | None, seed: int,
+    dry_run: bool, as_json: bool,
+    overwrite: bool, resume: bool, workers: int, max_shard_size: str | None, revision: str | None, allow_pickle: bool,
+    allow_nonfinite: bool, with_code: bool, push_to_hub: str | None, private: bool, quiet: bool, verbose: bool,
+    **options: Any,
+) -> None:  # fmt: skip
+    """Convert the checkpoint SRC (a folder or hub id) to fewer KV heads, into the new folder DST."""
+    if (kv_heads is None) == (kv_budget is None):
+        raise ConversionError("say how many KV heads: --kv-heads N (or --kv-budget SHARE with --calibrate TEXT)")
+    given = {name: value for name, value in options.items() if value is not None}
+    if kv_budget is not None and "calibrate" not in given:
+        raise ConversionError("--kv-budget chooses by errors on a calibration text: give --calibrate TEXT")
+    wanted = None if kv_heads is None else parse_kv_heads(kv_heads)
+    if dst is None and not dry_run:
+        raise ConversionError("no destination: give a folder DST, or --dry-run to see what would happen")
+
+    from hf_attn_patch.conversion.api import convert as run
+    from hf_attn_patch.conversion.api import plan as make
+    from hf_attn_patch.conversion.checkpoints.writer import check_apart, check_destination
+    from hf_attn_patch.conversion.reports.report import human, plan_dict, plan_text
+
+    if dst is not None:
+        if Path(src).exists():
+            check_apart(Path(src), Path(dst))
+        check_destination(Path(dst), overwrite)
+    if wanted is None:
+        wanted = _under_budget(src, kv_budget or 0.0, seed, revision, allow_pickle, given, quiet)
+    plan = make(
+        src,
+        wanted,
+        method=method,
+        seed=seed,
+        revision=revision,
+        allow_pickle=allow_pickle,
+        max_shard_size=max_shard_size,
+        with_code=with_code,
+        **given,
+    )
+    if dry_run:
+        click.echo(json.dumps(plan_dict(plan, workers), indent=2) if as_json else plan_text(plan, workers))
+        return
+    if not quiet:
+        for warning in plan.warnings:
+            click.echo(f"Note: {warning}.", err=True)
+        if verbose:
+            click.echo(plan_text(plan, workers), err=True)
+    from tqdm import tqdm
+
+    with tqdm(
+        total=plan.bytes_after, unit="B", unit_scale=True, desc="converting", disable=True if quiet else None
+    ) as bar:
+        record = run(
+            plan, dst or "", overwrite=overwrite, resume=resume, workers=workers, allow_nonfinite=allow_nonfinite,
+            command=command_line(), progress=bar.update,
+        )  # fmt: skip
+    if push_to_hub:
+        from hf_attn_patch.conversion.checkpoints.hub import push
+
+        address = push(Path(dst or ""), push_to_hub, private=private)
+        if not quiet:
+            click.echo(f"pushed to {address}", err=True)
+    if as_json:
+        click.echo(json.dumps(record, indent=2))
+    elif not quiet:
+        for note in (record["details"] or {}).get("notes", ()):
+            click.echo(f"Note: {note}.", err=True)
+        click.echo(f"{dst}: {human(plan.bytes_after)} in {len(plan.shards)} file(s), method {plan.method.name}")
+
+
+def _under_budget(
+    src: str, budget: float, seed: int, revision: str | None, allow_pickle: bool, given: dict[str, Any], quiet: bool
+) -> list[int]:
+    from hf_attn_patch.conversion.budget import describe, kv_heads_under_budget
+
+    names = ("calibrate", "calibration_tokens", "calibration_length", "group", "device")
+    known = {name: given[name] for name in names if name in given}
+    numbers = kv_heads_under_budget(src, budget, seed=seed, revision=revision, allow_pickle=allow_pickle, **known)
+    if not quiet:
+        click.echo(f"Note: {describe(numbers, budget)}.", err=True)
+    return numbers
+
+
+@click.command()
+@click.argument("src")
+@click.option(
+    "--context", type=click.IntRange(min=1), default=8192, show_default=True, help="Tokens to size the cache for."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+@click.option(
+    "--plot", "picture", metavar="PNG", help="Draw the KV cache over the context for each number of KV heads."
+)
+@click.option("--revision", help="Branch, tag or commit of a hub id.")
+@click.option("--allow-pickle", is_flag=True, help="Read pytorch_model.bin (with weights_only=True).")
+@user_errors
+def inspect(
+    src: str, context: int, as_json: bool, picture: str | None, revision: str | None, allow_pickle: bool
+) -> None:
+    """Heads and KV bytes per token of SRC, and what each number of KV heads would save."""
+    from hf_attn_patch.conversion.checkpoints.hub import resolve
+    from hf_attn_patch.conversion.reports.inspection import inspect_source, inspection_text
+
+    facts = inspect_source(resolve(src, revision=revision, allow_pickle=allow_pickle), context)
+    if picture:
+        from hf_attn_patch.conversion.reports.plots import plot_cache
+
+        plot_cache(facts, picture)
+    click.echo(json.dumps(facts, indent=2) if as_json else inspection_text(facts))
+
+
+@click.command()
+@click.argument("src")
+@click.argument("dst")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--revision", help="Branch, tag or commit of a hub id.")
+@click.option("--allow-pickle", is_flag=True, help="Read pytorch_model.bin (with weights_only=True).")
+@user_errors
+def verify(src: str, dst: str, as_json: bool, revision: str | None, allow_pickle: bool) -> None:
+    """Compute the conversion of SRC again and compare it with DST: exit code 0 if it is the same, 1 if not."""
+    from hf_attn_patch.conversion.reports.verification import verification_dict
+    from hf_attn_patch.conversion.reports.verification import verify as run
+
+    found = run(src, dst, revision=revision, allow_pickle=allow_pickle)
+    if as_json:
+        click.echo(json.dumps(verification_dict(found), indent=2))
+    else:
+        for line in found.differences:
+            click.echo(line)
+        if found.not_recomputed:
+            click.echo(
+                f"not computed again (they depend on a calibration text): {len(found.not_recomputed)} merged tensors; "
+                "checked: their shapes, that they are finite, that SRC has the heads they were made from"
+            )
+        if found.rounded:
+            click.echo(f"equal up to rounding: {len(found.rounded)} merged tensors")
+        verdict = "is" if found.ok else "is NOT"
+        click.echo(f"{dst} {verdict} the conversion of {src} ({found.copied} tensors copied, {found.merged} merged)")
+    if not found.ok:
+        sys.exit(1)

@@ -1,0 +1,82 @@
+"""``hf-attn env``: versions, devices, and which backends can run here and why the others can't."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import sys
+from typing import Any
+
+import click
+
+PACKAGES = (
+    "hf-attn-patch",
+    "torch",
+    "transformers",
+    "accelerate",
+    "safetensors",
+    "triton",
+    "flash-attn-4",
+    "flash-attn",
+    "flash-attn-3",
+    "xformers",
+    "peft",
+    "datasets",
+)
+
+
+def environment() -> dict[str, Any]:
+    """What a bug report needs: {'python', 'platform', 'packages', 'devices', 'backends'}."""
+    import torch
+
+    from hf_attn_patch.attn.dispatch import BACKENDS, backend
+
+    packages: dict[str, str | None] = {}
+    for name in PACKAGES:
+        try:
+            packages[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            packages[name] = None
+    devices = [f"CPU: {platform.machine()}, {torch.get_num_threads()} threads"]
+    for i in range(torch.cuda.device_count()):
+        p = torch.cuda.get_device_properties(i)
+        devices.append(
+            f"cuda:{i}: {p.name}, compute capability {p.major}.{p.minor}, {p.total_memory / 2**30:.0f} GiB, "
+            f"CUDA {torch.version.cuda}"
+        )
+    backends = {}
+    for name in BACKENDS:
+        missing = getattr(backend(name), "missing", lambda: None)()
+        if missing is None and name in ("torch_varlen", "flex", "triton_decode") and not torch.cuda.is_available():
+            missing = "needs a CUDA device"
+        backends[name] = missing
+    return {
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "packages": packages,
+        "devices": devices,
+        "backends": backends,
+    }
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def command(as_json: bool) -> None:
+    """Show versions, devices and the backends that can run here.
+
+    Paste the output into a bug report.
+    """
+    found = environment()
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+        return
+    click.echo(f"Python {found['python']} on {found['platform']}")
+    for line in found["devices"]:
+        click.echo(f"  {line}")
+    click.echo("\nPackages")
+    for name, version in found["packages"].items():
+        click.echo(f"  {name:<14} {version or 'not installed'}")
+    click.echo("\nBackends")
+    for name, missing in found["backends"].items():
+        click.echo(f"  {name:<14} {'can run here' if missing is None else missing}")

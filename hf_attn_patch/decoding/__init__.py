@@ -1,0 +1,1 @@
+"""Decoding steps that are recorded once and run again."""

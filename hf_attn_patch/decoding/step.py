@@ -1,0 +1,250 @@
+"""One decoding step as it is recorded: its inputs' memory, what must stay the same, and the steps of one cache."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import EncoderDecoderCache
+from transformers.utils import ModelOutput
+
+from hf_attn_patch.attn.dispatch import _forced
+from hf_attn_patch.cache.growing_cache import GrowingCache
+
+from .capture import Recording, Repetition, record, rehearse
+from .step_layers import Place, StepRoom, settle, standing_in, step_layers
+
+REHEARSALS = 1  # steps that run unrecorded first, watched for what cannot be recorded
+COMPILATIONS = 1  # steps before those, of a compiled model: compiling waits for the device
+MOST_STEPS = 4  # recordings kept for one cache
+PAYS = 8  # runs that a recording must have served on average, after the first few
+CONSTANT = 1 << 18  # inputs of more elements are used where they are, not copied
+MASK_STEP = 1024  # columns that a mask grows by where no buffer says how long it can get
+
+
+class UnfitError(Exception):
+    """A step that cannot be recorded, with the reason."""
+
+
+class Step:
+    """One form of a decoding step for one cache: the memory of its inputs, and its recording."""
+
+    def __init__(
+        self, model: torch.nn.Module, inner: Callable[..., Any], compiled: bool, call: Call, room: StepRoom
+    ) -> None:
+        self.model, self.inner = weakref.ref(model), inner
+        self.unwatched = COMPILATIONS if compiled else 0
+        self.room, self.device = room, call.device
+        self.place = Place(call.device)
+        self.kwargs = dict(call.kwargs)
+        self.copied: dict[str, Tensor] = {}
+        for name, value in call.copied.items():
+            self.copied[name] = self.kwargs[name] = torch.empty_like(value, memory_format=torch.contiguous_format)
+        self.mask: Tensor | None = None
+        if call.mask is not None:
+            ends = [b[0].shape[2] for b, sliding in zip(room.buffers, room.sliding, strict=True) if b and not sliding]
+            longest = max(ends, default=(call.mask.shape[1] // MASK_STEP + 2) * MASK_STEP)
+            self.mask = self.kwargs[call.mask_name] = call.mask.new_zeros(call.mask.shape[0], longest)
+        self.cache_name = call.cache_name
+        self.kwargs.pop(self.cache_name)
+        self.runs = 0
+        self.recording: Recording | Repetition | None = None
+
+    def fits(self, call: Call, room: StepRoom) -> bool:
+        """Whether it writes to the cache's memory as it is now, and the mask has room."""
+        return self.room.same_buffers(room) and (self.mask is None or call.mask.shape[1] <= self.mask.shape[1])
+
+    def load(self, call: Call, room: StepRoom) -> None:
+        """Put a call's inputs where the step reads them."""
+        for name, value in call.copied.items():
+            self.copied[name].copy_(value)
+        if self.mask is not None:
+            self.mask[:, : call.mask.shape[1]].copy_(call.mask)
+        self.place.set(room.position, room.slot)
+
+    def work(self, cache: Any) -> Any:
+        """The step itself, on the step's own memory; leaves the cache as it found it, but for K and V."""
+        growing = growing_of(cache)
+        with standing_in(growing, step_layers(growing, self.room, self.place)):
+            output = self.inner(self.model(), **self.kwargs, **{self.cache_name: cache})
+        self.place.advance()
+        return _map(output, lambda t: t, cache, _CACHE)
+
+    def run(self, cache: Any) -> Any:
+        """Run the step on what was loaded: unrecorded at first, then recorded."""
+        if self.recording is None:
+            if self.runs < self.unwatched + REHEARSALS:
+                result = rehearse(functools.partial(self.work, cache), self.device, self.runs >= self.unwatched)
+            else:
+                held = weakref.ref(cache)
+                self.recording = record(lambda: self.work(held()), self.device)
+        if self.recording is not None:
+            result = self.recording.replay()
+        self.runs += 1
+        self.place.advanced()
+        constants = {id(t) for t in self.kwargs.values() if isinstance(t, Tensor)}
+        # a copy: the next run writes to the same memory
+        return _map(result, lambda t: t if id(t) in constants else t.clone(), _CACHE, cache)
+
+
+_CACHE = object()  # stands for the cache in a result that is kept, which must not keep the cache
+
+
+def growing_of(cache: Any) -> Any:
+    return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+
+
+def _map(value: Any, function: Callable[[Tensor], Tensor], old: Any, new: Any) -> Any:
+    """A model's output with ``function`` of its tensors, and ``new`` for ``old``."""
+    if value is old:
+        return new
+    if isinstance(value, Tensor):
+        return function(value)
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, ModelOutput):
+        return type(value)(**{k: _map(v, function, old, new) for k, v in value.items()})
+    if type(value) in (tuple, list):
+        return type(value)(_map(v, function, old, new) for v in value)
+    if type(value) is dict:
+        return {k: _map(v, function, old, new) for k, v in value.items()}
+    raise UnfitError(f"it returns a {type(value).__name__}")
+
+
+def tensors_of(output: Any, cache: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    _map(output, lambda t: found.append(t) or t, cache, None)  # type: ignore[func-returns-value]
+    return found
+
+
+class Call:
+    """The arguments of one decoding step, sorted: what is copied, what is used where it is, what must stay the same.
+
+    Raises:
+        UnfitError: this call is not a step that can be recorded.
+    """
+
+    def __init__(self, kwargs: dict[str, Any], cache_name: str) -> None:
+        self.kwargs, self.cache_name = kwargs, cache_name
+        self.copied: dict[str, Tensor] = {}
+        cache = kwargs[cache_name]
+        growing = growing_of(cache)
+        if type(growing) is not GrowingCache:
+            raise UnfitError(f'its cache is a {type(growing).__name__} and no GrowingCache: enable(cache="growing")')
+        tokens = new_tokens(kwargs, cache)
+        if tokens is None:
+            raise UnfitError("it is given neither ids nor embeddings")
+        self.device = tokens.device
+        decoder = "decoder_" if isinstance(cache, EncoderDecoderCache) else ""
+        self.mask_name = f"{decoder}attention_mask"
+        self.mask: Any = kwargs.get(self.mask_name)
+        if self.mask is not None and (
+            not isinstance(self.mask, Tensor) or self.mask.dim() != 2 or self.mask.device != self.device
+        ):
+            raise UnfitError(f"its {self.mask_name} is not [B, S] on its tokens' device")
+        if self.mask is None and isinstance(cache, EncoderDecoderCache):
+            # these decoders would make one themselves, from a length on the host
+            seen = growing_of(cache).get_seq_length()
+            self.mask = torch.ones(tokens.shape[0], seen + 1, dtype=torch.int64, device=self.device)
+            kwargs = self.kwargs = {**kwargs, self.mask_name: self.mask}
+        signature: list[Any] = []
+        for name, value in kwargs.items():
+            if name == cache_name:
+                continue
+            if name == self.mask_name and value is not None:
+                signature.append((name, value.shape[0], value.dtype))
+            elif isinstance(value, Tensor) and (value.numel() <= CONSTANT or value is tokens):
+                if value.requires_grad or value.device != self.device:
+                    raise UnfitError(f"{name} is on another device than its tokens, or needs a gradient")
+                self.copied[name] = value
+                signature.append((name, value.shape, value.dtype))
+            else:
+                signature.append((name, _constant(name, value)))
+        if isinstance(cache, EncoderDecoderCache):
+            signature.append(_cross(cache))
+        if kwargs.get("output_attentions") or kwargs.get("output_hidden_states"):
+            raise UnfitError("output_attentions and output_hidden_states are not recorded")
+        device = self.device.type
+        if torch.is_autocast_enabled(device) or (device == "cuda" and torch.cuda.is_current_stream_capturing()):
+            raise UnfitError("autocast keeps copies of weights, and a recording does not go into another")
+        signature += [
+            torch.is_inference_mode_enabled(),
+            torch.are_deterministic_algorithms_enabled(),
+            _forced[-1] if _forced else None,
+            torch.cuda.current_stream(self.device).cuda_stream if device == "cuda" else None,
+        ]
+        self.signature = tuple(signature)
+
+
+def new_tokens(kwargs: dict[str, Any], cache: Any) -> Tensor | None:
+    """The ids [B, S] or embeddings [B, S, E] that a call with a cache brings."""
+    decoder = "decoder_" if isinstance(cache, EncoderDecoderCache) else ""
+    for name in ("input_ids", "inputs_embeds"):
+        tokens = kwargs.get(decoder + name)
+        if isinstance(tokens, Tensor) and tokens.dim() > 1:
+            return tokens
+    return None
+
+
+def is_prompt(kwargs: dict[str, Any], cache: Any) -> bool:
+    """Whether a call is no decoding step: not one token a row, or none before it."""
+    tokens = new_tokens(kwargs, cache)
+    if (tokens is not None and tokens.shape[1] != 1) or kwargs.get("use_cache") is False:
+        return True
+    layers = getattr(growing_of(cache), "layers", None)
+    return layers is not None and not any(getattr(layer, "is_initialized", True) for layer in layers)
+
+
+def _constant(name: str, value: Any) -> Any:
+    """What must be the same for a recorded step to be the right one."""
+    if value is None or isinstance(value, (bool, int, float, str, torch.dtype)):
+        return value
+    if isinstance(value, Tensor):
+        return value.data_ptr(), value.shape, value.stride(), value.dtype
+    if isinstance(value, (ModelOutput, tuple, list)):
+        values = value.values() if isinstance(value, ModelOutput) else value
+        return tuple(_constant(name, v) for v in values)
+    raise UnfitError(f"{name} is a {type(value).__name__}")
+
+
+def _cross(cache: EncoderDecoderCache) -> Any:
+    """The keys and values of cross-attention: they must be there, and stay where they are."""
+    if not cache.is_updated or not all(cache.is_updated.values()):
+        raise UnfitError("the encoder's keys are not cached yet")
+    return tuple(
+        _constant("cross-attention", (layer.keys, layer.values)) for layer in cache.cross_attention_cache.layers
+    )
+
+
+class Steps:
+    """The recorded steps of one cache."""
+
+    def __init__(self) -> None:
+        self.known: dict[Any, Step] = {}
+        self.recorded = self.runs = 0
+
+    def find(self, model: Any, inner: Callable[..., Any], compiled: bool, call: Call, room: StepRoom) -> Step | None:
+        """The step for a call, made if there is none; None if recording does not pay for this cache."""
+        step = self.known.get(call.signature)
+        if step is not None and step.fits(call, room):
+            return step
+        if self.recorded >= MOST_STEPS and self.runs < PAYS * self.recorded:
+            return None
+        self.forget_other_rooms(room)
+        if len(self.known) >= MOST_STEPS:
+            self.known.pop(next(iter(self.known)))
+        settle(room)
+        step = self.known[call.signature] = Step(model, inner, compiled, call, room)
+        self.recorded += 1
+        return step
+
+    def forget_other_rooms(self, room: StepRoom) -> None:
+        """Steps for buffers that the cache has left would keep those alive."""
+        self.known = {k: s for k, s in self.known.items() if s.room.same_buffers(room)}
+
+    def forget(self) -> None:
+        self.known.clear()

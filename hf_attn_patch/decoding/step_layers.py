@@ -1,0 +1,189 @@
+"""Cache layers for one decoding step of fixed shape: what a :class:`GrowingCache` holds while a step is recorded.
+
+A recorded step (a CUDA graph) runs again on the same memory, so nothing in it may depend on a number of the host. Here
+the whole buffers ``[B, HKV, capacity, D]`` are what attention gets, the place of the new token is read on the device,
+and the mask says which keys are valid. The buffers are those of the growing layers, which count on afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from hf_attn_patch.cache.layers import GrowingLayer, GrowingMixin, GrowingSlidingWindowLayer
+
+
+class Place:
+    """Where the next token goes, on the device: int64 [2], its position and its index in the sliding layers' buffers.
+
+    Each step moves both on by itself (:meth:`advance`), so that nothing is sent in a run of steps; ``host`` says what
+    the device holds.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.tensor = torch.zeros(2, dtype=torch.int64, device=device)
+        self.position, self.slot = self.tensor[0], self.tensor[1]
+        self.indices = self.tensor[0:1], self.tensor[1:2]
+        self.host: tuple[int, int] | None = (0, 0)
+
+    def set(self, position: int, slot: int) -> None:
+        """Two kernels at most, none if the device is there already; nothing waits."""
+        if self.host == (position, slot):
+            return
+        self.host = None
+        self.position.fill_(position)
+        self.slot.fill_(slot)
+        self.host = position, slot
+
+    def advance(self) -> None:
+        """Inside the step, on the device alone; :meth:`advanced` follows on the host."""
+        self.tensor.add_(1)
+
+    def advanced(self) -> None:
+        assert self.host is not None
+        self.host = self.host[0] + 1, self.host[1] + 1
+
+
+class StepLayer(CacheLayerMixin):
+    """A full-attention layer: position and index in the buffers are the same."""
+
+    is_sliding = False
+    is_compileable = True
+
+    def __init__(self, buffers: tuple[Tensor, Tensor], place: Place) -> None:
+        super().__init__()
+        self.keys, self.values = buffers
+        self.dtype, self.device = self.keys.dtype, self.keys.device
+        self.is_initialized = True
+        self.place, self.index = place, place.indices[int(self.is_sliding)]
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing: the buffers are there."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write ``[B, HKV, 1, D]`` states; return the whole buffers ``[B, HKV, capacity, D]``."""
+        assert self.keys is not None
+        assert self.values is not None
+        self.keys.index_copy_(2, self.index, key_states)
+        self.values.index_copy_(2, self.index, value_states)
+        return self.keys, self.values
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, Any]:
+        """All of the buffer, and the position of its first key."""
+        assert self.keys is not None
+        return self.keys.shape[2], 0
+
+    def get_seq_length(self) -> Any:
+        """A tensor: what asks for a number of the host cannot be recorded, and says so by waiting for the device."""
+        return self.place.position
+
+    def get_max_length(self) -> int:
+        """No limit that a model should know."""
+        return -1
+
+
+class StepSlidingLayer(StepLayer):
+    """A sliding layer: the window walks through the buffer."""
+
+    is_sliding = True
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, Any]:
+        """All of the buffer, and the position of its first key (which may be one that is no longer kept)."""
+        assert self.keys is not None
+        return self.keys.shape[2], self.place.position - self.place.slot
+
+
+@dataclass
+class StepRoom:
+    """The buffers that a step writes to, and where."""
+
+    rooms: list[Any]  # one a layer; None: a layer that stores nothing
+    buffers: list[tuple[Tensor, Tensor] | None]
+    sliding: list[bool]
+    position: int
+    slot: int
+
+    def same_buffers(self, other: StepRoom) -> bool:
+        """Whether a step recorded for ``other`` writes to the right memory here."""
+        mine, theirs = self.buffers, other.buffers
+        if len(mine) != len(theirs):
+            return False
+        for a, b in zip(mine, theirs):  # noqa: B905 - compared just above, and this runs per token
+            if a is not b and (a is None or b is None or a[0] is not b[0] or a[1] is not b[1]):
+                return False
+        return True
+
+
+def reserve(cache: Any) -> StepRoom | None:
+    """Make room for one token in every layer of a growing cache.
+
+    Returns:
+        None if some layer is not one whose step can be recorded, or layers of a kind disagree about where they are.
+    """
+    rooms: list[Any] = []
+    sliding: list[bool] = []
+    position = slot = -1
+    for layer in cache.layers:
+        kind = type(layer)
+        if kind is GrowingLayer:
+            room = layer.reserve()
+            if room is None or room.start or position not in (-1, room.end):
+                return None
+            position = room.end
+        elif kind is GrowingSlidingWindowLayer and not layer.record_past:
+            room = layer.reserve()
+            if room is None or slot not in (-1, room.end) or position not in (-1, layer.cumulative_length):
+                return None
+            position, slot = layer.cumulative_length, room.end
+        elif kind.__name__ == "DummyLayer":  # what shares another layer's K and V (transformers 5.23 on)
+            rooms.append(None)
+            sliding.append(False)
+            continue
+        else:
+            return None
+        rooms.append(room)
+        sliding.append(kind is GrowingSlidingWindowLayer)
+    if position < 0:
+        return None
+    return StepRoom(rooms, [room and room.buffers for room in rooms], sliding, position, max(slot, 0))
+
+
+def advance(cache: Any) -> None:
+    """Tell the growing layers that a step has written a token behind their last one."""
+    for layer in cache.layers:
+        if isinstance(layer, GrowingMixin):
+            layer.appended()
+
+
+def step_layers(cache: Any, room: StepRoom, place: Place) -> list[Any]:
+    """The layers that ``cache`` has while the step runs."""
+    return [
+        layer if buffers is None else (StepSlidingLayer if sliding else StepLayer)(buffers, place)
+        for layer, buffers, sliding in zip(cache.layers, room.buffers, room.sliding, strict=True)
+    ]
+
+
+@contextmanager
+def standing_in(cache: Any, layers: list[Any]) -> Iterator[None]:
+    """Within, ``cache`` has these layers."""
+    own, cache.layers = cache.layers, layers
+    try:
+        yield
+    finally:
+        cache.layers = own
+
+
+def settle(room: StepRoom) -> None:
+    """Prepare the buffers for steps that are recorded: zeros where nothing was written yet (kernels that multiply by a
+    mask must not meet NaN there), and no leaving them without need."""
+    for one, sliding in zip(room.rooms, room.sliding, strict=True):
+        if one is not None:
+            one.recorded = True
+            for buffer in one.buffers:
+                buffer[:, :, room.slot if sliding else room.position :].zero_()

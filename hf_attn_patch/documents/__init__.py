@@ -1,0 +1,1 @@
+"""What conversion and training both read: texts from files and data sets, and their tokens."""

@@ -1,0 +1,1 @@
+"""The adapter: what transformers calls, and what reaches into transformers."""

@@ -1,0 +1,191 @@
+"""The mask function that transformers calls: its request becomes a :class:`Pattern`, or None where all is seen."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import masking_utils
+
+from hf_attn_patch.attn.request import AttentionError
+from hf_attn_patch.attn.visibility import DENSE, Layout
+
+from .attention_function import NAME
+from .call_visibility import keep_layout
+from .mask_pattern import Pattern
+
+#: families whose layers read or extend the mask that they are given (scores of their own, routers, attention in their
+#: own code beside the interface): they get what eager would get
+EXTENDS_MASKS = frozenset({"bigbird_pegasus", "deepseek_v4", "doge", "nllb-moe"})
+
+
+def build_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int | Tensor = 0,
+    mask_function: Callable[..., Any] = masking_utils.causal_mask_function,
+    attention_mask: Tensor | None = None,
+    allow_is_causal_skip: bool = True,
+    allow_is_bidirectional_skip: bool = False,
+    device: torch.device | str = "cpu",
+    **kwargs: Any,
+) -> Tensor | None:
+    """Registered with transformers' ``AttentionMaskInterface``; called once per pattern and forward.
+
+    Returns:
+        None where everything is seen; bool [B, 1, 1, Sk] for one query; else a carrier (see ``mask_pattern.py``); bool
+        [B, 1, Sq, Sk] for patterns that are not made of intervals, and where the caller wants to work on the mask
+        itself; float for those of ``EXTENDS_MASKS``. Under torch.compile uint8 [B, 1, Sq, Sk]: ours, to which borders
+        of documents may be added.
+    """
+    stock = {
+        "batch_size": batch_size,
+        "q_length": q_length,
+        "kv_length": kv_length,
+        "q_offset": q_offset,
+        "kv_offset": kv_offset,
+        "mask_function": mask_function,
+        "attention_mask": attention_mask,
+        "device": device,
+        **kwargs,
+    }
+    config = kwargs.get("config")
+    if getattr(config, "model_type", None) in EXTENDS_MASKS:
+        return masking_utils.eager_mask(**stock)
+    if torch.compiler.is_compiling():
+        mask = masking_utils.sdpa_mask(
+            **stock,
+            allow_is_causal_skip=allow_is_causal_skip,
+            allow_is_bidirectional_skip=allow_is_bidirectional_skip,
+        )
+        return mask if mask is None or q_length == 1 else mask.to(torch.uint8)
+    if getattr(config, "_attn_implementation", None) == NAME and (outside := _outside(type(config).__module__)):
+        raise AttentionError(
+            f"{outside} computes attention in its own code, outside transformers' attention interface, and cannot read "
+            'the masks of hf_attn_patch; load it with attn_implementation="eager"'
+        )
+    parts = read_mask_function(mask_function)
+    packed_by_caller = parts is not None and parts.get("documents") is not None
+    static = isinstance(q_offset, Tensor)
+    bidirectional = parts is not None and not parts["causal"]
+    may_skip = allow_is_bidirectional_skip if bidirectional else allow_is_causal_skip
+    if parts is None or not (may_skip or packed_by_caller or static or q_length == 1):
+        return masking_utils.sdpa_mask(**stock, allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
+    if isinstance(q_offset, Tensor):
+        q_offset = q_offset.clone() if q_offset.device.type != "cpu" else int(q_offset)
+    if isinstance(kv_offset, Tensor) and kv_offset.device.type == "cpu":
+        kv_offset = int(kv_offset)
+    keys = _valid_keys(attention_mask, kv_length, kv_offset)
+    pattern = Pattern(
+        batch_size,
+        q_length,
+        kv_length,
+        causal=parts["causal"],
+        window=parts["window"],
+        offset=q_offset - kv_offset,
+        kv_offset=kv_offset,
+        chunk=parts.get("chunk"),
+        keys=keys,
+        documents=parts.get("documents"),
+        device=torch.device(device),
+    )
+    if q_length == 1:
+        mask = _one_query(pattern, static and not may_skip)
+        if mask is not None:
+            keep_layout(mask, Layout(DENSE, batch_size, 1, kv_length, mask=mask))
+        return mask
+    # None leaves causality to the module's flag, which not every family sets: only "sees everything" may be None
+    says_everything = bidirectional and getattr(config, "is_causal", None) is not False
+    return None if says_everything and pattern.is_plain() else pattern.carrier()
+
+
+@cache
+def _outside(config_module: str) -> str | None:
+    """The name of a model of this config's family, if its modeling file does not ask the attention interface."""
+    from transformers.modeling_utils import PreTrainedModel  # not above: its import is what imports this module
+
+    name = config_module.replace(".configuration_", ".modeling_")
+    if name == config_module:  # a family of ours, or code of its own that transformers' heuristic was not made for
+        return None
+    for value in vars(sys.modules[name]).values() if name in sys.modules else ():
+        if inspect.isclass(value) and issubclass(value, PreTrainedModel) and value.__module__ == name:
+            inside = value._can_set_attn_implementation()  # type: ignore[attr-defined]
+            return None if inside else value.__name__.replace("PreTrainedModel", "")
+    return None
+
+
+def _one_query(pattern: Pattern, always: bool) -> Tensor | None:
+    """Bool [B, 1, 1, Sk], or None if the one query sees everything."""
+    offset, (left, right) = pattern.offset, pattern.window
+    last = isinstance(offset, int) and offset == pattern.kv_len - 1  # the query sits at the last key
+    reaches = left is None or left >= pattern.kv_len - 1
+    unbounded = (not pattern.causal and right is None) or last
+    if unbounded and reaches and pattern.chunk is None and pattern.documents is None:
+        if pattern.keys is None:
+            return pattern.dense() if always else None
+        return pattern.keys[:, None, None, :]
+    return pattern.dense().expand(pattern.batch, 1, 1, pattern.kv_len)
+
+
+def _valid_keys(attention_mask: Tensor | None, kv_length: int, kv_offset: int | Tensor) -> Tensor | None:
+    """Bool [B, Sk] of the keys in this call, or None if all are valid (asked only where asking is free)."""
+    if attention_mask is None:
+        return None
+    if isinstance(kv_offset, Tensor):  # nobody waits for it: the keys are picked on the device
+        index = torch.arange(kv_length, device=kv_offset.device) + kv_offset
+        last = attention_mask.shape[-1] - 1
+        return attention_mask.bool()[:, index.clamp(max=last)] & (index <= last)
+    missing = kv_length + kv_offset - attention_mask.shape[-1]
+    if missing > 0:
+        attention_mask = torch.nn.functional.pad(attention_mask, (0, missing))
+    keys = attention_mask[:, kv_offset : kv_offset + kv_length].bool()
+    return None if keys.device.type == "cpu" and bool(keys.all()) else keys
+
+
+def read_mask_function(function: Callable[..., Any]) -> dict[str, Any] | None:
+    """What a transformers mask function is made of: causal, window, chunk, documents; None if it is anything else.
+
+    >>> read_mask_function(masking_utils.sliding_window_causal_mask_function(4))
+    {'causal': True, 'window': (3, None)}
+    """
+    if function is masking_utils.causal_mask_function:
+        return {"causal": True, "window": (None, None)}
+    if function is masking_utils.bidirectional_mask_function:
+        return {"causal": False, "window": (None, None)}
+    name = getattr(function, "__qualname__", "").removesuffix(".<locals>.inner_mask").removesuffix(".<locals>.and_mask")
+    if getattr(function, "__module__", None) != masking_utils.__name__ or function.__closure__ is None:
+        return None
+    cells = dict(zip(function.__code__.co_freevars, (cell.cell_contents for cell in function.__closure__), strict=True))
+    if name == "and_masks":
+        return _intersection([read_mask_function(part) for part in cells["mask_functions"]])
+    if name == "sliding_window_overlay":
+        return {"causal": False, "window": (cells["sliding_window"] - 1, None)}
+    if name == "sliding_window_bidirectional_overlay":
+        return {"causal": False, "window": (cells["sliding_window"], cells["sliding_window"])}
+    if name == "chunked_overlay":
+        return {"causal": False, "window": (None, None), "chunk": (cells["chunk_size"], cells["left_padding"])}
+    if name == "packed_sequence_mask_function":
+        return {"causal": False, "window": (None, None), "documents": cells["packed_sequence_mask"]}
+    if name == "remap_positions_for_packed_sequence":
+        # positions counted inside each document: distances stay the same, so only chunks would change
+        inner = read_mask_function(cells["mask_function"])
+        return None if inner is None or "chunk" in inner else inner
+    return None
+
+
+def _intersection(parts: list[dict[str, Any] | None]) -> dict[str, Any] | None:
+    result: dict[str, Any] = {"causal": False, "window": (None, None)}
+    for part in parts:
+        if part is None or any(key in result and key in part for key in ("chunk", "documents")):
+            return None
+        bounds = zip(result["window"], part["window"], strict=True)
+        merged = tuple(min((x for x in pair if x is not None), default=None) for pair in bounds)
+        result = {**result, **part, "causal": result["causal"] or part["causal"], "window": merged}
+    return result

@@ -1,0 +1,1 @@
+"""Losses straight from hidden states; evaluation and training use them."""

@@ -1,0 +1,1 @@
+"""What stands around the steps: schedule, checkpoints, logs, the folder that is written."""

@@ -1,0 +1,1 @@
+"""The student, its teacher and what is minimised."""

@@ -1,0 +1,45 @@
+"""The decode kernels pass Triton's compiler for a Hopper GPU. The interpreter is less strict: it knows no types."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+SCRIPT = Path(__file__).parents[2] / "helpers" / "compile_kernels.py"
+SHARED = 227 * 1024  # bytes that a thread block can have on a Hopper GPU
+CASES = [
+    "plain", "one worker a head", "padded", "queries", "mask", "bias", "head_dim 80", "head_dim 256", "fp32",
+    "pages of 16", "pages of 256", "pages and a window",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], dict[str, int]]:
+    cache = str(tmp_path_factory.mktemp("triton"))
+    env = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": cache}
+    done = subprocess.run([sys.executable, str(SCRIPT), *CASES], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    return {(f["case"], f["kernel"]): f for f in found}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_it_compiles_for_hopper(case: str, kernels: dict[tuple[str, str], dict[str, int]]) -> None:
+    decode = kernels[case, "decode_kernel"]
+    assert 0 < decode["shared"] <= SHARED
+    assert decode["copies"]  # keys arrive while others are worked on
+    assert bool(decode["products"]) == (case != "fp32")  # whose products are exact, so not by tensor cores
+    assert decode["waits"] == 1
+    assert ((case, "combine_kernel") in kernels) == (case != "one worker a head")
+    if case != "one worker a head":
+        assert kernels[case, "combine_kernel"]["waits"] == 1
+
+
+def test_a_tile_within_one_page_asks_for_one_number(kernels: dict[tuple[str, str], dict[str, int]]) -> None:
+    small, large = (kernels[case, "decode_kernel"]["loads"] for case in ("pages of 16", "pages of 256"))
+    assert large < small

@@ -1,0 +1,144 @@
+"""The benchmarks run from end to end at toy sizes, and hold what they time to the truth first."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(ROOT))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    return lambda name: importlib.import_module(f"benchmarks.{name}")
+
+
+AS_SCRIPTS = """
+import importlib.util, runpy, sys
+(folder, *scripts), rest = sys.argv[1:], sys.path[1:]
+for script in scripts:
+    sys.path[:], sys.argv = [folder, *rest], [script, "--help"]  # as `python SCRIPT --help` would
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as done:
+        assert done.code in (0, None), script
+    found = importlib.util.find_spec("kernels")
+    assert found is None or not found.origin.startswith(folder), f"{script} lets kernels.py pass for a package"
+"""
+
+
+def test_the_scripts_start_and_kernels_py_passes_for_no_package() -> None:
+    """transformers and TRL look for a package ``kernels``, and a script's own folder is where Python looks first."""
+    folder = ROOT / "benchmarks"
+    scripts = [path for path in folder.glob("*.py") if "__main__" in path.read_text() and path.stem != "draw"]
+    assert len(scripts) >= 9
+    command = [sys.executable, "-c", AS_SCRIPTS, str(folder), *map(str, scripts)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for script in scripts:
+        assert f"usage: {script.name}" in done.stdout
+
+
+def test_models(load: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    models = load("models")
+    args = ["--tiny", "--kv-heads", "8", "--peers", "sdpa", "--sections", "prefill,train", "--forms", "padded,packed"]
+    assert models.main([*args, "--out", str(tmp_path)]) == 0
+    result = json.loads((tmp_path / "models.json").read_text())
+    rows = {(row["kind"], row["form"], row["implementation"]): row for row in result["rows"]}
+    assert len(rows) == 3 + 3 + 2
+    for (_, form, _), row in rows.items():
+        tokens, all_tokens = row["tokens_per_second"] * row["seconds"], row["B"] * row["S"]
+        assert tokens == pytest.approx(all_tokens) if form == "packed" else tokens < all_tokens  # real ones only
+    assert "hf_attn_patch + unpadded" in capsys.readouterr().out
+    drawn(load, tmp_path / "models.json", "Tokens a second")
+
+
+def drawn(load: Any, path: Path, text: str) -> None:
+    pytest.importorskip("matplotlib").rcParams["svg.fonttype"] = "none"  # text stays text
+    assert load("draw").main([str(path)]) == 0
+    assert text in path.with_suffix(".svg").read_text()
+
+
+def test_models_that_are_wrong_are_not_timed(load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    models, calls = load("models"), load("model_calls")
+    monkeypatch.setattr(models, "check_conformance", lambda *args: None)
+    right = calls.decode
+
+    def wrong(model: Any, variant: Any, inputs: Any) -> Any:
+        work, result = right(model, variant, inputs)
+        return work, lambda: [r + (variant.growing * r.abs().max()) for r in result()]
+
+    monkeypatch.setattr(calls, "decode", wrong)
+    args = ["--tiny", "--kv-heads", "8", "--peers", "", "--sections", "decode", "--forms", "padded"]
+    assert models.main([*args, "--out", str(tmp_path / "x.json")]) == 1
+    dynamic, growing, graphs = json.loads((tmp_path / "x.json").read_text())["rows"]
+    assert all("differs from sdpa" in row["failed"] for row in (growing, graphs))
+    assert dynamic["tokens_per_second"] * dynamic["seconds"] == pytest.approx(dynamic["B"])
+    assert "seconds" not in growing
+
+
+def test_claims(load: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert load("claims").main(["--tiny", "--out", str(tmp_path)]) == 0
+    result = json.loads((tmp_path / "claims.json").read_text())
+    assert [row["kv_bytes"] for row in result["sharing"][:3]] == [2 * 2 * n * 24 * 64 * 4 for n in (12, 3, 1)]
+    assert "GQA 4:1 (3 KV heads)" in capsys.readouterr().out
+    drawn(load, tmp_path / "claims.json", "KV cache, MiB, 168 points")
+
+
+def test_the_table_and_medians(load: Any) -> None:
+    measure = load("measure")
+    assert measure.table(("a", "b"), [("x", "1"), ("yy", "22")]).splitlines() == [
+        "| a  |  b |",
+        "|----|---:|",
+        "| x  |  1 |",
+        "| yy | 22 |",
+    ]
+    calls: list[int] = []
+    assert measure.median_seconds(lambda: calls.append(1), warmup=2, repeats=5) < 0.1
+    assert len(calls) == 7
+    assert torch.isfinite(torch.tensor(list(measure.limits(tiny=True).values()))).all()
+
+
+def test_kernels(load: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert load("kernels").main(["--tiny", "--out", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "kernels.json").read_text())["rows"]
+    assert {row["section"] for row in rows} == set(load("kernels").SECTIONS)
+    for row in rows:
+        if row["section"] != "paged":  # wants a GPU
+            assert row["results"]["ours"]["us"] > 0
+    by_name = {row["name"]: row for row in rows}
+    assert by_name["2, 96, 4/2, 32"]["work"] == 2 * (2 * 96 * 2 * 32) * 4  # K and V in fp32
+    assert by_name["1, 96, 4/2, 32 causal"]["work"] == 4 * 4 * 32 * (96 * 97 // 2)
+    assert "packed" in capsys.readouterr().out
+    drawn(load, tmp_path / "kernels.json", "share of what memory")
+
+
+def test_kernels_that_are_wrong_are_not_timed(load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels, peers = load("kernels"), load("kernel_peers")
+
+    def off(x: Any) -> Any:
+        call = peers.ours(x)
+        return lambda i: call(i) + 0.01
+
+    def broken(x: Any) -> Any:
+        raise RuntimeError("no such kernel")
+
+    contenders = {"ours": peers.ours, "off": off, "broken": broken}
+    monkeypatch.setattr(kernels, "contenders", lambda with_flex: contenders)
+    args = ["--tiny", "--sections", "decode,training", "--rows", "1, 96, 4/2", "--out", str(tmp_path / "x.json")]
+    assert kernels.main(args) == 0
+    for row in json.loads((tmp_path / "x.json").read_text())["rows"]:
+        assert "is over" in row["results"]["off"]["wrong"] and "us" not in row["results"]["off"]
+        assert "no such kernel" in row["results"]["broken"]["failed"]
+        assert row["results"]["ours"]["us"] > 0 and "ratio" not in row
+    contenders["ours"] = off
+    assert kernels.main(args) == 1

@@ -1,0 +1,77 @@
+"""Vision-language models: the language model inside is converted, the rest is left as it is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from checkpoints import tensors
+from click.testing import CliRunner
+from tiny_families import COMMON
+
+from hf_attn_patch.cli import main
+from hf_attn_patch.conversion import convert
+
+IDS = torch.tensor([[5, 9, 33, 2, 17, 60, 41]])
+
+
+TEXT = {**COMMON, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 0]}}
+VISION = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 16,
+    "patch_size": 8,
+}  # fmt: skip
+VLMS: dict[str, dict[str, Any]] = {
+    "llava": {
+        "text_config": {"model_type": "llama", **COMMON},
+        "vision_config": {"model_type": "clip_vision_model", **VISION},
+    },
+    "qwen2_vl": {
+        "text_config": TEXT,
+        "vision_config": {"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "patch_size": 8},
+    },
+    "gemma3": {
+        "text_config": {**COMMON, "head_dim": 6},
+        "vision_config": {"model_type": "siglip_vision_model", **VISION},
+    },
+    "idefics3": {
+        "text_config": {"model_type": "llama", **COMMON},
+        "vision_config": {"model_type": "idefics3_vision", **VISION},
+    },
+}
+
+
+@pytest.mark.parametrize("model_type", list(VLMS))
+def test_the_language_model_inside_a_vlm(model_type: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(model_type, **VLMS[model_type])
+    model = transformers.AutoModelForImageTextToText.from_config(config)
+    model.save_pretrained(tmp_path / "src")
+    convert(tmp_path / "src", tmp_path / "dst", kv_heads=2)
+    before, after = tensors(tmp_path / "src"), tensors(tmp_path / "dst")
+    changed = {name for name in before if before[name].shape != after[name].shape}
+    assert changed
+    assert all(".self_attn." in name and "vision" not in name and "visual" not in name for name in changed)
+    for name in before.keys() - changed:
+        assert torch.equal(before[name], after[name])
+    loaded, info = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "dst", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert loaded(IDS, use_cache=True).past_key_values.layers[0].keys.shape[1] == 2
+    assert "language model" in CliRunner().invoke(main, ["inspect", str(tmp_path / "dst")]).stdout
+
+
+def test_a_flat_config_of_an_older_qwen2_vl(tmp_path: Path) -> None:
+    """Checkpoints on the hub have the language model's numbers at the top of config.json."""
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model("qwen2_vl", **VLMS["qwen2_vl"])
+    transformers.AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path / "src")
+    raw = json.loads((tmp_path / "src" / "config.json").read_text())
+    text = raw.pop("text_config")
+    (tmp_path / "src" / "config.json").write_text(json.dumps({**text, **raw}))
+    convert(tmp_path / "src", tmp_path / "dst", kv_heads=4)
+    loaded = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "dst")
+    assert loaded.config.text_config.num_key_value_heads == 4
