@@ -141,7 +141,7 @@ def remember_call(
         return
     if len(known_calls) >= _MOST_KNOWN:
         known_calls.clear()
-    operands = Operands(layout, facts[0][-1] ** -0.5 if scale is None else scale, softcap, None, None, dropout)
+    operands = Operands(layout, (facts[0][-1] or 1) ** -0.5 if scale is None else scale, softcap, None, None, dropout)
     known_calls[key] = prepare(facts, layout)._replace(operands=operands)
 
 
@@ -237,7 +237,7 @@ def attend(
     else:
         facts = facts_of(q, k, v, softcap, sinks, bias, dropout, weights, deterministic, name)
         _, request, run, _ = layout.chosen.get(facts) or prepare(facts, layout)
-    operands = Operands(layout, q.shape[-1] ** -0.5 if scale is None else scale, softcap, sinks, bias, dropout)
+    operands = Operands(layout, (q.shape[-1] or 1) ** -0.5 if scale is None else scale, softcap, sinks, bias, dropout)
     return run(q, k, v, request, operands)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_attn_patch.grouping import KVGrouping
 
@@ -150,7 +150,7 @@ def attention_varlen(
         raise AttentionError(f"packed q, k and v are [T, H, D]; got {q.dim()}, {k.dim()} and {v.dim()} dimensions")
     self_attention = cu_seqlens_k is None
     cu_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
-    if cu_seqlens_q.dim() != 1 or cu_seqlens_q.shape != cu_k.shape or len(cu_k) < 2:
+    if cu_seqlens_q.dim() != 1 or cu_seqlens_q.shape != cu_k.shape or len(cu_k) == 0:
         raise AttentionError(
             f"cu_seqlens_q and cu_seqlens_k are integers [N + 1]; got {list(cu_seqlens_q.shape)} and {list(cu_k.shape)}"
         )
@@ -159,7 +159,7 @@ def attention_varlen(
     q4, k4, v4 = (t.transpose(0, 1)[None] for t in (q, k, v))
     _check(q4, k4, v4, dropout)
     if max_seqlen_q is None or max_seqlen_k is None:
-        longest = torch.stack([cu_seqlens_q.diff().max(), cu_k.diff().max()]).tolist()
+        longest = torch.stack([nn.functional.pad(cu.diff(), (1, 0)).max() for cu in (cu_seqlens_q, cu_k)]).tolist()
         max_seqlen_q = longest[0] if max_seqlen_q is None else max_seqlen_q
         max_seqlen_k = longest[1] if max_seqlen_k is None else max_seqlen_k
     bounds, causal = _window(window, causal)

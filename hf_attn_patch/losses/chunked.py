@@ -152,7 +152,8 @@ class _LinearLoss(torch.autograd.Function):
         wanted = d_hidden is not None or d_weight is not None or d_bias is not None
         chunk_of = _fused_chunk if fused else _plain_chunk
         with torch.autocast(hidden.device.type, enabled=False):
-            for h, y, at in zip(hidden.split(rows), labels.split(rows), range(0, len(hidden), rows), strict=True):
+            starts = range(0, max(1, len(hidden)), rows)  # of no tokens there is one chunk, an empty one
+            for h, y, at in zip(hidden.split(rows), labels.split(rows), starts, strict=True):
                 told = None if teacher is None else (teacher[1].product(teacher[0][at : at + rows]), teacher[1])
                 part, grad = chunk_of(student.product(h), student, y, told, weights, wanted)
                 sums += part

@@ -19,6 +19,8 @@ from ._common import cut_bias
 
 def without_unseen(layout: Layout, bias: Tensor | None, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """K and V [B, HKV, Sk, D] (already cut) with zeros where no query looks; the gradient there is exactly zero."""
+    if 0 in (layout.q_len, layout.keys):
+        return k, v
     if bias is not None:
         return Unseen(peaks_of(layout, bias, k.device), bias.dtype).clean(k, v)
     dead = layout.dead_keys(k.device)

@@ -74,5 +74,5 @@ def _block(
         total = total + torch.exp(sink - top)
     weights = weights / torch.where(total == 0, 1.0, total)
     dropped = F.dropout(weights, operands.dropout) if operands.dropout else weights
-    out = torch.einsum("bhgqk,bhkd->bhgqd", dropped.reshape(B, HKV, G, Sq, -1), v.to(wide)).flatten(1, 2)
+    out = torch.einsum("bhgqk,bhkd->bhgqd", dropped.reshape(B, HKV, G, Sq, k.shape[2]), v.to(wide)).flatten(1, 2)
     return out.to(q.dtype), (dropped.to(q.dtype) if request.weights else None)

@@ -99,7 +99,9 @@ def run(q: Tensor, k: Tensor, v: Tensor, request: AttentionRequest, operands: Op
         return in_blocks(q, k, v, layout, block, part), None
     mask = None if causal else layout.dense(q.device)
     if operands.bias is not None:
-        mask = _additive(mask, cut_bias(layout, operands.bias), q.dtype)
+        # the CPU kernel also takes fp32 scores beside half-precision queries
+        wide = request.device == "cpu" and request.half and operands.bias.dtype.itemsize > 2
+        mask = _additive(mask, cut_bias(layout, operands.bias), torch.float32 if wide else q.dtype)
     if request.device == "cpu":
         return _cpu(q, k, v, mask, causal, request, operands), None
     return _cuda(q, k, v, mask, causal, request, operands), None

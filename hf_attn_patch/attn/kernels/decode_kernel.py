@@ -208,7 +208,7 @@ def decode_kernel(
             if SOFTCAP:
                 s = _tanh(s) * softcap_log2
             if BIAS:
-                s += tl.maximum(bias * LOG2E, -3.0e38)  # the lowest number stays one; what is -inf is not visible
+                s += tl.maximum(bias, -2.0e38) * LOG2E  # the lowest number stays one; what is -inf is not visible
             if MASK != 2 and BIAS != 2:
                 visible = key_ok[None, :]
                 if CAUSAL:

@@ -176,9 +176,9 @@ def _plan(
             )
     if HQ % HKV:
         KVGrouping(HQ, HKV)  # raises, and says which numbers would do
-    if not (1 <= Sq <= MAX_QUERIES and D <= MAX_HEAD_DIM and DV <= MAX_HEAD_DIM):
+    if not (Sq <= MAX_QUERIES and D <= MAX_HEAD_DIM and DV <= MAX_HEAD_DIM):
         raise ValueError(
-            f"{Sq} query tokens and head dimensions {D} and {DV}: grouped_decode takes 1 to {MAX_QUERIES} "
+            f"{Sq} query tokens and head dimensions {D} and {DV}: grouped_decode takes up to {MAX_QUERIES} "
             f"tokens and dimensions up to {MAX_HEAD_DIM}"
         )
     if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
@@ -212,7 +212,7 @@ def _plan(
     tuning = tuning or choose(q.dtype, D, DV, B * HKV, span, sms, varlen)
     pdl = tuning.pdl and overlaps(q.device)
     block_m = tuning.block_m or min(64, max(16, power_of_two(G * Sq)))
-    m_tiles = -(-G * Sq // block_m)
+    m_tiles = max(1, -(-G * Sq // block_m))
     slots = max(1, sms * tuning.per_sm * tuning.waves // m_tiles)
     split, workers = plan(B * HKV, -(-span // tuning.block_n), slots, tuning, varlen)
 

@@ -141,6 +141,37 @@ def test_bias(Sq: int, shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("HKV", [4, 1])
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("hidden_by", ["mask", "bias", "mask and bias", "lowest number", "mask and lowest number"])
+def test_what_is_hidden_for_several_reasons_together(dtype, HKV, window, hidden_by) -> None:  # type: ignore[no-untyped-def]
+    """Causality hides a key from the early queries, and a mask or bias from the late ones: so nobody sees it."""
+    B, HQ, Sq, Sk, lowest = 2, 4, 5, 40, torch.finfo(dtype).min
+    q, k, v = inputs(B, HQ, HKV, Sq, Sk, 16, dtype=dtype)
+    g = torch.Generator().manual_seed(3)
+    by_mask, by_bias = (torch.rand(B, HQ, Sq, Sk, generator=g).to(DEVICE) < 0.6 for _ in range(2))
+    options: dict[str, Any] = {"window": window}
+    own = torch.ones(Sq, Sk, dtype=torch.bool, device=DEVICE).tril(Sk - Sq)
+    if window is not None:
+        own = own & ~own.tril(Sk - Sq - window)
+    for by in (by_mask, by_bias):
+        by[..., -2:, Sk - 2] = False
+        by[..., Sk - Sq] = True  # every row sees one: under the lowest number alone it would have a mean of all
+    see = own.expand(B, HQ, Sq, Sk)
+    if "mask" in hidden_by:
+        options["mask"], see = by_mask, see & by_mask
+    if hidden_by != "mask":
+        options["bias"] = torch.randn(B, HQ, Sq, Sk, generator=g).to(DEVICE, dtype)
+        options["bias"] = options["bias"].masked_fill(~by_bias, lowest if "lowest" in hidden_by else float("-inf"))
+        see = see & by_bias
+    unseen = ~see.unflatten(1, (HKV, HQ // HKV)).any(2).any(2)[..., None]
+    assert unseen[:, :, Sk - 2].all()
+    clean, lse = check(q, k, v, **options)
+    dirty = run(q, k.masked_fill(unseen, float("nan")), v.masked_fill(unseen, float("inf")), **options)
+    assert torch.equal(dirty[0], clean) and torch.equal(dirty[1], lse)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_softcap_sinks_and_everything(dtype: torch.dtype) -> None:
     q, k, v = inputs(3, 4, 2, 2, 60, 48, 32, dtype)
     sinks = torch.tensor([1.0, -2.0, float("-inf"), 30.0], device=DEVICE)
@@ -327,8 +358,15 @@ def test_calls_that_look_alike() -> None:
 def test_no_rows_and_no_keys() -> None:
     q, k, v = inputs(2, 4, 2, 1, 8, 32)
     assert run(q[:0], k[:0], v[:0])[0].shape == (0, 4, 1, 32)
-    out, lse = run(q, k[:, :, :0], v[:, :, :0])
-    assert not out.any() and (lse == float("-inf")).all()
+    for options in ({}, {"mask": torch.ones(2, 1, 1, 0, dtype=torch.bool, device=DEVICE)}, {"end": ints(0, 0)}):
+        out, lse = run(q, k[:, :, :0], v[:, :, :0], **options)
+        assert not out.any() and (lse == float("-inf")).all()
+    sinks = torch.arange(4.0, device=DEVICE)
+    out, lse = run(q, k[:, :, :0], v[:, :, :0], sinks=sinks)
+    assert not out.any() and torch.equal(lse, sinks.expand(2, 4)[..., None])
+    for keys in (0, 8):
+        out, lse = run(q[:, :, :0], k[:, :, :keys], v[:, :, :keys], sinks=sinks, window=3)
+        assert out.shape == (2, 4, 0, 32) and lse.shape == (2, 4, 0)
 
 
 def test_is_an_operator() -> None:
