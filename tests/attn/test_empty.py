@@ -7,15 +7,15 @@ import itertools
 import pytest
 import torch
 from conformance import assert_conforms
-from hf_attn_patch.modeling import GroupedQueryAttention
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
 from hf_attn_patch import attention, attention_varlen
-from hf_attn_patch.integration import attention_forward
-from hf_attn_patch.training.losses import Head, linear_loss
+from hf_attn_patch.hf.attention_function import attention_forward
+from hf_attn_patch.losses.chunked import Head, linear_loss
+from hf_attn_patch.modeling import GroupedQueryAttention
 
 EMPTY = [s for s in itertools.product((0, 2), (0, 1, 5), (0, 1, 7)) if 0 in s]
 OPTIONS = ["causal", "window", "softcap", "sinks", "bias", "dropout", "bool mask", "keys", "float mask"]

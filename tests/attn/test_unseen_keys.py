@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from hf_attn_patch import attention, attention_varlen
-from hf_attn_patch.dispatch import attend
-from hf_attn_patch.integration import attention_forward
-from hf_attn_patch.layout import PACKED, PADDED, Layout
+from hf_attn_patch.attn.dispatch import attend
+from hf_attn_patch.attn.visibility import PACKED, PADDED, Layout
+from hf_attn_patch.hf.attention_function import attention_forward
 
 SPOILT = torch.tensor([float("nan"), float("inf"), float("-inf")])
 
