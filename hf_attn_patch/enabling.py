@@ -12,6 +12,7 @@ from torch import Tensor
 from .attn.dispatch import backend as backend_module
 from .attn.request import AttentionError
 from .hf.attention_function import BACKEND_ATTRIBUTE, NAME, attention_forward
+from .hf.call_visibility import pass_on
 from .hf.mask_function import build_mask
 from .hf.registration import register
 
@@ -156,8 +157,6 @@ def build_mask_for(name: str) -> Callable[..., Any]:
     """The mask function of another implementation: its own mask, which also knows the pattern it was made from."""
     from transformers import AttentionMaskInterface, masking_utils
 
-    from .hf.mask_pattern import _ATTRIBUTE, of_carrier
-
     stock = AttentionMaskInterface._global_mapping.get(name, masking_utils.sdpa_mask)
     if getattr(stock, "_hf_attn_stock", None) is not None:  # overridden twice: keep to the first
         stock = stock._hf_attn_stock
@@ -166,8 +165,8 @@ def build_mask_for(name: str) -> Callable[..., Any]:
         made = stock(*args, **kwargs)
         if isinstance(made, Tensor) and made.dtype is torch.bool and not torch.compiler.is_compiling():
             ours = build_mask(*args, **kwargs)
-            if isinstance(ours, Tensor) and (pattern := of_carrier(ours)) is not None:
-                setattr(made, _ATTRIBUTE, pattern)
+            if isinstance(ours, Tensor):
+                pass_on(ours, made)
         return made
 
     mask._hf_attn_stock = stock  # type: ignore[attr-defined]

@@ -53,8 +53,8 @@ def changed(package: str, what: str) -> CompatError:
     """The error for ``what`` of ``package``, which is not as the tested versions have it."""
     first, last = TESTED[package]
     return CompatError(
-        f"{package} {installed_version(package)} has changed {what}, which hf_attn_patch knows from {package} {first} "
-        f"to {last}: {way_out(package)}, or a newer hf_attn_patch"
+        f"{what} of {package} {installed_version(package)} is not as hf_attn_patch knows it, from {package} {first} to "
+        f"{last}; install one of those ({way_out(package)}) or a newer hf_attn_patch"
     )
 
 

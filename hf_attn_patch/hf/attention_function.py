@@ -14,7 +14,7 @@ from hf_attn_patch.compat.cache_keyword import is_paged
 from hf_attn_patch.compat.torch import any_autocast, has_forward_hooks
 from hf_attn_patch.compat.transformers import output_collector
 
-from .call_visibility import from_borders, from_carrier, from_mask, from_positions
+from .call_visibility import from_borders, from_carrier, from_mask, from_positions, positions_in
 from .mask_pattern import of_carrier
 
 NAME = "hf_attn_patch"
@@ -124,8 +124,12 @@ def attention_forward(
             rule = pattern.causal, pattern.window
             layout = from_borders(query, key, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, *rule)
         else:
+            if cu_seq_lens_q is not None:
+                position_ids = positions_in(cu_seq_lens_q, query, position_ids)
             layout = from_carrier(query, key, attention_mask, position_ids)
     elif attention_mask.dtype is torch.bool or attention_mask.dtype is torch.uint8:
+        if cu_seq_lens_q is not None:
+            position_ids = positions_in(cu_seq_lens_q, query, position_ids)
         layout = from_mask(query, key, attention_mask, position_ids, tracing)
     elif attention_mask.is_floating_point():
         layout = full(query.shape[2], key.shape[2], False, (None, None), query.shape[0])

@@ -13,9 +13,10 @@ from torch import Tensor
 from hf_attn_patch.attn.request import AttentionError
 from hf_attn_patch.attn.visibility import DENSE, Layout, document_starts, full, packed, remembered_full
 
-from .mask_pattern import Pattern, dense_from_carrier, of_carrier
+from .mask_pattern import Pattern, dense_from_carrier, hand_over, of_carrier
 
 _KEPT = "_hf_attn_layout"
+_OPEN = "_hf_attn_open"
 
 
 def from_positions(
@@ -70,7 +71,8 @@ def from_carrier(query: Tensor, key: Tensor, carrier: Tensor, ids: Tensor | None
 
 
 def from_mask(query: Tensor, key: Tensor, mask: Tensor, ids: Tensor | None, tracing: bool) -> Layout:
-    """A mask that is the whole truth: the user's bool, or (uint8) ours from inside a compiled graph."""
+    """A written-out mask: the whole truth (the user's bool), or ours that is open (uint8, or a bool that says so): what
+    lies in other documents is still to be cut off."""
     B, Sq, Sk = query.shape[0], query.shape[2], key.shape[2]
     if not tracing:
         if (known := _kept(mask, B, Sk) or _remembered(mask, (B, Sq, Sk))) is not None:
@@ -82,22 +84,46 @@ def from_mask(query: Tensor, key: Tensor, mask: Tensor, ids: Tensor | None, trac
             f"an attention mask of shape {tuple(mask.shape)} reached a layer; [B, 1, Sq, Sk] is wanted"
         )
     given, mask = mask, mask[..., :Sk]
-    if mask.dtype is torch.uint8:
-        mask = _with_documents(mask.bool(), ids, query, key)
+    opened = None if tracing else getattr(given, _OPEN, None)
+    if mask.dtype is torch.uint8 or opened is not None:
+        mask = _with_documents(mask.bool(), ids, query, key, *opened or ())
     layout = Layout(DENSE, B, Sq, Sk, mask=mask)
     if not tracing and not given.is_inference():
         _remember(given, (B, Sq, Sk), layout)
     return layout
 
 
-def _with_documents(mask: Tensor, ids: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
-    """A mask [B or 1, 1, S, S] without what lies in other documents, which begin where the positions go back."""
+def leave_open(mask: Tensor, keys: Tensor | None) -> None:
+    """Say of a written-out mask [B, 1, Sq, Sk] that documents are still to be cut off in the layers, which know them.
+
+    Args:
+        keys: bool [B, Sk], those that are no padding; None if all are.
+    """
+    setattr(mask, _OPEN, (keys if keys is not None else torch.ones(1, mask.shape[-1], dtype=torch.bool),))
+
+
+def pass_on(ours: Tensor, made: Tensor) -> None:
+    """Let another implementation's mask know what ours for the same call knows: its pattern, or that it is open."""
+    hand_over(ours, made)
+    if (opened := getattr(ours, _OPEN, None)) is not None:
+        setattr(made, _OPEN, opened)
+
+
+def _with_documents(
+    mask: Tensor, ids: Tensor | None, query: Tensor, key: Tensor, valid: Tensor | None = None
+) -> Tensor:
+    """A mask [B or 1, 1, S, S] without what lies in other documents, which begin where the positions go back.
+
+    Args:
+        valid: bool [B or 1, S], the tokens that are no padding; None: those that see themselves or that anyone sees.
+    """
     if not _usable(ids, query) or query.shape[2] != key.shape[2]:
         return mask
     assert ids is not None
     B = query.shape[0]
-    valid = mask[:, 0].diagonal(dim1=-2, dim2=-1)  # only padding does not see itself
-    document = document_starts(ids.to(mask.device).expand(B, -1), valid.expand(B, -1)).cumsum(-1)
+    if valid is None:
+        valid = mask[:, 0].diagonal(dim1=-2, dim2=-1) | mask[:, 0].any(-2)
+    document = document_starts(ids.to(mask.device).expand(B, -1), valid.to(mask.device).expand(B, -1)).cumsum(-1)
     return mask & (document[:, None, :, None] == document[:, None, None, :])
 
 
@@ -124,6 +150,20 @@ def from_borders(
         limits = (Sq if max_q is None else int(max_q), Sk if max_k is None else int(max_k))
         known = packed(1, Sq, Sk, cu_q.to(query.device), cu_k.to(query.device), *limits, bool(causal), window)
         _remember(cu_q, key_, known)
+    return known
+
+
+def positions_in(cu: Tensor, query: Tensor, ids: Tensor | None) -> Tensor | None:
+    """Positions [1, S] counted inside each of the documents that ``cu [N + 1]`` gives: what tells them apart where a
+    mask says the rest. ``ids`` where they don't apply (several rows, or queries that are not all the keys)."""
+    S = query.shape[2]
+    if query.shape[0] != 1 or S < 2:
+        return ids
+    known = _remembered(cu, ("positions", S))
+    if known is None:
+        index = torch.arange(S, device=cu.device)
+        known = (index - cu[torch.searchsorted(cu, index, right=True) - 1])[None]
+        _remember(cu, ("positions", S), known)
     return known
 
 
@@ -156,21 +196,20 @@ def _is_recorded(tensor: Tensor) -> bool:
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def _remembered(tensor: Tensor, key: Any) -> Layout | None:
+def _remembered(tensor: Tensor, key: Any) -> Any:
     """What :func:`_remember` kept with the tensor, unless it was written to since."""
     if _is_recorded(tensor):
         return None  # a CUDA graph must work out everything from the tensor, whatever it will hold at replay
     kept = getattr(tensor, "_hf_attn_layouts", None)
     if kept is None or (not tensor.is_inference() and kept[0] != tensor._version):
         return None
-    found: Layout | None = kept[1].get(key)
-    return found
+    return kept[1].get(key)
 
 
-def _remember(tensor: Tensor, key: Any, layout: Layout) -> None:
+def _remember(tensor: Tensor, key: Any, known: Any) -> None:
     version = 0 if tensor.is_inference() else tensor._version
-    kept: tuple[int, dict[Any, Layout]] = getattr(tensor, "_hf_attn_layouts", (-1, {}))
+    kept: tuple[int, dict[Any, Any]] = getattr(tensor, "_hf_attn_layouts", (-1, {}))
     if kept[0] != version:
         kept = (version, {})
         setattr(tensor, "_hf_attn_layouts", kept)  # noqa: B010 - not an attribute that Tensor declares
-    kept[1][key] = layout
+    kept[1][key] = known

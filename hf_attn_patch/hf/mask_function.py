@@ -14,9 +14,11 @@ from transformers import masking_utils
 
 from hf_attn_patch.attn.request import AttentionError
 from hf_attn_patch.attn.visibility import DENSE, Layout
+from hf_attn_patch.compat.mask_functions import taken_apart
+from hf_attn_patch.compat.transformers import attention_name, goes_through_interface
 
 from .attention_function import NAME
-from .call_visibility import keep_layout
+from .call_visibility import keep_layout, leave_open
 from .mask_pattern import Pattern
 
 #: families whose layers read or extend the mask that they are given (scores of their own, routers, attention in their
@@ -30,7 +32,7 @@ def build_mask(
     kv_length: int,
     q_offset: int | Tensor = 0,
     kv_offset: int | Tensor = 0,
-    mask_function: Callable[..., Any] = masking_utils.causal_mask_function,
+    mask_function: Callable[..., Any] | None = None,
     attention_mask: Tensor | None = None,
     allow_is_causal_skip: bool = True,
     allow_is_bidirectional_skip: bool = False,
@@ -45,6 +47,7 @@ def build_mask(
         itself; float for those of ``EXTENDS_MASKS``. Under torch.compile uint8 [B, 1, Sq, Sk]: ours, to which borders
         of documents may be added.
     """
+    mask_function = masking_utils.causal_mask_function if mask_function is None else mask_function
     stock = {
         "batch_size": batch_size,
         "q_length": q_length,
@@ -66,7 +69,7 @@ def build_mask(
             allow_is_bidirectional_skip=allow_is_bidirectional_skip,
         )
         return mask if mask is None or q_length == 1 else mask.to(torch.uint8)
-    if getattr(config, "_attn_implementation", None) == NAME and (outside := _outside(type(config).__module__)):
+    if config is not None and attention_name(config) == NAME and (outside := _outside(type(config).__module__)):
         raise AttentionError(
             f"{outside} computes attention in its own code, outside transformers' attention interface, and cannot read "
             'the masks of hf_attn_patch; load it with attn_implementation="eager"'
@@ -74,10 +77,12 @@ def build_mask(
     parts = read_mask_function(mask_function)
     packed_by_caller = parts is not None and parts.get("documents") is not None
     static = isinstance(q_offset, Tensor)
-    bidirectional = parts is not None and not parts["causal"]
-    may_skip = allow_is_bidirectional_skip if bidirectional else allow_is_causal_skip
-    if parts is None or not (may_skip or packed_by_caller or static or q_length == 1):
-        return masking_utils.sdpa_mask(**stock, allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
+    causal = is_causal(mask_function) if parts is None else parts["causal"]
+    may_skip = allow_is_causal_skip if causal else allow_is_bidirectional_skip
+    # transformers forbids skipping where it adds a function of the caller's, and that function is read here
+    added = causal and bool(kwargs.get("use_vmap"))
+    if parts is None or not (may_skip or added or packed_by_caller or static or q_length == 1):
+        return _dense(stock, causal and q_length > 1, untouched=parts is None)
     if isinstance(q_offset, Tensor):
         q_offset = q_offset.clone() if q_offset.device.type != "cpu" else int(q_offset)
     if isinstance(kv_offset, Tensor) and kv_offset.device.type == "cpu":
@@ -102,8 +107,29 @@ def build_mask(
             keep_layout(mask, Layout(DENSE, batch_size, 1, kv_length, mask=mask))
         return mask
     # None leaves causality to the module's flag, which not every family sets: only "sees everything" may be None
-    says_everything = bidirectional and getattr(config, "is_causal", None) is not False
+    says_everything = not causal and getattr(config, "is_causal", None) is not False
     return None if says_everything and pattern.is_plain() else pattern.carrier()
+
+
+def _dense(stock: dict[str, Any], causal: bool, untouched: bool) -> Tensor:
+    """The mask written out, [B, 1, Sq, Sk]. Causal ones are left open: layers see the positions, and with them the
+    documents, which transformers looks for only where there is neither a cache nor a 2-D mask.
+
+    Args:
+        causal: so that positions which go back begin a document.
+        untouched: the mask goes to the layers as it is; it is uint8 then, which a copy to another device stays. A
+            caller that works on the mask gets a bool one, open as long as nothing is made of it.
+    """
+    mask = masking_utils.sdpa_mask(**stock, allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
+    assert mask is not None
+    if not causal:
+        return mask
+    mask = mask.to(torch.uint8) if untouched else mask
+    kv_offset = stock["kv_offset"]
+    if isinstance(kv_offset, Tensor) and kv_offset.device.type == "cpu":
+        kv_offset = int(kv_offset)
+    leave_open(mask, _valid_keys(stock["attention_mask"], stock["kv_length"], kv_offset))
+    return mask
 
 
 @cache
@@ -116,7 +142,7 @@ def _outside(config_module: str) -> str | None:
         return None
     for value in vars(sys.modules[name]).values() if name in sys.modules else ():
         if inspect.isclass(value) and issubclass(value, PreTrainedModel) and value.__module__ == name:
-            inside = value._can_set_attn_implementation()  # type: ignore[attr-defined]
+            inside = goes_through_interface(value)
             return None if inside else value.__name__.replace("PreTrainedModel", "")
     return None
 
@@ -152,32 +178,57 @@ def _valid_keys(attention_mask: Tensor | None, kv_length: int, kv_offset: int | 
 def read_mask_function(function: Callable[..., Any]) -> dict[str, Any] | None:
     """What a transformers mask function is made of: causal, window, chunk, documents; None if it is anything else.
 
+    Raises:
+        AttentionError: it holds a function of transformers' own that is not known.
+
     >>> read_mask_function(masking_utils.sliding_window_causal_mask_function(4))
     {'causal': True, 'window': (3, None)}
     """
-    if function is masking_utils.causal_mask_function:
-        return {"causal": True, "window": (None, None)}
-    if function is masking_utils.bidirectional_mask_function:
-        return {"causal": False, "window": (None, None)}
-    name = getattr(function, "__qualname__", "").removesuffix(".<locals>.inner_mask").removesuffix(".<locals>.and_mask")
-    if getattr(function, "__module__", None) != masking_utils.__name__ or function.__closure__ is None:
+    known = taken_apart(function)
+    if known is None:
         return None
-    cells = dict(zip(function.__code__.co_freevars, (cell.cell_contents for cell in function.__closure__), strict=True))
+    name, values = known
+    inner = [read_mask_function(part) for part in _parts_of(function)]
+    seen: dict[str, Any] = {"causal": False, "window": (None, None)}
+    if name == "causal_mask_function":
+        return {**seen, "causal": True}
+    if name == "bidirectional_mask_function":
+        return seen
     if name == "and_masks":
-        return _intersection([read_mask_function(part) for part in cells["mask_functions"]])
+        return _intersection(inner)
     if name == "sliding_window_overlay":
-        return {"causal": False, "window": (cells["sliding_window"] - 1, None)}
+        return {**seen, "window": (values["sliding_window"] - 1, None)}
     if name == "sliding_window_bidirectional_overlay":
-        return {"causal": False, "window": (cells["sliding_window"], cells["sliding_window"])}
+        return {**seen, "window": (values["sliding_window"], values["sliding_window"])}
     if name == "chunked_overlay":
-        return {"causal": False, "window": (None, None), "chunk": (cells["chunk_size"], cells["left_padding"])}
+        return {**seen, "chunk": (values["chunk_size"], values["left_padding"])}
     if name == "packed_sequence_mask_function":
-        return {"causal": False, "window": (None, None), "documents": cells["packed_sequence_mask"]}
-    if name == "remap_positions_for_packed_sequence":
-        # positions counted inside each document: distances stay the same, so only chunks would change
-        inner = read_mask_function(cells["mask_function"])
-        return None if inner is None or "chunk" in inner else inner
-    return None
+        return {**seen, "documents": values["packed_sequence_mask"]}
+    if name == "remap_positions_for_packed_sequence" and inner[0] is not None and "chunk" not in inner[0]:
+        return inner[0]  # positions counted inside each document: distances stay the same, so only chunks would change
+    return None  # unions and blocks are no intervals
+
+
+def _parts_of(function: Callable[..., Any]) -> tuple[Callable[..., Any], ...]:
+    """The mask functions that one of transformers' is made of."""
+    known = taken_apart(function)
+    if known is None:
+        return ()
+    if "mask_function" in known.values:
+        return (known.values["mask_function"],)
+    return tuple(known.values.get("mask_functions", ()))
+
+
+def is_causal(function: Callable[..., Any]) -> bool:
+    """Whether causality is a part of a mask function.
+
+    >>> is_causal(masking_utils.or_masks(masking_utils.causal_mask_function, lambda b, h, q, k: k < 3))
+    True
+    """
+    known = taken_apart(function)
+    return known is not None and (
+        known.name == "causal_mask_function" or any(is_causal(part) for part in _parts_of(function))
+    )
 
 
 def _intersection(parts: list[dict[str, Any] | None]) -> dict[str, Any] | None:

@@ -265,6 +265,12 @@ def of_carrier(carrier: Tensor) -> Pattern | None:
     return getattr(carrier, _ATTRIBUTE, None)
 
 
+def hand_over(carrier: Tensor, mask: Tensor) -> None:
+    """Let another tensor know the pattern of ``carrier``, if it has one."""
+    if (pattern := of_carrier(carrier)) is not None:
+        setattr(mask, _ATTRIBUTE, pattern)
+
+
 def dense_from_carrier(carrier: Tensor, q_len: int, kv_len: int) -> Tensor:
     """Bool [B, 1, Sq, Sk] from the carrier's integers alone."""
     lo, hi = carrier[:, :, :q_len, :1], carrier[:, :, :q_len, 1:]
