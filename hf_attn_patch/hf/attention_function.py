@@ -10,6 +10,7 @@ from torch import Tensor
 from hf_attn_patch.attn.dispatch import attend, facts_of, known_calls, remember_call
 from hf_attn_patch.attn.request import AttentionError
 from hf_attn_patch.attn.visibility import full
+from hf_attn_patch.compat.batching import layer_writes_pages
 from hf_attn_patch.compat.cache_keyword import is_paged
 from hf_attn_patch.compat.torch import any_autocast, has_forward_hooks
 from hf_attn_patch.compat.transformers import output_collector
@@ -62,10 +63,10 @@ def attention_forward(
     """
     if kwargs and not (UNKNOWN.isdisjoint(kwargs) and UNTAKEN.isdisjoint(kwargs)):
         _refuse_unknown(module, kwargs)
-    if cache is not None:
+    if cache is not None or (kwargs and layer_writes_pages(kwargs)):
         from .continuous_batching import paged_forward
 
-        if not is_paged(cache):
+        if cache is not None and not is_paged(cache):
             _refuse_cache(module, "cache", cache)
         return paged_forward(
             module,

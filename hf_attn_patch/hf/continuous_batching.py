@@ -1,7 +1,7 @@
 """Continuous batching: transformers' paged cache, packed queries and keys by cumulative lengths.
 
-In transformers 5.19 and later the manager takes only models whose implementation is called "sdpa" (or a flash one): use
-:func:`hf_attn_patch.override`. Up to 5.18 it looks up ``paged|hf_attn_patch``, which is registered too.
+``generate_batch`` runs a model with ``attn_implementation="hf_attn_patch"``, or one under ``override``, as it is
+(:mod:`.compat.batching`). Up to transformers 5.23 the attention function writes to the cache, from 5.24 the layer does.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from torch import Tensor
 from hf_attn_patch.attn.dispatch import attend
 from hf_attn_patch.attn.request import AttentionError
 from hf_attn_patch.attn.visibility import packed
+from hf_attn_patch.compat.batching import pages_of
 
-from .paged_decode import paged_decode, pages_of
+from .paged_decode import paged_decode
 
 
 def paged_forward(
@@ -26,10 +27,6 @@ def paged_forward(
     value: Tensor,
     cache: Any,
     *,
-    scaling: float | None,
-    sliding_window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
     cu_seq_lens_q: Tensor | None,
     cu_seq_lens_k: Any,
     max_length_q: int | None = None,
@@ -38,37 +35,40 @@ def paged_forward(
 ) -> tuple[Tensor, None]:
     """query [1, HQ, T, D], key and value [1, HKV, T, D] of this step -> (out [1, T, HQ, Dv], None).
 
-    The cache writes the new keys and values and gives back those of every request in the step, one after another.
+    The cache writes the new keys and values and gives back those of every request in the step, one after another; None
+    if the layer has had that done.
     """
     if cu_seq_lens_q is None:
         raise AttentionError("a paged cache came without cu_seq_lens_q, which say where each request begins")
-    numbers: dict[str, Any] = {"scaling": scaling, "softcap": softcap, "sinks": sinks}
-    if "kwargs" in inspect.signature(cache.update).parameters:
+    numbers = {name: kwargs.pop(name) for name in ("scaling", "sliding_window", "softcap", "sinks")}
+    window = numbers.pop("sliding_window") or getattr(module, "sliding_window", None)
+    table, pages = kwargs.get("block_table"), None
+    if cache is None or "kwargs" in inspect.signature(cache.update).parameters:
         changed = {**kwargs, "cu_seq_lens_k": cu_seq_lens_k, "max_length_k": max_length_k}
-        key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=changed)
+        if cache is not None:
+            key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=changed)
+        cu_k, max_k = changed["cu_seq_lens_k"], changed["max_length_k"]
         if (table := changed.get("block_table")) is not None:
             pages = changed["k_cache"], changed["v_cache"], table
-            return paged_decode(query, key, value, *pages, changed["cu_seq_lens_k"], **numbers), None
-        cu_k, max_k = changed["cu_seq_lens_k"], changed["max_length_k"]
-    elif (table := kwargs.get("block_table")) is not None:
-        lengths = cu_seq_lens_k["full_attention"] if isinstance(cu_seq_lens_k, dict) else cu_seq_lens_k
-        pages = pages_of(cache, module.layer_idx, table)
-        return paged_decode(query, key, value, *pages, lengths, **numbers), None
     else:
-        key, value = cache.update(
-            key_states=key,
-            value_states=value,
-            layer_idx=module.layer_idx,
-            read_index=kwargs["read_index"],
-            write_index=kwargs["write_index"],
-        )
-        key, value = (t.transpose(0, 1)[None] for t in (key, value))
-        kind = "sliding_attention" if sliding_window or getattr(module, "sliding_window", None) else "full_attention"
+        if table is None:
+            key, value = cache.update(
+                key_states=key,
+                value_states=value,
+                layer_idx=module.layer_idx,
+                read_index=kwargs["read_index"],
+                write_index=kwargs["write_index"],
+            )
+            key, value = (t.transpose(0, 1)[None] for t in (key, value))
+        else:
+            pages = pages_of(cache, module.layer_idx, table)
+        kind = "sliding_attention" if window and table is None else "full_attention"
         cu_k = cu_seq_lens_k[kind] if isinstance(cu_seq_lens_k, dict) else cu_seq_lens_k
         max_k = kwargs.get("max_seqlen_k", max_length_k)
         max_k = max_k[kind] if isinstance(max_k, dict) else max_k
         max_length_q = kwargs.get("max_seqlen_q", max_length_q)
-    window = sliding_window or getattr(module, "sliding_window", None)
+    if pages is not None:
+        return paged_decode(query, key, value, *pages, cu_k, **numbers), None
     T, Tk = query.shape[2], key.shape[2]
     layout = packed(
         1,
@@ -81,5 +81,6 @@ def paged_forward(
         True,
         (None if not window else window - 1, None),
     )
-    out, _ = attend(query, key, value, layout=layout, scale=scaling, softcap=softcap, sinks=sinks)
+    scale = numbers.pop("scaling")
+    out, _ = attend(query, key, value, layout=layout, scale=scale, **numbers)
     return out.transpose(1, 2).contiguous(), None

@@ -3,22 +3,11 @@
 from __future__ import annotations
 
 import os
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_attn_patch.attn.request import AttentionError
-
-
-def pages_of(cache: Any, layer: Any, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """A layer's pages of K and V [pages, page, HKV, D] and its block table, of transformers' cache before 5.19.
-
-    Later ones hand all three themselves.
-    """
-    group, index = cache.layer_index_to_group_indices[layer]
-    shape = (-1, cache.block_size, cache.num_key_value_heads, cache.head_dim)
-    return cache.key_cache[index].view(shape), cache.value_cache[index].view(shape), table[group]
 
 
 def paged_decode(

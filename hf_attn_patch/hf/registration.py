@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.abc
 import importlib.machinery
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -17,8 +18,10 @@ _waiting: dict[str, Callable[[], None]] = {}
 
 
 def register() -> None:
-    """Register the attention, mask and paged functions under our name."""
+    """Register the attention, mask and paged functions under our name, and let continuous batching take it."""
     from transformers import AttentionInterface, AttentionMaskInterface
+
+    from hf_attn_patch.compat.batching import MODULE
 
     from .attention_function import NAME, attention_forward
     from .mask_function import build_mask
@@ -26,6 +29,25 @@ def register() -> None:
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, build_mask)
     AttentionInterface.register(f"paged|{NAME}", attention_forward)
+    when_imported(MODULE, _admit)
+
+
+def _admit() -> None:
+    from transformers import AttentionInterface
+
+    from hf_attn_patch.compat.batching import admit_to_batching
+    from hf_attn_patch.compat.ground import CompatError
+    from hf_attn_patch.compat.transformers import global_functions
+
+    from .attention_function import attention_forward
+
+    def ours(name: str) -> bool:
+        return global_functions(AttentionInterface).get(name) is attention_forward
+
+    try:
+        admit_to_batching(ours)
+    except CompatError as error:  # transformers then refuses our name itself, and this says why
+        logging.getLogger("hf_attn_patch").warning("generate_batch does not take hf_attn_patch: %s", error)
 
 
 def when_imported(module: str, action: Callable[[], None]) -> None:

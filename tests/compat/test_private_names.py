@@ -88,7 +88,6 @@ DEBT: dict[str, set[str]] = {
         "cell_contents",
         "co_freevars",
     },
-    "hf_attn_patch/hf/paged_decode.py": {"layer_index_to_group_indices"},
     "hf_attn_patch/enabling.py": {"_attn_implementation", "_can_set_attn_implementation", "_global_mapping"},
     "hf_attn_patch/training/model/compiling.py": {"_attn_implementation", "_dynamo", "torch._dynamo"},
     "hf_attn_patch/training/model/objectives.py": {"_attn_implementation", "_no_split_modules"},

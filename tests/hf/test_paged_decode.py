@@ -13,7 +13,6 @@ from paged_requests import PagedRequests
 from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching import initialization
 
-import hf_attn_patch
 from hf_attn_patch import AttentionError
 from hf_attn_patch.hf import continuous_batching as paged
 from hf_attn_patch.hf.paged_decode import paged_decode
@@ -68,13 +67,7 @@ def test_generate_batch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     generation = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0)
     batching = ContinuousBatchingConfig(num_blocks=32, block_size=8, max_batch_tokens=32)
     kwargs = {"generation_config": generation, "continuous_batching_config": batching}
-    by_name = hasattr(initialization, "ATTN_TYPE_TO_ALLOCATOR")
-    model = build(name, "sdpa" if by_name else IMPLEMENTATION)
-    if by_name:
-        with hf_attn_patch.override("sdpa"):
-            outputs = model.generate_batch(prompts, **kwargs)
-    else:
-        outputs = model.generate_batch(prompts, **kwargs)
+    outputs = build(name, IMPLEMENTATION).generate_batch(prompts, **kwargs)
     assert calls, "no step took the block table"
     found = {tuple(o.prompt_ids): o.generated_tokens for o in outputs.values()}
     eager = pair(name)[1]
