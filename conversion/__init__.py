@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .errors import ConversionError
+from hf_attn_patch.errors import ConversionError
 
 if TYPE_CHECKING:
     from .api import convert, plan

@@ -11,12 +11,13 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hf_attn_patch.errors import ConversionError
+
 from .calibration.calibrated import Calibrated
 from .calibration.layers import sides
 from .calibration.moments import Moments
 from .checkpoints.hub import resolve
 from .checkpoints.reader import no_reading_errors
-from .errors import ConversionError
 from .families.kv_field import format_numbers
 from .families.layer import LayerAttention
 from .planner import Plan, make_plan

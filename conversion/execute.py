@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hf_attn_patch.errors import ConversionError
+
 from .checkpoints.dtypes import has_nonfinite
 from .checkpoints.reader import INDEX, Source
 from .checkpoints.shards import Shard
 from .checkpoints.writer import OutputFolder, check_apart, check_destination, check_space, write_at
-from .errors import ConversionError
 from .methods.apply import compute_unit, raw_bytes, refuse_nonfinite
 from .methods.registry import Merge
 from .planner import Plan

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
+from hf_attn_patch.errors import ConversionError
+
 from .checkpoints.dtypes import torch_dtype
-from .errors import ConversionError
 from .families.config import architectures
 from .planner import Plan
 

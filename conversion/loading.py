@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from hf_attn_patch.errors import ConversionError
+
 from .api import StrPath
 from .api import plan as make_plan
 from .checkpoints.reader import no_reading_errors
-from .errors import ConversionError
 from .methods.apply import compute_unit
 from .planner import KVHeads, Plan
 

@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from hf_attn_patch.grouping import GroupingError, KVGrouping, divisors
+from hf_attn_patch.errors import ConversionError, GroupingError
+from hf_attn_patch.grouping import KVGrouping, divisors
 from hf_attn_patch.hf.auto_classes import PREFIX
 
 from .checkpoints.dtypes import FLOATS
 from .checkpoints.reader import Source
 from .checkpoints.safetensors_header import tensor_nbytes
 from .checkpoints.shards import Shard, same_shards, split_shards
-from .errors import ConversionError
 from .families.config import LanguageModel, architectures, read_config
 from .families.layer import LayerAttention
 from .families.table import Family, Norm, Projection, Stack

@@ -10,14 +10,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from . import moved as _moved
-from .grouping import GroupingError, KVGrouping
+from .errors import AttentionError, GroupingError, HFAttnError
+from .grouping import KVGrouping
 from .hf import auto_classes as _zoo
 from .hf import registration as _registration
 
 if TYPE_CHECKING:
     from .attn.dispatch import use_backend
     from .attn.functional import attention, attention_varlen
-    from .attn.request import AttentionError
     from .cache.growing_cache import GrowingCache
     from .enabling import enable, override
     from .hf.explanation import explain
@@ -27,7 +27,6 @@ __version__ = "0.1.0"
 
 #: public name -> module that defines it
 _LAZY = {
-    "AttentionError": "attn.request",
     "GrowingCache": "cache.growing_cache",
     "attention": "attn.functional",
     "attention_varlen": "attn.functional",
@@ -42,6 +41,7 @@ __all__ = [
     "AttentionError",
     "GroupingError",
     "GrowingCache",
+    "HFAttnError",
     "KVGrouping",
     "attention",
     "attention_varlen",

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_attn_patch.errors import AttentionError
+
 from .attn.dispatch import backend as backend_module
-from .attn.request import AttentionError
 from .hf.attention_function import BACKEND_ATTRIBUTE, NAME, attention_forward
 from .hf.call_visibility import pass_on
 from .hf.mask_function import build_mask

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-
-class GroupingError(ValueError):
-    """The numbers of query heads and KV heads do not go together."""
+from hf_attn_patch.errors import GroupingError
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,8 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
-from hf_attn_patch.grouping import GroupingError, KVGrouping
+from hf_attn_patch.errors import GroupingError
+from hf_attn_patch.grouping import KVGrouping
 
 
 class GroupedConfig:

@@ -17,7 +17,7 @@ def code_files(model_type: str) -> dict[str, str]:
     """The files that ``model_type`` needs, name -> text: the family's own and all that it imports from here.
 
     >>> sorted(code_files("gqa_gpt2"))
-    ['gpt2.py', 'grouped.py', 'grouping.py']
+    ['errors.py', 'gpt2.py', 'grouped.py', 'grouping.py']
     """
     here = __name__.rpartition(".")[0]
     wanted, files = [f"{here}.{zoo.file_of(model_type)}"], {}
@@ -28,7 +28,7 @@ def code_files(model_type: str) -> dict[str, str]:
             continue
         text = Path(str(importlib.import_module(module).__file__)).read_text(encoding="utf-8")
         files[name] = _ABSOLUTE.sub(r"from .\2 import", text)
-        wanted += [f"{here}.{other}" for other in _RELATIVE.findall(text)]
+        wanted += [f"{module.rpartition('.')[0]}.{other}" for other in _RELATIVE.findall(text)]
         wanted += [f"{package}.{other}" for package, other in _ABSOLUTE.findall(text)]
     return files
 

@@ -22,12 +22,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from hf_attn_patch.conversion.errors import ConversionError
 from hf_attn_patch.conversion.families.head_layouts import AttentionWeights
 from hf_attn_patch.conversion.loadcheck import device_named
 from hf_attn_patch.conversion.methods.aligned import Aligned
 from hf_attn_patch.conversion.methods.apply import from_heads, to_heads
 from hf_attn_patch.conversion.planner import Plan, Unit
+from hf_attn_patch.errors import ConversionError
 
 from .layers import Block, Side, caller, load, sides
 from .moments import Moments
@@ -299,7 +299,7 @@ def refuse(plan: Plan) -> None:
 
 
 def tokenizer_of(plan: Plan) -> Any:
-    from hf_attn_patch.training.errors import TrainingError
+    from hf_attn_patch.errors import TrainingError
     from hf_attn_patch.training.models import load_tokenizer
 
     try:

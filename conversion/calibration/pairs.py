@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_attn_patch.conversion.errors import ConversionError
+from hf_attn_patch.errors import ConversionError
 
 NOISE, SPAN = 0.15, 3
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_attn_patch.conversion.errors import ConversionError
+from hf_attn_patch.errors import ConversionError
 
 #: characters read for each token that is wanted: more than a token has, so that a seed can choose among them
 CHARACTERS = 12
@@ -51,7 +51,7 @@ def documents(source: str, seed: int) -> Iterator[str]:
         yield read_text(path)
     else:
         from hf_attn_patch.documents.sources import open_documents, take_fields
-        from hf_attn_patch.training.errors import TrainingError
+        from hf_attn_patch.errors import TrainingError
 
         try:
             records = open_documents(source)

@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from hf_attn_patch.conversion.errors import ConversionError
+from hf_attn_patch.errors import ConversionError
 
 from .reader import COMPANION_NAMES, COMPANION_SUFFIXES, PICKLE_SINGLE, Source, no_reading_errors, open_source
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hf_attn_patch.conversion.errors import ConversionError
+from hf_attn_patch.errors import ConversionError
 
 #: safetensors' own limit
 MAX_HEADER_BYTES = 100_000_000

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from hf_attn_patch.conversion.errors import ConversionError
+from hf_attn_patch.errors import ConversionError
 
 from .reader import SINGLE, Source
 

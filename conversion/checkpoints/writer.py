@@ -16,8 +16,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from hf_attn_patch.conversion.errors import ConversionError
 from hf_attn_patch.conversion.reports.report import human
+from hf_attn_patch.errors import ConversionError
 
 from .safetensors_header import build_header, tensor_nbytes
 

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from hf_attn_patch.conversion.errors import ConversionError
+from hf_attn_patch.errors import ConversionError
 
 from .layer import ABSURD, LayerAttention, stack_layers
 from .table import TEXT_PREFIXES, Family, Stack, family_of, supported

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hf_attn_patch.conversion.errors import ConversionError
-from hf_attn_patch.grouping import GroupingError, KVGrouping
+from hf_attn_patch.errors import ConversionError, GroupingError
+from hf_attn_patch.grouping import KVGrouping
 
 from .table import Norm, Projection, RopeKind, Stack
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 
-from hf_attn_patch.conversion.errors import ConversionError
+from hf_attn_patch.errors import ConversionError
 
 from .family import Family, Norm, Projection, RopeKind, Stack
 from .grouped_rows import ZOO

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hf_attn_patch.conversion.errors import ConversionError
 from hf_attn_patch.conversion.families.head_layouts import AttentionWeights
+from hf_attn_patch.errors import ConversionError
 
 from .align import merge_aligned
 from .similar_heads import pair_losses, similar_order

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from hf_attn_patch.conversion.errors import ConversionError
+from hf_attn_patch.errors import ConversionError
 
 if TYPE_CHECKING:
     from hf_attn_patch.conversion.families.head_layouts import AttentionWeights

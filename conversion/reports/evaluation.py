@@ -16,10 +16,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hf_attn_patch.compat.transformers import attention_name
-from hf_attn_patch.conversion.errors import ConversionError
 from hf_attn_patch.conversion.loadcheck import device_named, quiet
+from hf_attn_patch.errors import ConversionError, TrainingError
 from hf_attn_patch.losses.chunked import Head, linear_loss
-from hf_attn_patch.training.errors import TrainingError
 from hf_attn_patch.training.model.teacher import require_same_vocabulary
 from hf_attn_patch.training.models import load_tokenizer
 

@@ -18,7 +18,9 @@ from typing import Any
 
 import torch
 
-from .request import AttentionError, AttentionRequest
+from hf_attn_patch.errors import AttentionError
+
+from .request import AttentionRequest
 
 FORMAT = 1
 

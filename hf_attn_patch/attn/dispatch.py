@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from hf_attn_patch.compat.torch import deterministic_algorithms
+from hf_attn_patch.errors import AttentionError
 
 from .backends import flash2, flash3, flash4, flex, reference, torch_sdpa, torch_varlen, triton_decode
 from .ladder import order
-from .request import AttentionError, AttentionRequest, Operands, query_class
+from .request import AttentionRequest, Operands, query_class
 from .visibility import DENSE, FULL, Layout, remembered_full
 
 logger = logging.getLogger("hf_attn_patch")

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_attn_patch.errors import AttentionError
 from hf_attn_patch.grouping import KVGrouping
 
 from .dispatch import attend, facts_of, known_calls, remember_call
-from .request import AttentionError
 from .visibility import DENSE, FULL, Layout, full, packed
 
 Window = int | tuple[int | None, int | None] | None

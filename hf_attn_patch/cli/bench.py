@@ -15,8 +15,8 @@ def command(tune: bool, dry_run: bool, as_json: bool) -> None:
     """Time the attention backends of this machine, or tune the ladder to its GPU."""
     import torch
 
-    from hf_attn_patch.attn.request import AttentionError
     from hf_attn_patch.attn.tuning import SHAPES, TINY, times
+    from hf_attn_patch.errors import AttentionError
 
     try:
         if tune:

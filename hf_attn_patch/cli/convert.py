@@ -12,8 +12,8 @@ from typing import Any
 
 import click
 
-from hf_attn_patch.conversion.errors import ConversionError
 from hf_attn_patch.conversion.methods.registry import AUTO, METHODS, all_options
+from hf_attn_patch.errors import ConversionError
 
 KVHeads = int | list[int] | dict[str, int | list[int]]
 

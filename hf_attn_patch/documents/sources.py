@@ -6,7 +6,7 @@ import itertools
 from pathlib import Path
 from typing import Any, Literal
 
-from hf_attn_patch.training.errors import TrainingError
+from hf_attn_patch.errors import TrainingError
 
 Unit = Literal["auto", "file", "paragraph", "line"]
 

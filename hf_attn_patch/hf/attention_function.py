@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from hf_attn_patch.attn.dispatch import attend, facts_of, known_calls, remember_call
-from hf_attn_patch.attn.request import AttentionError
 from hf_attn_patch.attn.visibility import full
 from hf_attn_patch.compat.batching import layer_writes_pages
 from hf_attn_patch.compat.cache_keyword import is_paged
 from hf_attn_patch.compat.torch import any_autocast, has_forward_hooks
 from hf_attn_patch.compat.transformers import output_collector
+from hf_attn_patch.errors import AttentionError
 
 from .call_visibility import from_borders, from_carrier, from_mask, from_positions, positions_in
 from .mask_pattern import of_carrier

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_attn_patch.attn.request import AttentionError
 from hf_attn_patch.attn.visibility import DENSE, Layout, document_starts, full, packed, remembered_full
+from hf_attn_patch.errors import AttentionError
 
 from .mask_pattern import Pattern, dense_from_carrier, hand_over, of_carrier
 

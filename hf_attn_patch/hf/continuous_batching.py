@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from hf_attn_patch.attn.dispatch import attend
-from hf_attn_patch.attn.request import AttentionError
 from hf_attn_patch.attn.visibility import packed
 from hf_attn_patch.compat.batching import pages_of
+from hf_attn_patch.errors import AttentionError
 
 from .paged_decode import paged_decode
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from transformers import masking_utils
 
-from hf_attn_patch.attn.request import AttentionError
 from hf_attn_patch.attn.visibility import DENSE, Layout
 from hf_attn_patch.compat.mask_functions import taken_apart
 from hf_attn_patch.compat.transformers import attention_name, goes_through_interface
+from hf_attn_patch.errors import AttentionError
 
 from .attention_function import NAME
 from .call_visibility import keep_layout, leave_open

@@ -7,7 +7,7 @@ import os
 import torch
 from torch import Tensor
 
-from hf_attn_patch.attn.request import AttentionError
+from hf_attn_patch.errors import AttentionError
 
 
 def paged_decode(

@@ -4,12 +4,12 @@ Data that is streamed, packed and resumable at a token; losses that never make w
 there whole or not at all. Needs ``pip install 'hf-attn-patch[train]'`` (accelerate, datasets, peft).
 """
 
+from hf_attn_patch.errors import TrainingError
 from hf_attn_patch.losses.chunked import Head, LossSums, linear_loss
 
 from .data.packing import pack
 from .data.steps import ahead, document_lengths
 from .data.stream import Position, TokenStream
-from .errors import TrainingError
 from .loop.checkpoints import Progress, load_checkpoint, save_checkpoint
 from .loop.held_out import trained_value
 from .loop.interrupts import StopSignals

@@ -6,7 +6,8 @@ from typing import Any, Literal, cast
 
 import torch
 
-from .errors import TrainingError
+from hf_attn_patch.errors import TrainingError
+
 from .model.objectives import CausalObjective, LossWeights, Objective
 from .model.other_objectives import EncoderObjective, Seq2SeqObjective
 from .model.teacher import freeze, require_same_vocabulary

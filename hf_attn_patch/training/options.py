@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
-from .errors import TrainingError
+from hf_attn_patch.errors import TrainingError
+
 from .loop.schedule import Count, token_budget
 
 

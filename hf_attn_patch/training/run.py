@@ -11,13 +11,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hf_attn_patch.errors import TrainingError
+
 from .data.steps import Step
 from .data.training_data import TrainingData, framing_for
-from .errors import TrainingError, out_of_memory_advice
 from .loop.checkpoints import Progress, save_checkpoint, save_model
 from .loop.held_out import evaluate
 from .loop.log import RunLog
 from .loop.meters import Throughput, peak_tflops
+from .loop.out_of_memory import out_of_memory_advice
 from .loop.output import CHECKPOINTS
 from .loop.run_card import write_card
 from .model import zero

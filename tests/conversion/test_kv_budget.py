@@ -16,7 +16,7 @@ from zoo_cases import BY_NAME
 from hf_attn_patch import explain
 from hf_attn_patch.cli import main
 from hf_attn_patch.conversion import ConversionError, budget, convert, evaluate, kv_heads_under_budget, verify
-from hf_attn_patch.grouping import GroupingError
+from hf_attn_patch.errors import GroupingError
 
 LAYERED = ("gpt2", "gpt_neox", "gptj", "codegen", "opt", "biogpt", "bloom", "mpt")
 IDS = torch.randint(2, 500, (2, 9), generator=torch.Generator().manual_seed(0))

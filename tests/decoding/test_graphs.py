@@ -11,8 +11,8 @@ import torch
 from decoding import FAMILIES, batch, build, generate, recorded
 
 import hf_attn_patch
-from hf_attn_patch.attn.request import AttentionError
 from hf_attn_patch.decoding import cuda_graphs as graphs
+from hf_attn_patch.errors import AttentionError
 
 
 @pytest.fixture(autouse=True)

@@ -13,8 +13,8 @@ import torch
 from conformance import assert_conforms
 
 from hf_attn_patch.attn.dispatch import BACKENDS, attend, backend
-from hf_attn_patch.attn.request import AttentionError
 from hf_attn_patch.attn.visibility import DENSE, PADDED, Layout, full, packed
+from hf_attn_patch.errors import AttentionError
 
 pytestmark = pytest.mark.gpu
 KINDS = ["full", "causal", "window", "both sides", "padded", "padded causal", "packed", "dense"]

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_attn_patch.errors import TrainingError
 from hf_attn_patch.losses.chunked import IGNORE
-from hf_attn_patch.training.errors import TrainingError
 
 from .stream import Position, TokenStream
 

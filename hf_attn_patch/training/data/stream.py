@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from hf_attn_patch.documents.sources import take_fields
-from hf_attn_patch.training.errors import TrainingError
+from hf_attn_patch.errors import TrainingError
 
 logger = logging.getLogger("hf_attn_patch")
 

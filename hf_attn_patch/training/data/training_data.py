@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hf_attn_patch.documents.sources import open_documents
-from hf_attn_patch.training.errors import TrainingError
+from hf_attn_patch.errors import TrainingError
 from hf_attn_patch.training.options import UptrainOptions
 
 from .chunks import Corruption, PaddedBatch, Pair, chunks, collate_pairs, corrupted, given_pairs

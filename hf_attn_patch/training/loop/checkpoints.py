@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hf_attn_patch.errors import TrainingError
 from hf_attn_patch.training.data.stream import Position
-from hf_attn_patch.training.errors import TrainingError
 
 STATE = "trainer_state.json"
 PREFIX = "step-"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from hf_attn_patch.training.errors import TrainingError
+from hf_attn_patch.errors import TrainingError
 from hf_attn_patch.training.options import UptrainOptions
 
 from .checkpoints import list_checkpoints, remove_leftovers

@@ -7,7 +7,7 @@ import math
 import re
 from typing import Literal
 
-from hf_attn_patch.training.errors import TrainingError
+from hf_attn_patch.errors import TrainingError
 
 Decay = Literal["cosine", "linear", "wsd", "constant"]
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_attn_patch.errors import TrainingError
 from hf_attn_patch.losses.chunked import IGNORE, LossSums
-from hf_attn_patch.training.errors import TrainingError
 
 from .trainable import attention_modules, layers_of
 

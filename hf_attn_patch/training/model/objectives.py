@@ -13,10 +13,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from hf_attn_patch.errors import TrainingError
 from hf_attn_patch.losses.chunked import Head, LossSums, linear_loss
 from hf_attn_patch.losses.output_head import head_matches, head_of
 from hf_attn_patch.training.data.packing import PackedBatch
-from hf_attn_patch.training.errors import TrainingError
 
 from .compiling import any_length, compile_layers
 from .layerwise import layerwise_loss, tracing

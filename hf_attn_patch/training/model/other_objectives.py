@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from hf_attn_patch.errors import TrainingError
 from hf_attn_patch.losses.chunked import IGNORE, Head, LossSums
 from hf_attn_patch.losses.output_head import head_matches, head_of
 from hf_attn_patch.training.data.chunks import PaddedBatch
-from hf_attn_patch.training.errors import TrainingError
 
 from .objectives import LossWeights, Objective
 

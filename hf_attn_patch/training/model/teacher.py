@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_attn_patch.training.errors import TrainingError
+from hf_attn_patch.errors import TrainingError
 
 from .zero import autocast
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from hf_attn_patch.training.errors import TrainingError
+from hf_attn_patch.errors import TrainingError
 
 Mode = Literal["full", "attention", "lora"]
 

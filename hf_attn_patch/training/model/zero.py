@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from hf_attn_patch.training.errors import TrainingError
+from hf_attn_patch.errors import TrainingError
 from hf_attn_patch.training.options import UptrainOptions
 
 

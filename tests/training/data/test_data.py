@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from tiny import trained_tokenizer
 
 from hf_attn_patch.documents.sources import open_documents
+from hf_attn_patch.errors import TrainingError
 from hf_attn_patch.losses.chunked import IGNORE
 from hf_attn_patch.training.data import packing, stream
 from hf_attn_patch.training.data.packing import collate, pack
 from hf_attn_patch.training.data.steps import ahead, steps
 from hf_attn_patch.training.data.stream import Position, TokenStream
-from hf_attn_patch.training.errors import TrainingError
 
 
 class Letters:

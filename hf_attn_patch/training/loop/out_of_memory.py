@@ -1,10 +1,6 @@
-"""What can go wrong in a training run, said in one sentence with the way out."""
+"""What helps a run that does not fit into memory."""
 
 from __future__ import annotations
-
-
-class TrainingError(ValueError):
-    """The run cannot start, or cannot go on, for a reason that its owner can change."""
 
 
 def out_of_memory_advice(
