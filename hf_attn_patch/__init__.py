@@ -16,7 +16,7 @@ from .hf import auto_classes as _zoo
 from .hf import registration as _registration
 
 if TYPE_CHECKING:
-    from .attn.dispatch import use_backend
+    from .attn.choice import use_backend
     from .attn.functional import attention, attention_varlen
     from .cache.growing_cache import GrowingCache
     from .enabling import enable, override
@@ -34,7 +34,7 @@ _LAZY = {
     "explain": "hf.explanation",
     "override": "enabling",
     "unpadded": "hf.unpadding",
-    "use_backend": "attn.dispatch",
+    "use_backend": "attn.choice",
 }
 
 __all__ = [

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import threading
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -12,10 +13,15 @@ from torch import Tensor
 from hf_attn_patch.errors import AttentionError
 
 from .attn.dispatch import backend as backend_module
+from .compat.transformers import global_functions
+from .handle import Handle
 from .hf.attention_function import BACKEND_ATTRIBUTE, NAME, attention_forward
 from .hf.call_visibility import pass_on
 from .hf.mask_function import build_mask
 from .hf.registration import register
+
+#: in whose name :func:`enable` asks for caches and graphs
+_OWNER = "enable"
 
 
 def enable(
@@ -32,7 +38,8 @@ def enable(
         backend: insist on one backend (see :data:`~hf_attn_patch.attn.dispatch.BACKENDS`);
             None leaves the choice to each
             call.
-        cache: "growing" makes ``generate`` use :class:`hf_attn_patch.GrowingCache`.
+        cache: "growing" makes ``generate`` use :class:`hf_attn_patch.GrowingCache`; None: the model's own cache again
+            (unless :func:`hf_attn_patch.cache.growing_cache.use_growing_cache` asks for another).
         cuda_graphs: on a GPU, record decoding steps with a growing cache as CUDA graphs, one launch a token (see
             :func:`~hf_attn_patch.decoding.cuda_graphs.use_cuda_graphs`);
             "compiled": those of the model compiled by torch.compile, the
@@ -86,21 +93,23 @@ def enable(
             module.__dict__.pop(BACKEND_ATTRIBUTE, None)
         else:
             module.__dict__[BACKEND_ATTRIBUTE] = backend
-    if cache is not None:
-        from .cache.growing_cache import use_growing_cache
+    from .cache.growing_cache import ask_for_growing, withdraw_growing
 
-        use_growing_cache(model)
+    if cache is None:
+        withdraw_growing(model, _OWNER)
+    else:
+        ask_for_growing(model, _OWNER)
     if cuda_graphs is not None:
-        from .decoding.cuda_graphs import leave_cuda_graphs, use_cuda_graphs
+        from .decoding.cuda_graphs import ask_for_cuda_graphs, leave_cuda_graphs
 
         if cuda_graphs:
-            use_cuda_graphs(model, compiled=cuda_graphs == "compiled")
+            ask_for_cuda_graphs(model, _OWNER, cuda_graphs == "compiled")
         else:
             leave_cuda_graphs(model)
     return model
 
 
-class override:  # noqa: N801 - called like a function, used as a context manager
+class override(Handle):  # noqa: N801 - called like a function, used as a context manager
     """Let models that ask for another implementation get this one, until undone.
 
     Args:
@@ -109,6 +118,8 @@ class override:  # noqa: N801 - called like a function, used as a context manage
     It acts at once, on every model in the process. Masks keep the form that ``name``'s own code expects, so families
     that compute attention by themselves are not disturbed.
 
+    Blocks may be nested and handles undone in any order, each of them once; the last one puts back what was there.
+
     >>> undo = override("sdpa")
     >>> undo()
     >>> with override("sdpa"):
@@ -116,59 +127,99 @@ class override:  # noqa: N801 - called like a function, used as a context manage
     """
 
     def __init__(self, name: str = "sdpa") -> None:
-        from transformers import AttentionInterface, AttentionMaskInterface
-
         if name == "eager":
             raise AttentionError(
                 "'eager' is each model's own code and cannot be overridden by name; "
                 'load the model with attn_implementation="hf_attn_patch" or call hf_attn_patch.enable(model)'
             )
-        self._mappings: list[tuple[dict[str, Any], Any]] = []
-        functions: tuple[tuple[Any, Callable[..., Any]], ...] = (
-            (AttentionInterface, attention_forward),
-            (AttentionMaskInterface, build_mask_for(name)),
-        )
         self.name = name
-        for interface, function in functions:
-            mapping = interface._global_mapping
-            if name not in mapping and interface is AttentionInterface:
-                raise AttentionError(f"transformers has no attention implementation {name!r} to override")
-            self._mappings.append((mapping, mapping.get(name)))
-            mapping[name] = function
+        owner = object()
+        super().__init__(functools.partial(_withdraw, _ask(name, owner), owner))
 
-    def __call__(self) -> None:
-        """Undo."""
-        for mapping, before in self._mappings:
+
+class _Replacement:
+    """What stands in transformers' tables in place of another implementation: for whom, and what was there before.
+
+    Code that kept a reference to our functions gets what was there before once nobody asks for ours any more.
+    """
+
+    def __init__(self, name: str) -> None:
+        from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
+
+        self.name = name
+        self.owners: set[object] = set()
+        self.tables = [global_functions(interface) for interface in (AttentionInterface, AttentionMaskInterface)]
+        if name not in self.tables[0]:
+            raise AttentionError(f"transformers has no attention implementation {name!r} to override")
+        self.before = [_living(table.get(name)) for table in self.tables]
+        stock, stock_mask = self.before[0], self.before[1] or masking_utils.sdpa_mask
+
+        @functools.wraps(attention_forward)
+        def attention(*args: Any, **kwargs: Any) -> Any:
+            return attention_forward(*args, **kwargs) if self.owners else stock(*args, **kwargs)
+
+        def mask(*args: Any, **kwargs: Any) -> Any:
+            return _with_pattern(stock_mask, args, kwargs) if self.owners else stock_mask(*args, **kwargs)
+
+        self.ours: list[Any] = [attention, mask]
+        for function, before in zip(self.ours, self.before, strict=True):
+            function._hf_attn_before = self, before
+
+    def stands(self) -> bool:
+        """Whether transformers finds ours, and nobody has put something else in its place."""
+        return self.tables[0].get(self.name) is self.ours[0]
+
+    def put_in(self) -> None:
+        for table, function in zip(self.tables, self.ours, strict=True):
+            table[self.name] = function
+
+    def take_out(self) -> None:
+        for table, ours, before in zip(self.tables, self.ours, self.before, strict=True):
+            if table.get(self.name) is not ours:
+                continue
+            before = _living(before)
             if before is None:
-                mapping.pop(self.name, None)
+                del table[self.name]
             else:
-                mapping[self.name] = before
-        self._mappings = []
-
-    def __enter__(self) -> override:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self()
+                table[self.name] = before
 
 
-def build_mask_for(name: str) -> Callable[..., Any]:
-    """The mask function of another implementation: its own mask, which also knows the pattern it was made from."""
-    from transformers import AttentionMaskInterface, masking_utils
+def _living(function: Any) -> Any:
+    """A function of ours that nobody asks for any more stands for what was there before it."""
+    while (known := getattr(function, "_hf_attn_before", None)) is not None and not known[0].owners:
+        function = known[1]
+    return function
 
-    stock = AttentionMaskInterface._global_mapping.get(name, masking_utils.sdpa_mask)
-    if getattr(stock, "_hf_attn_stock", None) is not None:  # overridden twice: keep to the first
-        stock = stock._hf_attn_stock
 
-    def mask(*args: Any, **kwargs: Any) -> Any:
-        made = stock(*args, **kwargs)
-        if isinstance(made, Tensor) and made.dtype is torch.bool and not torch.compiler.is_compiling():
-            ours = build_mask(*args, **kwargs)
-            if isinstance(ours, Tensor):
-                pass_on(ours, made)
-        return made
+_replacements: dict[str, _Replacement] = {}
+_lock = threading.Lock()
 
-    mask._hf_attn_stock = stock  # type: ignore[attr-defined]
-    return mask
+
+def _ask(name: str, owner: Any) -> _Replacement:
+    with _lock:
+        known = _replacements.get(name)
+        if known is None or not known.stands():
+            known = _Replacement(name)
+            known.put_in()
+            _replacements[name] = known
+        known.owners.add(owner)
+        return known
+
+
+def _withdraw(replacement: _Replacement, owner: Any) -> None:
+    with _lock:
+        replacement.owners.discard(owner)
+        if not replacement.owners:
+            replacement.take_out()
+            if _replacements.get(replacement.name) is replacement:
+                del _replacements[replacement.name]
+
+
+def _with_pattern(stock: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Another implementation's own mask, which also knows the pattern it was made from."""
+    made = stock(*args, **kwargs)
+    if isinstance(made, Tensor) and made.dtype is torch.bool and not torch.compiler.is_compiling():
+        ours = build_mask(*args, **kwargs)
+        if isinstance(ours, Tensor):
+            pass_on(ours, made)
+    return made

@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ class Crossovers:
 
 #: measured on an H200 (``benchmarks/results``)
 SHIPPED = Crossovers()
-_forced: list[Crossovers] = []
+_forced: ContextVar[Crossovers | None] = ContextVar("hf_attn_patch_crossovers", default=None)
 
 
 def crossovers() -> Crossovers:
@@ -52,7 +53,7 @@ def crossovers() -> Crossovers:
     Raises:
         AttentionError: the file is broken, or of another GPU.
     """
-    return _forced[-1] if _forced else _of_this_machine()
+    return _forced.get() or _of_this_machine()
 
 
 @functools.cache
@@ -66,11 +67,11 @@ def _of_this_machine() -> Crossovers:
 @contextmanager
 def using(numbers: Crossovers) -> Iterator[None]:
     """Count with other numbers for a block (choices that were made before are remembered: see ``dispatch.forget``)."""
-    _forced.append(numbers)
+    before = _forced.set(numbers)
     try:
         yield
     finally:
-        _forced.pop()
+        _forced.reset(before)
 
 
 def tuning_file(gpu: str) -> Path:

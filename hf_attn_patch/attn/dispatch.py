@@ -7,8 +7,7 @@ it by their shapes and options alone.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +17,7 @@ from hf_attn_patch.compat.torch import deterministic_algorithms
 from hf_attn_patch.errors import AttentionError
 
 from .backends import flash2, flash3, flash4, flex, reference, torch_sdpa, torch_varlen, triton_decode
+from .choice import asked_for, changes_between_tasks, traced_for
 from .ladder import order
 from .request import AttentionRequest, Operands, query_class
 from .visibility import DENSE, FULL, Layout, remembered_full
@@ -38,7 +38,6 @@ BACKENDS = tuple(_MODULES)
 Run = Callable[[Tensor, Tensor, Tensor, AttentionRequest, Operands], tuple[Tensor, Tensor | None]]
 
 _chosen: dict[tuple[AttentionRequest, str | None], tuple[str, Run]] = {}
-_forced: list[str] = []
 _capabilities: dict[torch.device, int] = {}
 
 
@@ -60,7 +59,7 @@ def choose(request: AttentionRequest, name: str | None = None) -> tuple[str, Run
     Raises:
         AttentionError: the backend asked for by name cannot run the request exactly.
     """
-    name = name or (_forced[-1] if _forced else None)
+    name = name or (traced_for() if request.tracing else asked_for())
     known = None if request.tracing else _chosen.get((request, name))
     if known is not None:
         return known
@@ -104,21 +103,6 @@ def _capability(device: torch.device) -> int:
     return known
 
 
-@contextmanager
-def use_backend(name: str) -> Iterator[None]:
-    """Insist on one backend for a block; it raises instead of falling back.
-
-    >>> with use_backend("reference"):
-    ...     out = attend(*(torch.ones(1, 2, 3, 8),) * 3, layout=Layout("full", 1, 3, 3))[0]
-    """
-    backend(name)
-    _forced.append(name)
-    try:
-        yield
-    finally:
-        _forced.pop()
-
-
 class Known(NamedTuple):
     """What was worked out for a kind of call: the layout, the request, and the function that runs it."""
 
@@ -158,7 +142,11 @@ def facts_of(
     deterministic: bool = False,
     name: str | None = None,
 ) -> tuple[Any, ...]:
-    """The facts of a call that decide who runs it, but for its layout: hashable, and cheap to make."""
+    """The facts of a call that decide who runs it, but for its layout: hashable, and cheap to make.
+
+    Args:
+        name: the backend to insist on, after :func:`asked_for` was asked.
+    """
     bias_grad = grad = False
     if torch.is_grad_enabled():
         bias_grad = bias is not None and bias.requires_grad
@@ -178,7 +166,7 @@ def facts_of(
         grad,
         weights,
         deterministic or deterministic_algorithms(),
-        name if name is not None or not _forced else _forced[-1],
+        name,
     )
 
 
@@ -229,6 +217,9 @@ def attend(
         out [B, HQ, Sq, Dv], and the weights [B, HQ, Sq, Sk] if asked for.
     """
     if torch.compiler.is_compiling() if tracing is None else tracing:
+        if name is None and changes_between_tasks():
+            given = {"bias": bias, "dropout": dropout, "weights": weights, "deterministic": deterministic}
+            return _untraced(q, k, v, layout=layout, scale=scale, softcap=softcap, sinks=sinks, **given)
         deterministic = deterministic or torch.are_deterministic_algorithms_enabled()  # which can be traced
         facts = facts_of(q, k, v, softcap, sinks, bias, dropout, weights, True, name)
         request = _request(q.shape, v.shape, q.dtype, q.device, layout, (*facts[5:-2], deterministic), True)
@@ -236,6 +227,7 @@ def attend(
         if _is_empty(q.shape, v.shape, layout):
             run = reference.run
     else:
+        name = asked_for() if name is None else name
         facts = facts_of(q, k, v, softcap, sinks, bias, dropout, weights, deterministic, name)
         _, request, run, _ = layout.chosen.get(facts) or prepare(facts, layout)
     operands = Operands(layout, (q.shape[-1] or 1) ** -0.5 if scale is None else scale, softcap, sinks, bias, dropout)
@@ -245,6 +237,11 @@ def attend(
 def _is_empty(q: torch.Size, v: torch.Size, layout: Layout) -> bool:
     """No batch, no queries, no keys or no values: no kernel is made for it, and there is nothing to compute."""
     return 0 in q or 0 in v or layout.keys == 0
+
+
+@torch.compiler.disable
+def _untraced(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    return attend(*args, **kwargs, tracing=False)
 
 
 def _request(

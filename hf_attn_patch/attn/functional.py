@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from hf_attn_patch.errors import AttentionError
 from hf_attn_patch.grouping import KVGrouping
 
+from .choice import asked_for
 from .dispatch import attend, facts_of, known_calls, remember_call
 from .visibility import DENSE, FULL, Layout, full, packed
 
@@ -60,6 +61,7 @@ def attention(
     """
     key: Any = None
     if mask is None and bias is None and not torch.compiler.is_compiling():
+        backend = asked_for() if backend is None else backend
         facts = facts_of(q, k, v, softcap, sinks, None, dropout, name=backend)
         bounds = tuple(window) if isinstance(window, (tuple, list)) else window
         sizes = None if sinks is None else sinks.shape

@@ -14,13 +14,15 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache, GenerationMixin, PretrainedConfig
 from transformers.cache_utils import Cache
+
+from hf_attn_patch.handle import Asked, Handle, of_each
 
 from .layers import GrowingLayer, GrowingMixin, GrowingSlidingWindowLayer, growing, new_layer
 
@@ -143,16 +145,17 @@ class _PrepareGrowing:
 
     Args:
         inner: the method that it stands before: the class's, or one that lay in the instance and has its ``self``.
+        asked: by whom, with what growth. Nobody: it is only still there because something else stands before it.
     """
 
     model: Any
     inner: Callable[..., Any]
     bound: bool
-    growth: float
+    asked: Asked = field(default_factory=Asked)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         inner = self.inner if self.bound else functools.partial(self.inner, self.model)
-        return _prepare(inner, self.growth, *args, **kwargs)
+        return _prepare(inner, self.asked.setting, *args, **kwargs) if self.asked else inner(*args, **kwargs)
 
 
 def _prepare(inner: Callable[..., Any], growth: float, *args: Any, **kwargs: Any) -> Any:
@@ -175,31 +178,50 @@ def _prepare(inner: Callable[..., Any], growth: float, *args: Any, **kwargs: Any
     return result
 
 
-def use_growing_cache(model: torch.nn.Module, *, growth: float = 1.25) -> Callable[[], None]:
+def use_growing_cache(model: torch.nn.Module, *, growth: float = 1.25) -> Handle:
     """Make ``model.generate`` cache into a :class:`GrowingCache` wherever it would make a ``DynamicCache``.
 
     A cache that is passed to ``generate``, or another ``cache_implementation``, is respected. Wrappers (PEFT,
     ``torch.compile``) and composite models are looked through: every module that can generate is switched.
 
     Returns:
-        a function that undoes it.
+        a handle that undoes it. Asked for several times, the last ``growth`` that was not undone counts.
 
     Raises:
         TypeError: if nothing in ``model`` can generate.
     """
+    return ask_for_growing(model, object(), growth)
+
+
+def ask_for_growing(model: torch.nn.Module, owner: Any, growth: float = 1.25) -> Handle:
+    """:func:`use_growing_cache` in the name of ``owner``, who asks once however often it asks."""
     generators = [module for module in model.modules() if isinstance(module, GenerationMixin)]
     if not generators:
         raise TypeError(f"{type(model).__name__} cannot generate, so it has no use for a growing cache")
-    before = [module.__dict__.get(_PREPARE) for module in generators]
-    for module, own in zip(generators, before, strict=True):
-        inner = getattr(type(module), _PREPARE) if own is None else own
-        module.__dict__[_PREPARE] = _PrepareGrowing(module, inner, own is not None, growth)
+    standing = []
+    for module in generators:
+        own = module.__dict__.get(_PREPARE)
+        if not isinstance(own, _PrepareGrowing):
+            own = _PrepareGrowing(module, own or getattr(type(module), _PREPARE), own is not None)
+            module.__dict__[_PREPARE] = own
+        own.asked.ask(owner, growth)
+        standing.append(own)
+    return of_each(standing, functools.partial(_withdraw, owner=owner))
 
-    def undo() -> None:
-        for module, own in zip(generators, before, strict=True):
-            if own is None:
-                module.__dict__.pop(_PREPARE, None)
-            else:
-                module.__dict__[_PREPARE] = own
 
-    return undo
+def withdraw_growing(model: torch.nn.Module, owner: Any) -> None:
+    """Undo :func:`ask_for_growing`."""
+    for module in model.modules():
+        if isinstance(own := module.__dict__.get(_PREPARE), _PrepareGrowing):
+            _withdraw(own, owner)
+
+
+def _withdraw(standing: _PrepareGrowing, owner: Any) -> None:
+    """A model has its own method back once nobody asks any more (and nothing else stands before ours)."""
+    own = standing.model.__dict__
+    standing.asked.withdraw(owner)
+    if not standing.asked and own.get(_PREPARE) is standing:
+        if standing.bound:
+            own[_PREPARE] = standing.inner
+        else:
+            del own[_PREPARE]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -59,6 +60,26 @@ def forward_hooks(module: torch.nn.Module, before: bool = True, after: bool = Tr
 def has_forward_hooks(module: torch.nn.Module) -> bool:
     """Whether hooks run after a module's forward; may be traced by torch.compile (torch 2.11 to 2.13)."""
     return bool(module._forward_hooks)
+
+
+def compile_module(module: torch.nn.Module, *, recompile_limit: int, **how: Any) -> None:
+    """``module.compile(**how)`` with a limit of its own for the graphs that a function may have: the limit that the
+    process has (``torch._dynamo.config``) stays what it is. Known for torch 2.11 to 2.13.
+    """
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:  # since torch 2.13
+        module.compile(**how, recompile_limit=recompile_limit)
+        return
+    module.compile(**how)
+    compiled: Any = getattr(module, "_compiled_call_impl", None)
+    if compiled is None:
+        raise changed("torch", "what Module.compile makes (_compiled_call_impl)")
+    from torch._dynamo import config
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with config.patch(recompile_limit=recompile_limit):
+            return compiled(*args, **kwargs)
+
+    module._compiled_call_impl = call
 
 
 @known("torch", "the memory pools of CUDA graphs (torch._C._cuda_endAllocateToPool, _cuda_releasePool)")

@@ -31,6 +31,7 @@ from transformers import GenerationMixin
 from transformers.cache_utils import Cache
 
 from hf_attn_patch.compat.calls import Arguments
+from hf_attn_patch.handle import Handle, of_each
 from hf_attn_patch.hf.attention_function import NAME
 
 from .capture import WaitsError
@@ -87,6 +88,7 @@ class ModelState:
         self.hooks = -1
         self.reason: str | None = None
         self.refused: str | None = None
+        self.off = False  # nobody asks for recordings any more
         self.uncompiled = False  # compiling was tried, and failed
         self.checked: set[Any] = set()
         self.said: set[str] = set()
@@ -132,9 +134,10 @@ def _state(model: torch.nn.Module) -> ModelState:
 class RecordedForward:
     """Stands before a model's ``forward``: decoding steps are recorded and run again, everything else goes through."""
 
-    def __init__(self, inner: Callable[..., Any], compiled: bool, arguments: Arguments) -> None:
+    def __init__(self, inner: Callable[..., Any], arguments: Arguments, asked: dict[Any, bool]) -> None:
         self.inner, self.arguments = inner, arguments
-        self.compiled = torch.compile(inner, fullgraph=True) if compiled else None
+        self.asked = asked  # by whom, and whether compiled: the last one counts
+        self.compiled = torch.compile(inner, fullgraph=True) if [*asked.values()][-1] else None
         functools.update_wrapper(self, inner)
 
     def __call__(self, model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -159,6 +162,8 @@ class RecordedForward:
 
     def _step(self, model: Any, kwargs: dict[str, Any]) -> Any:
         cache, state = kwargs[self.arguments.cache], _state(model)
+        if state.off:
+            return self.inner(model, **kwargs)
         steps = state.caches.get(cache) if isinstance(cache, Cache) else None
         if is_prompt(kwargs, cache):  # whatever else changed with it: what follows is recorded anew
             state.hooks = -1
@@ -221,7 +226,7 @@ def _without_self(method: Callable[..., Any], _: Any, *args: Any, **kwargs: Any)
     return method(*args, **kwargs)
 
 
-def use_cuda_graphs(model: torch.nn.Module, compiled: bool = False) -> Callable[[], None]:
+def use_cuda_graphs(model: torch.nn.Module, compiled: bool = False) -> Handle:
     """Record the decoding steps of a model with a :class:`GrowingCache` as CUDA graphs, in ``generate`` and in loops
     that call the model with one new token a row.
 
@@ -232,39 +237,59 @@ def use_cuda_graphs(model: torch.nn.Module, compiled: bool = False) -> Callable[
             embeddings and the like are fused), for up to a minute at the first step and when the cache first grows.
 
     Returns:
-        a function that undoes it.
+        a handle that undoes it. Asked for several times, the last that was not undone counts.
 
     Raises:
         TypeError: if nothing in ``model`` can generate.
     """
+    return ask_for_cuda_graphs(model, object(), compiled)
+
+
+def ask_for_cuda_graphs(model: torch.nn.Module, owner: Any, compiled: bool) -> Handle:
+    """:func:`use_cuda_graphs` in the name of ``owner``, who asks once however often it asks."""
     generators = [module for module in model.modules() if isinstance(module, GenerationMixin)]
     if not generators:
         raise TypeError(f"{type(model).__name__} cannot generate, so it has no decoding steps to record")
     for module in generators:
-        own = module.__dict__.get("forward")
-        if _recorded(own):
-            inner, arguments = own.__func__.inner, own.__func__.arguments
-        else:
-            arguments = Arguments(module)
-            inner = type(module).forward if own is None else functools.partial(_without_self, own)
+        _change(module, lambda asked: {**{k: v for k, v in asked.items() if k != owner}, owner: compiled})
+    return of_each(generators, functools.partial(_withdraw, owner=owner))
+
+
+def leave_cuda_graphs(model: torch.nn.Module) -> None:
+    """Undo every :func:`use_cuda_graphs`, and free what was recorded."""
+    for module in model.modules():
+        if _recorded(module.__dict__.get("forward")):
+            _change(module, lambda asked: {})
+
+
+def _withdraw(module: torch.nn.Module, owner: Any) -> None:
+    if _recorded(module.__dict__.get("forward")):
+        _change(module, lambda asked: {k: v for k, v in asked.items() if k != owner})
+    else:  # something else stands before ours, which lets everything through from now on
+        _state(module).off = True
+
+
+def _change(module: Any, change: Callable[[dict[Any, bool]], dict[Any, bool]]) -> None:
+    """Other wishes, and with them another wrapper (copies of the model share the old one); none: its own forward."""
+    own = module.__dict__.get("forward")
+    if _recorded(own):
+        inner, arguments, before = own.__func__.inner, own.__func__.arguments, own.__func__.asked
+    else:
+        arguments = Arguments(module)
+        inner = type(module).forward if own is None else functools.partial(_without_self, own)
+        before = {}
+    asked = change(before)
+    _states.pop(module, None)  # whoever asks again may have removed what was in the way
+    if asked and [*asked.items()] == [*before.items()]:
+        return
+    if asked:
         # a method of the instance: a deep copy of the model takes it along, bound to the copy
-        module.__dict__["forward"] = MethodType(RecordedForward(inner, compiled, arguments), module)
-        _states.pop(module, None)
-    return functools.partial(leave_cuda_graphs, model)
+        module.__dict__["forward"] = MethodType(RecordedForward(inner, arguments, asked), module)
+    elif isinstance(inner, functools.partial):
+        module.__dict__["forward"] = inner.args[0]
+    else:
+        del module.__dict__["forward"]
 
 
 def _recorded(forward: Any) -> bool:
     return isinstance(getattr(forward, "__func__", None), RecordedForward)
-
-
-def leave_cuda_graphs(model: torch.nn.Module) -> None:
-    """Undo :func:`use_cuda_graphs`, and free what was recorded."""
-    for module in model.modules():
-        own = module.__dict__.get("forward")
-        if own is not None and _recorded(own):
-            inner = own.__func__.inner
-            if isinstance(inner, functools.partial):
-                module.__dict__["forward"] = inner.args[0]
-            else:
-                del module.__dict__["forward"]
-            _states.pop(module, None)

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import EncoderDecoderCache
 from transformers.utils import ModelOutput
 
-from hf_attn_patch.attn.dispatch import _forced
+from hf_attn_patch.attn.choice import asked_for
 from hf_attn_patch.cache.growing_cache import GrowingCache
 
 from .capture import Recording, Repetition, record, rehearse
@@ -174,7 +174,7 @@ class Call:
         signature += [
             torch.is_inference_mode_enabled(),
             torch.are_deterministic_algorithms_enabled(),
-            _forced[-1] if _forced else None,
+            asked_for(),
             torch.cuda.current_stream(self.device).cuda_stream if device == "cuda" else None,
         ]
         self.signature = tuple(signature)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_attn_patch.attn.choice import asked_for
 from hf_attn_patch.attn.dispatch import attend, facts_of, known_calls, remember_call
 from hf_attn_patch.attn.visibility import full
 from hf_attn_patch.compat.batching import layer_writes_pages
@@ -94,6 +95,7 @@ def attention_forward(
         causal = is_causal if is_causal is not None else getattr(module, "is_causal", False)
         if (position_ids is None or not causal or query.shape[2] == 1) and not any_autocast():
             # nothing but numbers: decoding, encoders without padding
+            name = asked_for() if name is None else name
             facts = facts_of(query, key, value, softcap, s_aux, None, dropout, weights, bool(deterministic), name)
             call = (facts, key.dtype, value.dtype, bool(causal), sliding_window, scaling, softcap, dropout)
             known = known_calls.get(call)

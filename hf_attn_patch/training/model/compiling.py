@@ -11,12 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_attn_patch.compat.torch import compile_module
 from hf_attn_patch.hf.attention_function import NAME, attention_forward
 
 from .trainable import layers_of
 
 #: our attention, called from compiled code but not compiled
 UNTRACED = f"{NAME}_untraced"
+#: graphs of one layer: students and teachers, with and without gradients, training and evaluation; past 8, which is its
+#: own limit, dynamo would give up unheard
+FORMS = 64
 
 
 def compile_layers(model: Any, *, one_shape: bool) -> int:
@@ -28,10 +32,6 @@ def compile_layers(model: Any, *, one_shape: bool) -> int:
     Returns:
         how many layers there are.
     """
-    import torch._dynamo
-
-    # students and teachers, with and without gradients, training and evaluation; past 8 dynamo would give up unheard
-    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     if model.config._attn_implementation == NAME:
         _register()
         model.set_attn_implementation(UNTRACED)
@@ -40,7 +40,7 @@ def compile_layers(model: Any, *, one_shape: bool) -> int:
         # what is checkpointed is traced whole or not at all, and attention is not: then its surroundings by themselves
         parts = list(layer.children()) if getattr(layer, "gradient_checkpointing", False) else [layer]
         for part in parts:
-            part.compile(dynamic=False if one_shape else None)
+            compile_module(part, dynamic=False if one_shape else None, recompile_limit=FORMS)
     return len(layers)
 
 
