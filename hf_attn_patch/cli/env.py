@@ -16,6 +16,7 @@ PACKAGES = (
     "transformers",
     "accelerate",
     "safetensors",
+    "huggingface_hub",
     "triton",
     "flash-attn-4",
     "flash-attn",
@@ -27,10 +28,11 @@ PACKAGES = (
 
 
 def environment() -> dict[str, Any]:
-    """What a bug report needs: {'python', 'platform', 'packages', 'devices', 'backends'}."""
+    """What a bug report needs: {'python', 'platform', 'packages', 'newer_than_tested', 'devices', 'backends'}."""
     import torch
 
     from hf_attn_patch.attn.dispatch import BACKENDS, backend
+    from hf_attn_patch.compat.ground import TESTED, newer_than_tested
 
     packages: dict[str, str | None] = {}
     for name in PACKAGES:
@@ -55,6 +57,9 @@ def environment() -> dict[str, Any]:
         "python": sys.version.split()[0],
         "platform": platform.platform(),
         "packages": packages,
+        "newer_than_tested": {
+            name: TESTED[name][1] for name, version in packages.items() if version and newer_than_tested(name, version)
+        },
         "devices": devices,
         "backends": backends,
     }
@@ -75,8 +80,16 @@ def command(as_json: bool) -> None:
     for line in found["devices"]:
         click.echo(f"  {line}")
     click.echo("\nPackages")
+    width = max(map(len, found["packages"]))
+    newer = found["newer_than_tested"]
     for name, version in found["packages"].items():
-        click.echo(f"  {name:<14} {version or 'not installed'}")
+        tested = f"  (newer than {newer[name]}, the newest that was tested)" if name in newer else ""
+        click.echo(f"  {name:<{width}} {version or 'not installed'}{tested}")
     click.echo("\nBackends")
     for name, missing in found["backends"].items():
-        click.echo(f"  {name:<14} {'can run here' if missing is None else missing}")
+        click.echo(f"  {name:<{width}} {'can run here' if missing is None else missing}")
+    if newer:
+        from hf_attn_patch.compat.ground import way_out
+
+        ways = ", ".join(way_out(name) for name in newer)
+        click.echo(f"\nWarning: {', '.join(newer)}: newer than what was tested. If something fails: {ways}", err=True)

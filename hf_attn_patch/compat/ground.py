@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 from importlib import metadata
 from typing import ParamSpec, TypeVar
@@ -12,12 +13,17 @@ from hf_attn_patch.errors import AttentionError
 P = ParamSpec("P")
 R = TypeVar("R")
 
-#: package -> the oldest and the newest version that was tested, as people write them
+#: package -> the oldest version that is asked for and the newest that was tested: pyproject.toml and
+#: requirements/tested.txt say the same (tests/compat/test_ground.py)
 TESTED = {
     "transformers": ("5.17", "5.24"),
     "torch": ("2.11", "2.13"),
     "triton": ("3.6", "3.7"),
-    "accelerate": ("1.10", "1.12"),
+    "accelerate": ("1.10", "1.15"),
+    "safetensors": ("0.5", "0.8"),
+    "huggingface_hub": ("1.0", "2.4"),
+    "peft": ("0.17", "0.21"),
+    "datasets": ("3.0", "5.2"),
     "python": ("3.10", "3.14"),
 }
 
@@ -47,6 +53,20 @@ def way_out(package: str) -> str:
     first, last = TESTED[package]
     major, minor = last.split(".")
     return f'pip install "{package}>={first},<{major}.{int(minor) + 1}"'
+
+
+def newer_than_tested(package: str, version: str) -> bool:
+    """Whether a version's first two numbers are above the newest that was tested; False for packages that have none.
+
+    >>> newer_than_tested("transformers", "5.24.3"), newer_than_tested("transformers", "5.25.0.dev0")
+    (False, True)
+    >>> newer_than_tested("torch", "2.2.0+cu121"), newer_than_tested("torch", "10.0")
+    (False, True)
+    """
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    if package not in TESTED or numbers is None:
+        return False
+    return (int(numbers[1]), int(numbers[2])) > tuple(int(n) for n in TESTED[package][1].split("."))
 
 
 def changed(package: str, what: str) -> CompatError:
