@@ -35,6 +35,22 @@ for folder in sys.argv[1:]:
     out, twice = (o.logits if hasattr(o, "logits") else o.logits_per_text for o in (out, twice))
     assert torch.equal(out, twice)
     torch.save(out, folder + "/out.pt")
+    if not hasattr(model, "generate") or not model.can_generate():
+        continue
+    feed.pop("decoder_input_ids", None)
+    tokens, static = {}, {"cache_implementation": "static", "disable_compile": True}
+    for attention, beams, kind in (("eager", 1, {}), ("sdpa", 3, {}), ("sdpa", 1, static)):
+        model.set_attn_implementation(attention)
+        new = {"max_new_tokens": 5, "do_sample": False, "num_beams": beams, "repetition_penalty": 1.6}
+        new |= {"eos_token_id": None, "return_dict_in_generate": True}
+        want = model.generate(**feed, **new, use_cache=False).sequences
+        got = model.generate(**feed, **new, **kind)
+        assert torch.equal(got.sequences, want), (folder, attention, beams, kind)
+        cache = got["cache"] if "cache" in got else got["past_key_values"]
+        cache = getattr(cache, "self_attention_cache", cache)
+        assert cache.get_seq_length() == want.shape[1] - 1, (folder, attention, beams, kind)
+        tokens[f"{attention} {beams}"] = want
+    torch.save(tokens, folder + "/tokens.pt")
 assert not any(name.split(".")[0] == "hf_attn_patch" for name in sys.modules)
 """
 
@@ -72,6 +88,7 @@ def test_loads_without_this_package(case, elsewhere):
         want = output(here, feeds[case.stock])
     # not bit for bit: the other process may have another number of threads
     torch.testing.assert_close(torch.load(folder / "out.pt"), want, atol=1e-5, rtol=1e-5)
+    assert (folder / "tokens.pt").is_file() == case.generates, errors  # with its cache filled, and without one
 
 
 def test_the_record_says_so_and_verify_agrees(tmp_path):
