@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from transformers import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from transformers.models.clip import modeling_clip as stock
@@ -26,17 +26,18 @@ class GroupedCLIPVisionConfig(GroupedConfig, CLIPVisionConfig):
     num_key_value_heads: int | None = None
 
 
+PARTS: dict[str, type] = {"vision_config": GroupedCLIPVisionConfig, "text_config": GroupedCLIPTextConfig}
+
+
 class GroupedCLIPConfig(CLIPConfig):
     """CLIP's config; ``text_config`` and ``vision_config`` each have their ``num_key_value_heads``."""
 
     model_type = "gqa_clip"
-    sub_configs_defaults: ClassVar[dict[str, type]] = {
-        "vision_config": GroupedCLIPVisionConfig,
-        "text_config": GroupedCLIPTextConfig,
-    }
-    sub_configs: ClassVar[dict[str, type]] = {
-        "vision_config": GroupedCLIPVisionConfig,
-        "text_config": GroupedCLIPTextConfig,
+    sub_configs: ClassVar[dict[str, type]] = PARTS
+    # newer releases have a description of each part beside its class
+    sub_configs_defaults: ClassVar[dict[str, Any]] = {
+        name: type(spec)(config_class=PARTS[name])
+        for name, spec in getattr(CLIPConfig, "sub_configs_defaults", {}).items()
     }
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from hf_attn_patch.compat.calls import Arguments, cache_of
 from hf_attn_patch.compat.transformers import attention_name
 from hf_attn_patch.conversion.loadcheck import device_named, quiet
 from hf_attn_patch.errors import ConversionError, TrainingError
@@ -113,14 +114,15 @@ def decoding_speed(model: Any, ids: Tensor, context: int, steps: int = 32) -> fl
     """Tokens a second of greedy decoding after ``context`` tokens of ``ids`` [S] (repeated if they are fewer)."""
     prompt = ids.repeat(-(-context // len(ids)))[:context][None].to(model.device)
     out = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
-    cache, word = out.past_key_values, out.logits[:, -1:].argmax(-1)
+    keyword = Arguments(model).cache or "past_key_values"
+    cache, word = cache_of(out), out.logits[:, -1:].argmax(-1)
     begun = 0.0
     for step in range(steps + 4):
         if step == 4:  # the first ones warm up
             _wait(model.device)
             begun = time.perf_counter()
-        out = model(input_ids=word, past_key_values=cache, use_cache=True)
-        cache, word = out.past_key_values, out.logits[:, -1:].argmax(-1)
+        out = model(input_ids=word, use_cache=True, **{keyword: cache})
+        cache, word = cache_of(out), out.logits[:, -1:].argmax(-1)
     _wait(model.device)
     return steps / (time.perf_counter() - begun)
 
@@ -300,7 +302,7 @@ def kv_bytes_per_token(model: Any, ids: Tensor) -> int:
     """
     out = model(input_ids=ids[None].to(model.device), use_cache=True, logits_to_keep=1)
     total = 0
-    cache = out["cache"] if "cache" in out else out["past_key_values"]  # its name before transformers 5.24
+    cache = cache_of(out)
     for layer in getattr(cache, "layers", ()):
         for kept in (getattr(layer, "keys", None), getattr(layer, "values", None)):
             total += kept.numel() * kept.element_size() if isinstance(kept, Tensor) else 0

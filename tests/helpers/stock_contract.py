@@ -17,12 +17,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from hf_attn_patch.modeling.grouped import GroupedAttention, GroupedModel
 from torch import nn
 from zoo_cases import HEADS, Case
 
 from hf_attn_patch import zoo
 from hf_attn_patch.compat.cache_keyword import NAMES
+from hf_attn_patch.modeling.grouped import GroupedAttention, GroupedModel
 
 OURS = "hf_attn_patch.modeling."
 #: what blocks may hand an attention beside what it names: attention functions read them, or nobody here does

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from hf_attn_patch.modeling.grouped import GroupedAttention
 from torch import nn
 from transformers import DynamicCache
 from zoo_cases import CASES, HEADS, Case
 
 from hf_attn_patch.compat.cache_keyword import NAMES
+from hf_attn_patch.modeling.grouped import GroupedAttention
 
 GENERATING = [c for c in CASES if c.generates]
 generating = pytest.mark.parametrize("case", GENERATING, ids=[c.stock for c in GENERATING])
