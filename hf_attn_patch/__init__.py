@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .attn.functional import attention, attention_varlen
     from .cache.growing_cache import GrowingCache
     from .enabling import enable, override
-    from .hf.explanation import explain
+    from .explaining.explanation import explain
     from .hf.unpadding import unpadded
 
 __version__ = "0.1.0"
@@ -31,7 +31,7 @@ _LAZY = {
     "attention": "attn.functional",
     "attention_varlen": "attn.functional",
     "enable": "enabling",
-    "explain": "hf.explanation",
+    "explain": "explaining.explanation",
     "override": "enabling",
     "unpadded": "hf.unpadding",
     "use_backend": "attn.choice",

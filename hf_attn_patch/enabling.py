@@ -56,20 +56,7 @@ def enable(
 
     if not isinstance(model, PreTrainedModel):
         raise AttentionError(f"{type(model).__name__} is not a transformers model; use hf_attn_patch.attention in it")
-    outside = sorted(
-        {
-            type(module).__name__
-            for module in model.modules()
-            if isinstance(module, PreTrainedModel)
-            and not module._can_set_attn_implementation()
-            and not type(module.config).__module__.startswith(__package__)  # stock parts of a grouped model
-        }
-    )
-    if outside:
-        raise AttentionError(
-            f"{', '.join(outside)} computes attention in its own code, outside transformers' attention interface, so "
-            "hf_attn_patch cannot replace it; hf_attn_patch.modeling has grouped versions of several such families"
-        )
+    refuse_outside(model)
     if backend is not None:
         backend_module(backend)
     if cache not in (None, "growing"):
@@ -107,6 +94,26 @@ def enable(
         else:
             leave_cuda_graphs(model)
     return model
+
+
+def refuse_outside(model: torch.nn.Module) -> None:
+    """Raise :class:`AttentionError` if any part of a model computes attention outside the attention interface."""
+    from transformers import PreTrainedModel
+
+    outside = sorted(
+        {
+            type(module).__name__
+            for module in model.modules()
+            if isinstance(module, PreTrainedModel)
+            and not module._can_set_attn_implementation()
+            and not type(module.config).__module__.startswith(__package__)  # stock parts of a grouped model
+        }
+    )
+    if outside:
+        raise AttentionError(
+            f"{', '.join(outside)} computes attention in its own code, outside transformers' attention interface, so "
+            "hf_attn_patch cannot replace it; hf_attn_patch.modeling has grouped versions of several such families"
+        )
 
 
 class override(Handle):  # noqa: N801 - called like a function, used as a context manager

@@ -75,7 +75,7 @@ MOVED = {
     "crossovers": "attn.crossovers",
     "dispatch": "attn.dispatch",
     "env": "cli.env",
-    "explanation": "hf.explanation",
+    "explanation": "explaining.explanation",
     "functional": "attn.functional",
     "graphs": "decoding.cuda_graphs",
     "integration": "hf.attention_function",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -38,6 +39,8 @@ BACKENDS = tuple(_MODULES)
 Run = Callable[[Tensor, Tensor, Tensor, AttentionRequest, Operands], tuple[Tensor, Tensor | None]]
 
 _chosen: dict[tuple[AttentionRequest, str | None], tuple[str, Run]] = {}
+#: while a model is rehearsed (``explaining``): what is told of each call in place of running it
+listening: ContextVar[Callable[..., tuple[Tensor, Tensor | None]] | None] = ContextVar("listening", default=None)
 _capabilities: dict[torch.device, int] = {}
 
 
@@ -95,7 +98,7 @@ def forget() -> None:
     remembered_full.cache_clear()
 
 
-def _capability(device: torch.device) -> int:
+def capability_of(device: torch.device) -> int:
     known = _capabilities.get(device)
     if known is None:
         major, minor = torch.cuda.get_device_capability(device)
@@ -179,7 +182,7 @@ def prepare(facts: tuple[Any, ...], layout: Layout) -> Known:
     known: Known | None = layout.chosen.get(facts)
     if known is None:
         q, _, v, dtype, device, *options, name = facts
-        request = _request(q, v, dtype, device, layout, tuple(options), False)
+        request = request_of(q, v, dtype, device, layout, tuple(options), False)
         name, run = choose(request, name)
         shorter = getattr(_MODULES[name], "shorter", None)  # a backend's way for the commonest calls
         run = run if shorter is None else shorter(request, layout) or run
@@ -222,13 +225,15 @@ def attend(
             return _untraced(q, k, v, layout=layout, scale=scale, softcap=softcap, sinks=sinks, **given)
         deterministic = deterministic or torch.are_deterministic_algorithms_enabled()  # which can be traced
         facts = facts_of(q, k, v, softcap, sinks, bias, dropout, weights, True, name)
-        request = _request(q.shape, v.shape, q.dtype, q.device, layout, (*facts[5:-2], deterministic), True)
+        request = request_of(q.shape, v.shape, q.dtype, q.device, layout, (*facts[5:-2], deterministic), True)
         run = choose(request, facts[-1])[1]
         if _is_empty(q.shape, v.shape, layout):
             run = reference.run
     else:
         name = asked_for() if name is None else name
         facts = facts_of(q, k, v, softcap, sinks, bias, dropout, weights, deterministic, name)
+        if type(q) is not Tensor and (listener := listening.get()) is not None:
+            return listener(q, k, v, layout, facts)
         _, request, run, _ = layout.chosen.get(facts) or prepare(facts, layout)
     operands = Operands(layout, (q.shape[-1] or 1) ** -0.5 if scale is None else scale, softcap, sinks, bias, dropout)
     return run(q, k, v, request, operands)
@@ -244,7 +249,7 @@ def _untraced(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
     return attend(*args, **kwargs, tracing=False)
 
 
-def _request(
+def request_of(
     q_shape: torch.Size,
     v_shape: torch.Size,
     dtype: torch.dtype,
@@ -259,7 +264,7 @@ def _request(
     mask = layout.mask if layout.kind == DENSE else None
     return AttentionRequest(
         device=device.type,
-        capability=_capability(device) if device.type == "cuda" else 0,
+        capability=capability_of(device) if device.type == "cuda" else 0,
         dtype=dtype,
         heads=HQ,
         kv_heads=HKV,
@@ -283,4 +288,28 @@ def _request(
         per_head_mask=mask is not None and mask.shape[1] > 1,
         deterministic=deterministic,
         tracing=tracing,
+    )
+
+
+def request_for(B: int, HQ: int, HKV: int, Sq: int, Sk: int, D: int, device: str | None = None) -> AttentionRequest:
+    """The request of a causal call without padding or gradients, on this machine's first device or on one of a type."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    cuda = device == "cuda"
+    return AttentionRequest(
+        device=device,
+        capability=capability_of(torch.device(device)) if cuda else 0,
+        dtype=torch.bfloat16 if cuda else torch.float32,
+        heads=HQ,
+        kv_heads=HKV,
+        head_dim=D,
+        value_dim=D,
+        q_class=query_class(Sq),
+        work_bits=(B * HQ * Sq * Sk * D).bit_length(),
+        streams=B * HKV,
+        rows=0 if Sq > 16 else HQ // HKV * Sq,
+        square=Sq == Sk,
+        visibility="full",
+        causal=Sq > 1,
+        **dict.fromkeys(("windowed", "softcap", "sinks", "bias", "bias_grad", "dropout", "grad", "weights"), False),
+        **dict.fromkeys(("per_head_mask", "deterministic", "tracing"), False),
     )

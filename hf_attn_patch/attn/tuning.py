@@ -9,11 +9,9 @@ from typing import Any
 
 import torch
 
-from hf_attn_patch.hf.explanation import request_for
-
 from . import crossovers as numbers
 from .crossovers import Crossovers
-from .dispatch import attend, forget, order, reasons
+from .dispatch import attend, forget, order, reasons, request_for
 from .visibility import full
 
 #: seconds of one call of a backend: (backend, B, HQ, HKV, Sq, Sk, D) -> float

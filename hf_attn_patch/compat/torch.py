@@ -104,3 +104,18 @@ def aten(name: str) -> Any:
 def missing_operators(names: Iterable[str]) -> list[str]:
     """Those of ``names`` that ``torch.ops.aten`` does not have."""
     return [name for name in names if not hasattr(torch.ops.aten, name)]
+
+
+@known("torch", "what nn.Module keeps of hooks and of compiling (_forward_hooks and others, _compiled_call_impl)")
+def forget_wrappers(module: torch.nn.Module) -> None:
+    """Leave a module (not its children) with its class's own forward: no hooks, nothing compiled."""
+    for name in ("forward", "_compiled_call_impl"):  # accelerate and recorders put a forward of theirs on the instance
+        vars(module).pop(name, None)
+    for name, value in vars(module).items():
+        if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")) and hasattr(value, "clear"):
+            value.clear()
+
+
+def uncompiled(model: Any) -> Any:
+    """The model inside what ``torch.compile(model)`` returns (its ``_orig_mod``); others as they are."""
+    return getattr(model, "_orig_mod", model)

@@ -91,7 +91,8 @@ def attention_forward(
     )
     name = module.__dict__.get(BACKEND_ATTRIBUTE)
     call: Any = None
-    if attention_mask is None and position_bias is None and cu_seq_lens_q is None and not tracing:
+    plain = attention_mask is None and position_bias is None and cu_seq_lens_q is None
+    if plain and not tracing and type(query) is Tensor:
         causal = is_causal if is_causal is not None else getattr(module, "is_causal", False)
         if (position_ids is None or not causal or query.shape[2] == 1) and not any_autocast():
             # nothing but numbers: decoding, encoders without padding

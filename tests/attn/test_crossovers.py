@@ -14,10 +14,9 @@ from click.testing import CliRunner
 from hf_attn_patch import AttentionError, attention
 from hf_attn_patch.attn import crossovers, dispatch
 from hf_attn_patch.attn.crossovers import SHIPPED, Crossovers, read, tuning_file, using, write
-from hf_attn_patch.attn.dispatch import order
+from hf_attn_patch.attn.dispatch import order, request_for
 from hf_attn_patch.attn.tuning import tuned
 from hf_attn_patch.cli import main
-from hf_attn_patch.hf.explanation import request_for
 
 GPU = "NVIDIA H200"
 
