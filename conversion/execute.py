@@ -24,8 +24,8 @@ from .planner import Plan
 
 #: bytes copied at a time: large enough for the disk, small enough for the processor's cache
 CHUNK = 4 << 20
-#: room for tokenizer, journal and file system beside the weights
-MARGIN = 32 << 20
+#: of conversion.json; raised when a reader of an older version would misread it
+FORMAT = 1
 
 Progress = Callable[[int], object]
 
@@ -72,7 +72,7 @@ def execute(
         finished = sum(
             plan.tensors[n].nbytes for s in plan.shards if f"copy {s.name}" in folder.done for n in s.tensors
         )
-        check_space(dst, plan.bytes_after - finished + MARGIN)
+        check_space(dst, plan.disk_needed - finished)
         left = any(job not in folder.done for job in _unit_jobs(plan))
         merge = plan.method.build(plan, plan.options) if left else _nothing
         _Work(plan, folder, merge, allow_nonfinite, progress).run(workers)
@@ -85,13 +85,18 @@ def execute(
             folder.write_text(INDEX, index_json(plan))
         for name in plan.source.companions:
             folder.copy(plan.source.folder / name, name)
-        folder.write_text("conversion.json", json.dumps(record, indent=2) + "\n")
-        folder.write_text("README.md", card(plan, record))
+        code = {}
         if plan.with_code:
             from hf_attn_patch.modeling.remote_code import code_files
 
-            for name, text in code_files(plan.new_config["model_type"]).items():
-                folder.write_text(name, text)
+            code = code_files(plan.new_config["model_type"])
+        index = [INDEX] * (len(plan.shards) > 1)
+        written = {*(s.name for s in plan.shards), *index, *plan.source.companions, *code}
+        record["files"] = sorted(written | {"config.json", "conversion.json", "README.md"})
+        folder.write_text("conversion.json", json.dumps(record, indent=2) + "\n")
+        folder.write_text("README.md", card(plan, record))
+        for name, text in code.items():
+            folder.write_text(name, text)
         folder.commit(json.dumps(plan.new_config, indent=2, ensure_ascii=False) + "\n")
     return record
 
@@ -286,6 +291,7 @@ def make_record(plan: Plan, digests: dict[str, str], command: str | None, detail
 
     source = plan.source
     return {
+        "format": FORMAT,
         "hf_attn_patch": __version__,
         "versions": {
             "python": platform.python_version(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,7 +15,7 @@ from hf_attn_patch.hf.auto_classes import PREFIX
 from .checkpoints.dtypes import FLOATS
 from .checkpoints.reader import Source
 from .checkpoints.safetensors_header import tensor_nbytes
-from .checkpoints.shards import Shard, same_shards, split_shards
+from .checkpoints.shards import MARGIN, Shard, same_shards, split_shards
 from .families.config import LanguageModel, architectures, read_config
 from .families.layer import LayerAttention
 from .families.table import Family, Norm, Projection, Stack
@@ -88,6 +89,11 @@ class Plan:
     def bytes_after(self) -> int:
         return sum(t.nbytes for t in self.tensors.values())
 
+    @property
+    def disk_needed(self) -> int:
+        """Bytes that must be free where the result is written."""
+        return self.bytes_after + MARGIN
+
     def unit_inputs(self, unit: Unit) -> int:
         return sum(self.source.tensors[name].nbytes for name in unit.reads)
 
@@ -155,6 +161,8 @@ def _with_targets(model: LanguageModel, kv_heads: KVHeads) -> list[LayerAttentio
     """Every layer of every stack, with the number of KV heads that it shall have."""
     names = [stack.name for stack, _ in model.stacks]
     wanted = kv_heads if isinstance(kv_heads, Mapping) else dict.fromkeys(names, kv_heads)
+    if any(name[:1].isdigit() for name in wanted):
+        wanted = {names[0]: _of_ranges(wanted, model)}
     for name in wanted:
         if name not in names:
             raise ConversionError(f"{model.model_type} has no attention {name!r}; it has {', '.join(names)}")
@@ -165,6 +173,25 @@ def _with_targets(model: LanguageModel, kv_heads: KVHeads) -> list[LayerAttentio
         for layer, number in zip(layers, numbers, strict=True):
             out.append(_with_target(layer, number))
     return out
+
+
+def _of_ranges(wanted: Mapping[str, Any], model: LanguageModel) -> list[int]:
+    """``{"10-20": 4}``, layers counted from 0 and both ends included, as a number for each; the others stay."""
+    if len(model.stacks) > 1:
+        names = ", ".join(stack.name for stack, _ in model.stacks)
+        raise ConversionError(f"ranges of layers are for models with one attention, and {model.model_type} has {names}")
+    numbers: list[Any] = [layer.kv_heads for layer in model.stacks[0][1]]
+    given: set[int] = set()
+    for name, number in wanted.items():
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", name)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if not match or first > last or last >= len(numbers):
+            raise ConversionError(f"{name!r} is no range of the layers 0 to {len(numbers) - 1}; write 10-20=4")
+        if given & set(range(first, last + 1)):
+            raise ConversionError(f"the range {name} names a layer that another range named already")
+        given |= set(range(first, last + 1))
+        numbers[first : last + 1] = [number] * (last + 1 - first)
+    return numbers
 
 
 def _per_layer(target: int | Sequence[int], num_layers: int, stack: Stack) -> list[int]:

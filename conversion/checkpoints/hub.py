@@ -71,6 +71,21 @@ def _short(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
 
 
+def check_repo_id(repo_id: str) -> None:
+    """Refuse before any work what the hub would refuse after it.
+
+    Raises:
+        ConversionError: ``repo_id`` is no name of a repository.
+    """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ConversionError(f"--push-to-hub {repo_id}: {_short(error)}") from None
+
+
 def push(folder: Path, repo_id: str, *, private: bool = False) -> str:
     """Upload a converted checkpoint; returns its address."""
     from huggingface_hub import HfApi

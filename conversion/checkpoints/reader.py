@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from hf_attn_patch.errors import ConversionError
 
-from .safetensors_header import parse_index, parse_json_object, read_header
+from .config_limits import check_config_limits
+from .safetensors_header import LFS_POINTER, parse_index, parse_json_object, read_header, refuse_lfs_pointer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,9 +21,14 @@ if TYPE_CHECKING:
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLE_SINGLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
+#: the longest that are read, several times what the largest models have
+CONFIG_BYTES, INDEX_BYTES = 4_000_000, 40_000_000
+
 #: what comes along: tokenizer, generation config, chat template, processor, licence
 COMPANION_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".vocab", ".bpe", ".spm")
 COMPANION_NAMES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY", "COPYING")
+#: what is often tied to the embeddings, and then need not be stored
+TIED = re.compile(r"(^|\.)(lm_head|embed_out|output_projection|embed_tokens|shared|decoder)\.weight$")
 #: and folders: more chat templates, and sentence-transformers' modules (1_Pooling, 2_Dense, ...)
 COMPANION_FOLDERS = re.compile(r"additional_chat_templates|\d+_[A-Z]\w*")
 #: what a conversion writes anew or what would be wrong beside the new weights
@@ -86,22 +92,28 @@ class Source:
 
 def load_pickle(path: Path) -> dict[str, Tensor]:
     """A pickled state dict through torch's restricted unpickler: tensors and containers, nothing that runs."""
-    import pickle
-
     import torch
 
+    with open(path, "rb") as file:
+        refuse_lfs_pointer(file.read(len(LFS_POINTER)), str(path))
     try:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError:  # files from before torch 1.6 cannot be memory-mapped
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError, OSError):
+    except MemoryError:
+        raise ConversionError(f"{path} asks for more memory than there is") from None
+    except Exception:  # a damaged pickle makes torch raise whatever its half-read objects happen to raise
         raise ConversionError(f"{path} is no pickle of plain tensors (truncated, or it holds other objects)") from None
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
         raise ConversionError(f"{path} does not hold a dictionary of tensors")
     for name, tensor in state.items():
         if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.is_quantized:
             raise ConversionError(f"{path} holds no plain tensor under {name!r}")
+        if tensor.is_meta or tensor.nbytes > tensor.untyped_storage().nbytes():  # strides of 0 repeat what is there
+            raise ConversionError(
+                f"{path}: tensor {name!r} claims {tensor.nbytes:,} bytes, more than the file holds of it"
+            )
     return state
 
 
@@ -124,12 +136,13 @@ def open_source(
         if any(folder.glob("*.gguf")):
             raise ConversionError(f"{folder} holds GGUF files; convert the safetensors checkpoint they were made from")
         raise ConversionError(f"{folder} has no config.json")
-    config = parse_json_object(_read_small(config_path), str(config_path))
-    source = Source(folder, name or str(folder), revision, config, companions=_companions(folder))
+    config = parse_json_object(_read_small(config_path, CONFIG_BYTES), str(config_path))
+    check_config_limits(config, str(config_path))
+    source = Source(folder, name or str(folder), revision, config, companions=companions_of(folder))
     if (folder / SINGLE).exists() or (folder / SINGLE).is_symlink():
         _add_safetensors(source, [SINGLE], None)
     elif (folder / INDEX).exists() or (folder / INDEX).is_symlink():
-        weight_map = parse_index(_read_small(inside(folder, INDEX)), str(folder / INDEX))
+        weight_map = parse_index(_read_small(inside(folder, INDEX), INDEX_BYTES), str(folder / INDEX))
         _add_safetensors(source, sorted(set(weight_map.values())), weight_map)
     elif (folder / PICKLE_SINGLE).exists() or (folder / PICKLE_INDEX).exists():
         if not allow_pickle:
@@ -142,6 +155,11 @@ def open_source(
         raise ConversionError(f"{folder} has no weights: neither {SINGLE} nor {INDEX}")
     if not source.tensors:
         raise ConversionError(f"{folder} has no tensors in its weights")
+    if (folder / "adapter_config.json").exists():
+        raise ConversionError(
+            f"{folder} holds weights and an adapter, which transformers would put on top of them: merge it (peft's "
+            "merge_and_unload, then save_pretrained), or move adapter_config.json out of the folder to go without it"
+        )
     return source
 
 
@@ -160,9 +178,9 @@ def inside(folder: Path, name: str) -> Path:
     return path
 
 
-def _read_small(path: Path, limit: int = 200_000_000) -> bytes:
+def _read_small(path: Path, limit: int) -> bytes:
     if path.stat().st_size > limit:
-        raise ConversionError(f"{path} is too large to be what its name says")
+        raise ConversionError(f"{path} is too large to be what its name says (over {limit:,} bytes)")
     return path.read_bytes()
 
 
@@ -186,7 +204,8 @@ def _add_safetensors(source: Source, names: list[str], weight_map: dict[str, str
                 entry.dtype, entry.shape, entry.nbytes, number, header.data_start + entry.start
             )
     for tensor, name in (weight_map or {}).items():
-        if tensor not in source.tensors:
+        # a tied head that is named but stored nowhere is what it is tied to; whether that is so, loading will tell
+        if tensor not in source.tensors and not TIED.search(tensor):
             raise ConversionError(f"tensor {tensor!r} is not in {source.folder / name}, where the index says it is")
 
 
@@ -196,7 +215,11 @@ def _add_pickles(source: Source) -> None:
     source.pickled = True
     folder, names = source.folder, [PICKLE_SINGLE]
     if not (folder / PICKLE_SINGLE).exists():
-        names = sorted(set(parse_index(_read_small(inside(folder, PICKLE_INDEX)), str(folder / PICKLE_INDEX)).values()))
+        names = sorted(
+            set(
+                parse_index(_read_small(inside(folder, PICKLE_INDEX), INDEX_BYTES), str(folder / PICKLE_INDEX)).values()
+            )
+        )
     for number, name in enumerate(names):
         path = inside(folder, name)
         if not path.is_file():
@@ -212,12 +235,13 @@ def _add_pickles(source: Source) -> None:
             )
 
 
-def _companions(folder: Path) -> list[str]:
+def companions_of(folder: Path) -> list[str]:
     """Files that belong to the model but are not its weights, config or code."""
     found = []
     for path in sorted(folder.iterdir()):
         keep = path.name.endswith(COMPANION_SUFFIXES) or path.name.startswith(COMPANION_NAMES)
-        if path.is_file() and keep and path.name not in NOT_COMPANIONS and not path.name.endswith(".index.json"):
+        index = re.search(r"\.index(\.\w+)*\.json$", path.name)  # of weights, other variants' (index.fp32.json) too
+        if path.is_file() and keep and path.name not in NOT_COMPANIONS and not index:
             found.append(str(inside(folder, path.name).relative_to(folder)))
         elif path.is_dir() and COMPANION_FOLDERS.fullmatch(path.name):
             for file in sorted(path.iterdir()):

@@ -10,14 +10,24 @@ import json
 import math
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from hf_attn_patch.errors import ConversionError
 
-#: safetensors' own limit
-MAX_HEADER_BYTES = 100_000_000
+#: a header of 100,000 tensors, more than any one file has, takes about 10 MB; safetensors' own limit of 100 MB would
+#: let a stranger's file ask for gigabytes of Python objects
+MAX_HEADER_BYTES = 16_000_000
+
+#: of one JSON file: each takes some 64 bytes or more of memory, however few of the file
+MAX_CONTAINERS = 1_000_000
+
+#: how the text begins that git without git-lfs leaves in the place of a large file
+LFS_POINTER = b"version "
+
+#: torch's own limit
+MAX_DIMENSIONS = 64
 
 #: no config, index or header is nested nearly as deep
 MAX_DEPTH = 50
@@ -73,18 +83,50 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def parse_json_object(raw: bytes, what: str) -> dict[str, Any]:
     """``raw`` as a JSON object; :class:`ConversionError` that names ``what`` for anything else."""
+    if raw.count(b"[") + raw.count(b"{") > MAX_CONTAINERS:
+        raise ConversionError(f"{what} holds over {MAX_CONTAINERS:,} lists and objects, far more than any model's")
     try:
         value = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as error:
         raise ConversionError(f"{what} is not valid JSON ({error})") from None
     if not isinstance(value, dict):
         raise ConversionError(f"{what} is not a JSON object but a {type(value).__name__}")
+    if b"\\ud" in raw.lower() and any(map(_is_broken, _texts(value))):
+        raise ConversionError(f"{what} holds half a character (a lone surrogate), which no file can be written with")
     level: list[Any] = [value]
     for _ in range(MAX_DEPTH):
         level = [v for c in level for v in (c.values() if isinstance(c, dict) else c) if isinstance(v, (dict, list))]
         if not level:
             return value
     raise ConversionError(f"{what} is nested more than {MAX_DEPTH} deep")
+
+
+def refuse_lfs_pointer(raw: bytes, what: str) -> None:
+    """Name such a text as what it is.
+
+    Raises:
+        ConversionError: ``raw``, the first bytes of a file, begin like one.
+    """
+    if raw.startswith(LFS_POINTER):
+        raise ConversionError(f"{what} is a git-LFS pointer, not the file itself: run `git lfs pull` in its folder")
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every string in parsed JSON, keys included."""
+    left = [value]
+    while left:
+        one = left.pop()
+        if isinstance(one, str):
+            yield one
+        elif isinstance(one, dict):
+            yield from one
+            left.extend(one.values())
+        elif isinstance(one, list):
+            left.extend(one)
+
+
+def _is_broken(text: str) -> bool:
+    return any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def parse_header(raw: bytes, file_size: int, what: str) -> Header:
@@ -98,6 +140,7 @@ def parse_header(raw: bytes, file_size: int, what: str) -> Header:
     Raises:
         ConversionError: the file is truncated or its header does not describe it.
     """
+    refuse_lfs_pointer(raw, what)
     if len(raw) < 8:
         raise ConversionError(f"{what} is truncated: {file_size} bytes are no safetensors file")
     (length,) = struct.unpack("<Q", raw[:8])
@@ -125,10 +168,10 @@ def _entry(name: str, value: object, what: str) -> TensorEntry:
     dtype, shape, offsets = value.get("dtype"), value.get("shape"), value.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise ConversionError(f"tensor {name!r} of {what} has the unknown dtype {dtype!r}")
-    if not isinstance(shape, list) or not all(map(_is_size, shape)):
-        raise ConversionError(f"tensor {name!r} of {what} has the impossible shape {shape!r}")
+    if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or not all(map(_is_size, shape)):
+        raise ConversionError(f"tensor {name!r} of {what} has the impossible shape {str(shape)[:80]}")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
-        raise ConversionError(f"tensor {name!r} of {what} has the impossible data_offsets {offsets!r}")
+        raise ConversionError(f"tensor {name!r} of {what} has the impossible data_offsets {str(offsets)[:80]}")
     entry = TensorEntry(dtype, tuple(shape), offsets[0], offsets[1])
     if entry.nbytes != tensor_nbytes(dtype, entry.shape):
         raise ConversionError(

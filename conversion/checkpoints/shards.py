@@ -10,6 +10,9 @@ from hf_attn_patch.errors import ConversionError
 
 from .reader import SINGLE, Source
 
+#: room for tokenizer, journal and file system beside the weights
+MARGIN = 32 << 20
+
 
 @dataclass(frozen=True, slots=True)
 class Shard:

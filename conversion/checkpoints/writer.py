@@ -10,6 +10,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -95,7 +96,8 @@ class OutputFolder:
     def _take_lock(self) -> None:
         try:
             self.work.mkdir(exist_ok=True)
-            self._lock = os.open(self.work / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+            refuse_foreign(self.work)
+            self._lock = os.open(self.work / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         except OSError as error:
             raise ConversionError(f"{self.dst.parent} cannot be written to: {error.strerror}") from None
         try:
@@ -123,8 +125,8 @@ class OutputFolder:
         """Undo what a run that was killed between its last two renames left."""
         if not self.old.exists():
             return
-        if self.dst.exists():
-            shutil.rmtree(self.old)
+        if (self.dst / "config.json").is_file():  # only the user's own files were still to be brought over
+            self._bring_over()
         else:
             os.rename(self.old, self.dst)
 
@@ -190,19 +192,84 @@ class OutputFolder:
                 os.rename(self.dst, self.old)
         os.rename(self.out, self.dst)
         self._made.clear()
+        self._bring_over()
         shutil.rmtree(self.work, ignore_errors=True)
+
+    def _bring_over(self) -> None:
+        """Of what stood in DST before, the files that are no part of a checkpoint stay in DST."""
+        if not self.old.exists():
+            return
+        replaced = checkpoint_files(self.old)
+        for path in sorted(p for p in self.old.rglob("*") if not p.is_dir() or p.is_symlink()):
+            name = path.relative_to(self.old)
+            target = self.dst / name
+            if name.as_posix() not in replaced and not target.exists():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.rename(path, target)
+        shutil.rmtree(self.old)
 
 
 def _journal_lines(path: Path) -> list[dict[str, Any]]:
     lines = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for text in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             line = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             break  # cut off by the kill
-        if isinstance(line, dict):
-            lines.append(line)
+        if not isinstance(line, dict) or not _is_journal_line(line, first=not lines):
+            break  # damaged: what it and the lines after it say is done again
+        lines.append(line)
     return lines
+
+
+def _is_journal_line(line: dict[str, Any], first: bool) -> bool:
+    if first:
+        return isinstance(line.get("fingerprint"), str)
+    job, note = line.get("job"), line.get("note")
+    if not isinstance(job, str):
+        return False
+    if job.startswith("unit "):  # {tensor: sha256}
+        return isinstance(note, dict) and all(isinstance(value, str) for value in note.values())
+    return job.startswith("copy ") or (job == "details" and (note is None or isinstance(note, dict)))
+
+
+#: what transformers writes of a model and its tokenizer
+CHECKPOINT_NAMES = re.compile(
+    r"(config|generation_config|conversion|\w*processor_config|tokenizer\w*|special_tokens_map|added_tokens|vocab"
+    r"|chat_template)\.(json|model|txt|jinja)|merges\.txt|README\.md|.*\.(safetensors|bin|index\.json)"
+)
+
+#: all that is ever in a work folder
+_WORK_NAMES = {"lock", "journal.jsonl", "out", "old"}
+
+
+def refuse_foreign(work: Path) -> None:
+    """A work folder that somebody else prepared could lead what is written and removed elsewhere.
+
+    Raises:
+        ConversionError: it is a link, of another user, or holds what no conversion puts there.
+    """
+    way = "remove it, or choose another DST"
+    if work.is_symlink():
+        raise ConversionError(f"{work} is a link to {os.path.realpath(work)}, where nothing will be touched: {way}")
+    if work.stat().st_uid != os.geteuid():
+        raise ConversionError(f"{work} belongs to another user: {way}")
+    for entry in os.scandir(work):
+        folder = entry.name in ("out", "old")
+        plain = entry.is_dir(follow_symlinks=False) if folder else entry.is_file(follow_symlinks=False)
+        if entry.name not in _WORK_NAMES or not plain or (not folder and entry.stat().st_nlink > 1):
+            raise ConversionError(f"{entry.path} was not made by a conversion: {way}")
+
+
+def checkpoint_files(folder: Path) -> set[str]:
+    """The names in ``folder`` that belong to its checkpoint: those that a conversion recorded, or those of weights."""
+    try:
+        recorded = json.loads((folder / "conversion.json").read_text(encoding="utf-8"))["files"]
+        if isinstance(recorded, list) and all(isinstance(name, str) for name in recorded):
+            return set(recorded)
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # no record, or one from before files were recorded: names tell
+    return {path.name for path in folder.iterdir() if CHECKPOINT_NAMES.fullmatch(path.name)}
 
 
 def write_at(descriptor: int, data: memoryview, offset: int) -> None:
@@ -218,6 +285,8 @@ def check_destination(dst: Path, overwrite: bool) -> None:
         return
     if not dst.is_dir():
         raise ConversionError(f"{dst} exists and is not a folder")
+    if os.path.ismount(os.path.realpath(dst)):  # a folder cannot take the place of a mount point
+        raise ConversionError(f"{dst} is a mount point: give a folder inside it, such as {dst / 'converted'}")
     if not any(dst.iterdir()):
         return
     if not overwrite:

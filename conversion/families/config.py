@@ -6,9 +6,10 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from hf_attn_patch.conversion.checkpoints.config_limits import check_config_limits
 from hf_attn_patch.errors import ConversionError
 
-from .layer import ABSURD, LayerAttention, stack_layers
+from .layer import LayerAttention, stack_layers
 from .table import TEXT_PREFIXES, Family, Stack, family_of, supported
 
 
@@ -52,6 +53,7 @@ class LanguageModel:
 
     def write_kv_heads(self, raw: dict[str, Any], layers: list[LayerAttention]) -> None:
         """Change ``raw`` (a copy of config.json) so that it describes ``layers``."""
+        raw.pop("auto_map", None)  # the code that it names does not come along
         if not any(layer.changes for layer in layers):
             return
         part = raw
@@ -64,7 +66,6 @@ class LanguageModel:
         if self.family.becomes:
             part["model_type"] = self.family.becomes
             part["architectures"] = [f"Grouped{n.removeprefix('Grouped')}" for n in architectures(part)]
-        raw.pop("auto_map", None)  # the code that it names does not come along
 
 
 def _has(names: Collection[str], prefix: str, layers: list[LayerAttention]) -> bool:
@@ -102,7 +103,7 @@ def read_config(raw: dict[str, Any], where: str) -> LanguageModel:
     if not isinstance(model_type, str) or not model_type:
         raise ConversionError(f"{where} names no model_type, so the family is unknown")
     _refuse_quantized(raw, where)
-    _refuse_absurd(raw, where)
+    check_config_limits(raw, where)
     config = _config_object(raw, model_type, where)
     text = getattr(config, "text_config", None)
     path: tuple[str, ...] = ()
@@ -123,16 +124,6 @@ def read_config(raw: dict[str, Any], where: str) -> LanguageModel:
     if raw.get("auto_map"):
         warnings.append("config.json names code of its own (auto_map); the result uses transformers' own classes")
     return LanguageModel(family, text_type, config, text_config, path, prefixes, stacks, warnings=warnings)
-
-
-def _refuse_absurd(raw: Mapping[str, Any], where: str) -> None:
-    """Refuse numbers of layers, experts or heads for which transformers would build lists until memory is gone."""
-    for key, value in raw.items():
-        if isinstance(value, Mapping):
-            _refuse_absurd(value, where)
-        most = 4096 if "layer" in key else ABSURD
-        if isinstance(value, int) and value > most and key.startswith(("num_", "n_")):
-            raise ConversionError(f"{where} is no config of a real model: {key} is {value}")
 
 
 def _config_object(raw: dict[str, Any], model_type: str, where: str) -> Any:

@@ -81,7 +81,7 @@ def plan_dict(plan: Plan, workers: int = 1) -> dict[str, Any]:
             "after": kv_bytes_per_token(plan.layers, itemsize, new=True),
         },
         "output_files": [shard.name for shard in plan.shards],
-        "disk_needed": plan.bytes_after,
+        "disk_needed": plan.disk_needed,
         "memory_needed": memory_needed(plan, workers),
         "warnings": list(plan.warnings),
     }
@@ -152,7 +152,7 @@ def plan_lines(plan: Plan, facts: dict[str, Any]) -> list[tuple[str, str]]:
     kv, size, tensors = facts["kv_bytes_per_token"], facts["bytes"], facts["tensors"]
     return [
         ("method", f"{plan.method.name}: {plan.method.summary}"),
-        ("KV cache", f"{human(kv['before'])} -> {human(kv['after'])} per token ({kv['after'] / kv['before']:.1%})"),
+        ("KV cache", _cache_line(kv)),
         (
             "tensors",
             f"{tensors['before']} -> {tensors['after']}: {tensors['changed']} changed, {tensors['copied']} copied",
@@ -162,6 +162,12 @@ def plan_lines(plan: Plan, facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("memory needed", f"{human(facts['memory_needed'])} beside the programs themselves"),
         *(("note", warning) for warning in plan.warnings),
     ]
+
+
+def _cache_line(kv: dict[str, int]) -> str:
+    if not kv["before"]:
+        return "none: an encoder keeps no keys and values"
+    return f"{human(kv['before'])} -> {human(kv['after'])} per token ({kv['after'] / kv['before']:.1%})"
 
 
 def plan_title(facts: dict[str, Any]) -> str:

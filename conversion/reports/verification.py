@@ -16,7 +16,7 @@ from hf_attn_patch.conversion.checkpoints.dtypes import has_nonfinite
 from hf_attn_patch.conversion.checkpoints.hub import resolve
 from hf_attn_patch.conversion.checkpoints.reader import Source, no_reading_errors, open_source
 from hf_attn_patch.conversion.checkpoints.safetensors_header import parse_json_object
-from hf_attn_patch.conversion.execute import CHUNK, Opened, config_sha256, heads_sha256
+from hf_attn_patch.conversion.execute import CHUNK, FORMAT, Opened, config_sha256, heads_sha256
 from hf_attn_patch.conversion.methods.apply import compute_unit, raw_bytes
 from hf_attn_patch.conversion.methods.registry import METHODS
 from hf_attn_patch.conversion.planner import Plan, make_plan
@@ -60,15 +60,20 @@ def verify(src: StrPath, dst: StrPath, *, revision: str | None = None, allow_pic
         raise ConversionError(f"{record_path} records the unknown method {method!r}")
     if not isinstance(kv_heads, (int, list, dict)):
         raise ConversionError(f"{record_path} records no number of KV heads")
+    if isinstance(written := record.get("format", FORMAT), int) and written > FORMAT:
+        raise ConversionError(f"{record_path} is of format {written}, and this version reads up to {FORMAT}: update it")
     with no_reading_errors(str(src)):
-        plan = make_plan(
-            source,
-            kv_heads,
-            method=method,
-            seed=int(record.get("seed") or 0),
-            options=options,
-            with_code=bool(record.get("with_code")),
-        )
+        try:
+            plan = make_plan(
+                source,
+                kv_heads,
+                method=method,
+                seed=int(record.get("seed") or 0),
+                options=options,
+                with_code=bool(record.get("with_code")),
+            )
+        except ConversionError as error:  # of a source that was read: the record asks for what it cannot become
+            return Verification([f"{source.name} cannot be converted as {record_path} says: {error}"])
         found = compare(plan, result)
     recorded = record.get("source")
     recorded = recorded if isinstance(recorded, dict) else {}

@@ -19,7 +19,7 @@ KVHeads = int | list[int] | dict[str, int | list[int]]
 
 
 def parse_kv_heads(text: str) -> KVHeads:
-    """``8``; ``8,8,4,4`` (one per layer); ``cross=2,self=4`` (by attention).
+    """``8``; ``8,8,4,4`` (one per layer); ``10-20=4`` (layers 10 to 20); ``cross=2,self=4`` (by attention).
 
     >>> parse_kv_heads("8"), parse_kv_heads("8,4"), parse_kv_heads("self=4,cross=2")
     (8, [8, 4], {'self': 4, 'cross': 2})
@@ -32,7 +32,8 @@ def parse_kv_heads(text: str) -> KVHeads:
         return int(parts[0]) if len(parts) == 1 else [int(part) for part in parts]
     except ValueError:
         raise ConversionError(
-            f"--kv-heads {text!r} is no number of heads; write 8, or 8,8,4,4 (one per layer), or self=4,cross=2"
+            f"--kv-heads {text!r} is no number of heads; write 8, or 8,8,4,4 (one per layer), or 10-20=4 (layers 10 to "
+            "20), or self=4,cross=2"
         ) from None
 
 
@@ -42,12 +43,25 @@ def user_errors(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         try:
+            for name, value in kwargs.items():  # an unset shell variable between quotes
+                if value == "" or (isinstance(value, tuple) and "" in value):
+                    flag = name.upper() if name in ("src", "dst", "models") else "--" + name.replace("_", "-")
+                    raise ConversionError(f"{flag} is empty; is a variable unset?")
+            if kwargs.get("picture"):
+                check_picture(kwargs["picture"])
             return function(*args, **kwargs)
         except ConversionError as error:
             click.echo(f"Error: {' '.join(str(error).split())}", err=True)
             sys.exit(2)
 
     return wrapper
+
+
+def check_picture(name: str) -> None:
+    """What is known of ``--plot`` before any work is done: that its folder is there."""
+    folder = Path(name).expanduser().parent
+    if not folder.is_dir():
+        raise ConversionError(f"--plot {name}: there is no folder {folder}")
 
 
 def method_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -72,7 +86,11 @@ def command_line() -> str:
 @click.command()
 @click.argument("src")
 @click.argument("dst", required=False)
-@click.option("--kv-heads", metavar="N", help="KV heads of the result: 8; 8,8,4,4 (one per layer); self=4,cross=2.")
+@click.option(
+    "--kv-heads",
+    metavar="N",
+    help="KV heads of the result: 8; 8,8,4,4 (one per layer); 10-20=4 (layers); self=4,cross=2.",
+)
 @click.option(
     "--kv-budget",
     type=float,
@@ -110,8 +128,12 @@ def convert(
     **options: Any,
 ) -> None:  # fmt: skip
     """Convert the checkpoint SRC (a folder or hub id) to fewer KV heads, into the new folder DST."""
-    if (kv_heads is None) == (kv_budget is None):
+    if kv_heads is not None and kv_budget is not None:
+        raise ConversionError("--kv-heads and --kv-budget both say how many KV heads: give one of them")
+    if kv_heads is None and kv_budget is None:
         raise ConversionError("say how many KV heads: --kv-heads N (or --kv-budget SHARE with --calibrate TEXT)")
+    if private and not push_to_hub:
+        raise ConversionError("--private is about the repository of --push-to-hub, which is missing")
     given = {name: value for name, value in options.items() if value is not None}
     if kv_budget is not None and "calibrate" not in given:
         raise ConversionError("--kv-budget chooses by errors on a calibration text: give --calibrate TEXT")
@@ -124,6 +146,10 @@ def convert(
     from hf_attn_patch.conversion.checkpoints.writer import check_apart, check_destination
     from hf_attn_patch.conversion.reports.report import human, plan_dict, plan_text
 
+    if push_to_hub:
+        from hf_attn_patch.conversion.checkpoints.hub import check_repo_id
+
+        check_repo_id(push_to_hub)
     if dst is not None:
         if Path(src).exists():
             check_apart(Path(src), Path(dst))

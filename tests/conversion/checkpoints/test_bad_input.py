@@ -20,7 +20,7 @@ from hf_attn_patch.conversion.checkpoints.writer import check_space
     ("kv_heads", "words"),
     [
         ("3", "cannot be merged evenly"), ("0", "whole number"), ("-2", "whole number"), ("16", "more than the 8"),
-        ("two", "no number of heads"), ("2.5", "no number of heads"), ("", "no number of heads"),
+        ("two", "no number of heads"), ("2.5", "no number of heads"), ("", "is empty"),
         ("2,4", "cannot have 2, 4 KV heads"), ("2,2,2", "one per layer"), ("cross=2", "no attention 'cross'"),
         ("99999999999999999999", "more than"),
     ],
@@ -140,7 +140,7 @@ def test_destinations(src: Path) -> None:
     convert(src, words="--overwrite")
     result = run("convert", src, dst, "--kv-heads", 2, "--overwrite")
     assert result.exit_code == 0, result.stderr
-    assert not (dst / "thesis.txt").exists()
+    assert (dst / "thesis.txt").read_text() == "mine"
     assert sorted(p.name for p in src.parent.iterdir()) == ["dst", "link", "src"]
 
 

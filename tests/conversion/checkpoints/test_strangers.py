@@ -1,0 +1,278 @@
+"""What a stranger prepared (files, folders, links) costs a sentence, not time, memory or anybody's files."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+from refusals import change_config, convert, listing, refused, run
+
+from hf_attn_patch.conversion import ConversionError
+from hf_attn_patch.conversion.checkpoints.config_limits import check_config_limits
+from hf_attn_patch.conversion.checkpoints.safetensors_header import MAX_CONTAINERS, parse_header, parse_json_object
+
+# -- folders ----------------------------------------------------------------------------------------------------------
+
+
+def victim(folder: Path) -> Path:
+    (folder / "victim" / "out").mkdir(parents=True)
+    (folder / "victim" / "out" / "mine.txt").write_text("mine")
+    (folder / "victim" / "old").mkdir()
+    (folder / "victim" / "old" / "mine.txt").write_text("mine")
+    return folder / "victim"
+
+
+def test_a_work_folder_that_is_a_link_is_refused(src: Path) -> None:
+    (src.parent / ".dst.hf-attn").symlink_to(victim(src.parent))
+    convert(src, words="is a link")
+
+
+@pytest.mark.parametrize("name", ["out", "old", "journal.jsonl", "lock"])
+def test_links_inside_a_work_folder_are_refused(name: str, src: Path) -> None:
+    work = src.parent / ".dst.hf-attn"
+    work.mkdir()
+    (work / name).symlink_to(victim(src.parent) / ("out" if "." not in name and name != "lock" else "out/mine.txt"))
+    for more in ((), ("--resume",)):
+        convert(src, *more, words="was not made by a conversion")
+
+
+def test_hard_links_and_strange_files_in_a_work_folder_are_refused(src: Path) -> None:
+    work = src.parent / ".dst.hf-attn"
+    work.mkdir()
+    os.link(victim(src.parent) / "out" / "mine.txt", work / "journal.jsonl")
+    convert(src, words="was not made by a conversion")
+    (work / "journal.jsonl").unlink()
+    (work / "thesis.tex").write_text("mine")
+    convert(src, words=r"thesis.tex was not made by a conversion")
+
+
+def test_overwriting_keeps_what_no_conversion_wrote(src: Path) -> None:
+    dst = src.parent / "dst"
+    assert run("convert", src, dst, "--kv-heads", 2, "-q").exit_code == 0
+    (dst / "notes").mkdir()
+    (dst / "notes" / "mine.txt").write_text("mine")
+    (dst / "results.csv").write_text("mine")
+    (dst / "old_tokenizer.model").write_text("mine")
+    assert run("convert", src, dst, "--kv-heads", 4, "-q", "--overwrite").exit_code == 0
+    for name in ("notes/mine.txt", "results.csv", "old_tokenizer.model"):
+        assert (dst / name).read_text() == "mine"
+    assert json.loads((dst / "config.json").read_text())["num_key_value_heads"] == 4
+    assert not list(src.parent.glob(".*hf-attn"))
+
+
+def test_overwriting_a_checkpoint_of_several_files_leaves_none_of_them(sharded: Path) -> None:
+    dst = sharded.parent / "dst"
+    assert run("convert", sharded, dst, "--kv-heads", 2, "-q").exit_code == 0
+    record = json.loads((dst / "conversion.json").read_text())
+    assert set(record["files"]) == {p.name for p in dst.iterdir()}
+    for forget in (False, True):  # and by their names where the record is from before files were recorded
+        if forget:
+            (dst / "conversion.json").write_text(json.dumps({k: v for k, v in record.items() if k != "files"}))
+        more = ["--overwrite", "--max-shard-size", "1GB" if not forget else "30KB"]
+        assert run("convert", sharded, dst, "--kv-heads", 2, "-q", *more).exit_code == 0
+        assert set(json.loads((dst / "conversion.json").read_text())["files"]) == {p.name for p in dst.iterdir()}
+
+
+def test_a_kill_between_the_last_renames_loses_nothing(src: Path) -> None:
+    """As it stands after the second rename: the new folder is there, the old one holds the user's file still."""
+    dst, work = src.parent / "dst", src.parent / ".dst.hf-attn"
+    assert run("convert", src, dst, "--kv-heads", 2, "-q").exit_code == 0
+    (work / "old").mkdir(parents=True)
+    (work / "old" / "config.json").write_text("{}")
+    (work / "old" / "mine.txt").write_text("mine")
+    assert run("convert", src, dst, "--kv-heads", 2, "-q", "--overwrite").exit_code == 0
+    assert (dst / "mine.txt").read_text() == "mine"
+
+
+def test_a_mount_point_is_refused_before_any_work(src: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (src.parent / "dst").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: os.fspath(path).endswith("dst"))
+    convert(src, words="is a mount point: give a folder inside it")
+
+
+def test_what_can_be_known_at_the_start_is_said_at_the_start(src: Path) -> None:
+    convert(src, "--push-to-hub", "a/b/c", words="--push-to-hub a/b/c")
+    convert(src, "--private", words="--private")
+    convert(src, "--kv-budget", "0.5", words="give one of them")
+    refused(src.parent, "inspect", src, "--plot", src.parent / "nowhere" / "a.png", words="there is no folder")
+    refused(src.parent, "convert", src, "", "--kv-heads", 2, words="DST is empty")
+    plan = json.loads(run("convert", src, "--kv-heads", 2, "--dry-run", "--json").stdout)
+    assert plan["disk_needed"] == plan["bytes"]["after"] + (32 << 20)
+
+
+def test_an_adapter_beside_weights_is_refused(src: Path) -> None:
+    (src / "adapter_config.json").write_text("{}")
+    convert(src, words="weights and an adapter")
+
+
+def test_git_lfs_pointers_are_named(src: Path) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 123\n"
+    (src / "model.safetensors").write_text(pointer)
+    convert(src, words="git-LFS pointer")
+    (src / "model.safetensors").rename(src / "pytorch_model.bin")
+    convert(src, "--allow-pickle", words="git-LFS pointer")
+
+
+def test_other_variants_indices_do_not_come_along(src: Path) -> None:
+    (src / "model.safetensors.index.fp32.json").write_text("{}")
+    assert run("convert", src, src.parent / "dst", "--kv-heads", 2, "-q").exit_code == 0
+    assert not (src.parent / "dst" / "model.safetensors.index.fp32.json").exists()
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        "[]", "{}", '{"fingerprint": 3}', '{"fingerprint": "F"}\n{"job": 3}', '{"fingerprint": "F"}\n{"job": "unit 0"}',
+        '{"fingerprint": "F"}\n{"job": "unit 0", "note": {"a": 1}}', '{"fingerprint": "F"}\n{"note": null}',
+        '{"fingerprint": "F"}\n{"job": "details", "note": 3}', '{"fingerprint": "F"}\n' + "[" * 5000,
+    ],
+)  # fmt: skip
+def test_damaged_journals(lines: str, src: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hf_attn_patch.conversion import execute
+
+    monkeypatch.setattr(execute, "fingerprint", lambda plan: "F")
+    work = src.parent / ".dst.hf-attn"
+    (work / "out").mkdir(parents=True)
+    (work / "journal.jsonl").write_text(lines + "\n")
+    done = run("convert", src, src.parent / "dst", "--kv-heads", 2, "--resume", "-q")
+    assert done.exit_code in (0, 2) and "Traceback" not in done.output and isinstance(done.exception, SystemExit | None)
+    if done.exit_code == 0:
+        assert run("verify", src, src.parent / "dst").exit_code == 0
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+
+def header_of(text: bytes) -> bytes:
+    return struct.pack("<Q", len(text)) + text
+
+
+BOMBS = {
+    "a shape of many large numbers": b'{"a":{"dtype":"F32","shape":['
+    + b",".join([b"4611686018427387904"] * 300_000)
+    + b'],"data_offsets":[0,0]}}',
+    "many empty lists": b'{"a":[' + b",".join([b"[]"] * 5_000_000) + b"]}",
+    "deep": b'{"a":' + b"[" * 900_000 + b"]" * 900_000 + b"}",
+    "long numbers": b'{"a":{"dtype":"F32","shape":[' + b"9" * 4_000_000 + b'],"data_offsets":[0,0]}}',
+}
+MEASURE = """
+import resource, sys, time
+from hf_attn_patch.conversion.checkpoints.safetensors_header import read_header
+from hf_attn_patch.conversion import ConversionError
+before, begun = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+try:
+    read_header(sys.argv[1], "bomb")
+except ConversionError as error:
+    assert len(str(error)) < 1000, len(str(error))
+    print(time.process_time() - begun, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_header_bombs(bomb: str, tmp_path: Path) -> None:
+    (tmp_path / "bomb").write_bytes(header_of(BOMBS[bomb]))
+    done = subprocess.run([sys.executable, "-c", MEASURE, str(tmp_path / "bomb")], capture_output=True, text=True)
+    seconds, megabytes = map(float, done.stdout.split())
+    assert seconds < 5 and megabytes < 500
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_labels": 10**9}, {"num_hidden_layers": 10**9}, {"decoder_layers": 10**8}, {"num_local_experts": 10**7},
+        {"layer_types": ["full_attention"] * 300_000}, {"attention_types": [[["global"], 10**9]]},
+        {"depths": [2, 10**8]}, {"text_config": {"num_hidden_layers": 10**7}},
+        {"vision_config": {"num_labels": 10**10}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_config_bombs(change: dict[str, object], src: Path) -> None:
+    change_config(src, **change)
+    begun = time.process_time()
+    refused(src.parent, "convert", src, src.parent / "dst", "--kv-heads", 2, words="config")
+    assert time.process_time() - begun < 5
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 8 << 20  # kB
+
+
+def test_real_configs_are_believed() -> None:
+    """The largest numbers of public models: 126 layers, 384 experts, 21,843 labels, 48 blocks in a stage."""
+    config = {"num_hidden_layers": 126, "n_routed_experts": 384, "num_labels": 21_843, "depths": [3, 4, 48, 3]}
+    check_config_limits({**config, "vocab_size": 262_144, "max_position_embeddings": 10_485_760}, "config.json")
+
+
+@pytest.mark.parametrize("where", ["key", "value", "deep"])
+def test_lone_surrogates_are_refused_at_the_start(where: str, src: Path) -> None:
+    raw = (src / "config.json").read_text().rstrip()[:-1]
+    more = {"key": r'"a\ud800": 1', "value": r'"a": "x\udfff"', "deep": r'"a": [{"b": ["\uD834x"]}]'}[where]
+    (src / "config.json").write_text(f"{raw}, {more}}}")
+    convert(src, words="half a character")
+
+
+def test_pairs_of_surrogates_are_characters() -> None:
+    assert parse_json_object(rb'{"a": "\ud834\udd1e \\ud800"}', "x") == {"a": "\U0001d11e \\ud800"}
+
+
+def test_a_pickle_whose_strides_repeat_is_refused(src: Path) -> None:
+    (src / "model.safetensors").unlink()
+    torch.save({"a": torch.zeros(1).expand(10_000_000_000)}, src / "pytorch_model.bin")
+    convert(src, "--allow-pickle", words="more than the file holds of it")
+
+
+@pytest.fixture(scope="module")
+def pickled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
+    from tiny_families import tiny_model
+
+    folder = tmp_path_factory.mktemp("pickled")
+    model = tiny_model("llama")
+    model.config.save_pretrained(folder)
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    return folder, (folder / "pytorch_model.bin").read_bytes()
+
+
+@given(data=st.data())
+def test_mutated_pickles(data: st.DataObject, pickled: tuple[Path, bytes]) -> None:
+    folder, whole = pickled
+    spoilt = bytearray(whole)
+    for _ in range(data.draw(st.integers(1, 12))):
+        spoilt[data.draw(st.integers(0, min(len(spoilt) - 1, 6000)))] = data.draw(st.integers(0, 255))
+    (folder / "pytorch_model.bin").write_bytes(bytes(spoilt))
+    done = CliRunner().invoke(
+        __import__("hf_attn_patch.cli", fromlist=["main"]).main,
+        ["convert", str(folder), "--kv-heads", "1", "--dry-run", "--allow-pickle"],
+    )
+    assert done.exit_code in (0, 2) and isinstance(done.exception, SystemExit | None), done.exception
+
+
+@given(raw=st.binary(max_size=200))
+def test_headers_of_anything(raw: bytes) -> None:
+    with pytest.raises(ConversionError) as caught:
+        parse_header(header_of(b"[" + raw), 9 + len(raw), "x")  # no object, whatever follows
+    assert len(str(caught.value)) < 1000
+
+
+def test_the_bound_on_containers_is_far_from_real_files() -> None:
+    text = ",".join(f'"{i}":{{"dtype":"F32","shape":[1,1],"data_offsets":[0,0]}}' for i in range(100_000))
+    assert text.count("[") + text.count("{") < MAX_CONTAINERS / 3
+
+
+def test_a_stock_index_may_name_a_tied_head_that_is_stored_nowhere(sharded: Path) -> None:
+    index = json.loads((sharded / "model.safetensors.index.json").read_text())
+    change_config(sharded, tie_word_embeddings=True)
+    before = listing(sharded)
+    name = next(iter(index["weight_map"].values()))
+    if "lm_head.weight" not in index["weight_map"]:
+        index["weight_map"]["lm_head.weight"] = name
+        (sharded / "model.safetensors.index.json").write_text(json.dumps(index))
+        assert run("convert", sharded, sharded.parent / "dst", "--kv-heads", 2, "-q").exit_code == 0
+    assert before
