@@ -14,6 +14,7 @@ import hf_attn_patch
 from benchmarks import assert_conforms
 from benchmarks.measure import DEVICE
 from benchmarks.model_rows import OURS, Inputs, Row, Variant
+from hf_attn_patch.compat.cache_keyword import keyword_of
 
 AHEAD = 512  # tokens that decoding may go beyond the row's length
 #: what is timed, and what it gives: logits, or the loss and some gradients
@@ -76,7 +77,7 @@ def prefill(model: Any, variant: Variant, inputs: Inputs) -> Work:
             input_ids=inputs.ids,
             attention_mask=inputs.mask,
             position_ids=inputs.positions,
-            past_key_values=cache,
+            **{keyword_of(model.forward): cache},
             use_cache=True,
             logits_to_keep=1,
         )
@@ -106,7 +107,7 @@ def decode(model: Any, variant: Variant, inputs: Inputs) -> Work:
             input_ids=inputs.ids[:, -1:],
             attention_mask=mask[:, : length + 1],
             position_ids=position + (length - S + 1),
-            past_key_values=cache,
+            **{keyword_of(model.forward): cache},
             use_cache=True,
             logits_to_keep=1,
         )
@@ -134,7 +135,7 @@ def decode_compiled(model: Any, cache: Cache, inputs: Inputs, position: torch.Te
             input_ids=inputs.ids[:, -1:].clone(),
             attention_mask=valid[:, None, None, :].clone(),
             position_ids=position + (length - S + 1),
-            past_key_values=cache,
+            **{keyword_of(model.forward): cache},
             use_cache=True,
             logits_to_keep=1,
         )

@@ -24,6 +24,7 @@ from transformers import (
 )
 
 import hf_attn_patch
+from hf_attn_patch.compat.calls import cache_of, generate_keyword
 
 #: how the classes that generate text are called
 GENERATE = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "MTModel", "EncoderDecoderModel")
@@ -72,7 +73,7 @@ def generate(name: str, attention: str, args: argparse.Namespace) -> dict[str, A
     text = model.generate(**prompt, **options, max_new_tokens=args.max_new_tokens, streamer=streamer)
     if attention == "hf_attn_patch":
         cache: Any = hf_attn_patch.GrowingCache(config=model.config.get_text_config(decoder=True))
-        options["past_key_values"] = EncoderDecoderCache(cache, DynamicCache()) if encodes else cache
+        options[generate_keyword()] = EncoderDecoderCache(cache, DynamicCache()) if encodes else cache
     if args.device.startswith("cuda"):
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -84,7 +85,7 @@ def generate(name: str, attention: str, args: argparse.Namespace) -> dict[str, A
     new = out.sequences.shape[1] - read  # on the host, so the device is done
     rate = new / (time.perf_counter() - start)
     return {
-        "model": name, "attention": attention, "rate": rate, "kv": kv_bytes_per_token(out.past_key_values),
+        "model": name, "attention": attention, "rate": rate, "kv": kv_bytes_per_token(cache_of(out)),
         "text": text[0, read:].tolist(),
     }  # fmt: skip
 

@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 from transformers import MistralConfig, MistralModel
 
 import hf_attn_patch
+from hf_attn_patch.compat.cache_keyword import keyword_of
 
 HORIZON = 24
 CONTEXTS = {"week": 168, "month": 720, "year": 8760}
@@ -145,11 +146,12 @@ class Forecaster(nn.Module):
     def cached_step(self, x: Tensor) -> Callable[[], Tensor]:
         """A forecast for one more hour when all of ``x`` [1, S, 6] is in the KV cache already."""
         cache = hf_attn_patch.GrowingCache(config=self.body.config)
-        self.body(inputs_embeds=self.embed(x), past_key_values=cache, use_cache=True)
+        cached = {keyword_of(self.body.forward): cache, "use_cache": True}
+        self.body(inputs_embeds=self.embed(x), **cached)
 
         def step() -> Tensor:
             new = self.embed(x[:, -1:])
-            return self.head(self.body(inputs_embeds=new, past_key_values=cache, use_cache=True)[0])
+            return self.head(self.body(inputs_embeds=new, **cached)[0])
 
         return step
 

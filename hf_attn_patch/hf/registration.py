@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.abc
 import importlib.machinery
+import inspect
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -42,7 +43,8 @@ def _admit() -> None:
     from .attention_function import attention_forward
 
     def ours(name: str) -> bool:
-        return global_functions(AttentionInterface).get(name) is attention_forward
+        function = global_functions(AttentionInterface).get(name)
+        return function is not None and inspect.unwrap(function) is attention_forward  # `override` wraps it
 
     try:
         admit_to_batching(ours)
