@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_attn_patch.errors import ConversionError
+from hf_attn_patch.errors import ConversionError, TrainingError
 
 #: characters read for each token that is wanted: more than a token has, so that a seed can choose among them
 CHARACTERS = 12
@@ -46,12 +46,14 @@ def documents(source: str, seed: int) -> Iterator[str]:
     """
     path = Path(source).expanduser()
     if path.is_file() and path.suffix.lower() in (".jsonl", ".json", ".ndjson"):
-        yield from _json_lines(path)
+        try:
+            yield from _json_lines(path)
+        except TrainingError as error:
+            raise ConversionError(str(error)) from None
     elif path.is_file() and path.suffix.lower() != ".parquet":
         yield read_text(path)
     else:
         from hf_attn_patch.documents.sources import open_documents, take_fields
-        from hf_attn_patch.errors import TrainingError
 
         try:
             records = open_documents(source)
@@ -65,17 +67,23 @@ def documents(source: str, seed: int) -> Iterator[str]:
 
 
 def _json_lines(path: Path) -> Iterator[str]:
-    text = read_text(path)
-    for number, line in enumerate(text.splitlines(), 1):
+    from hf_attn_patch.documents.sources import EmptyRecords
+
+    empty = EmptyRecords(str(path), ("text",))
+    # not splitlines(): JSON may hold U+2028, U+0085 and the like as they are
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         try:
             record = json.loads(line)
         except ValueError:
             raise ConversionError(f"{path}, line {number} is no JSON; JSONL has one object a line") from None
-        if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+        text = record.get("text", "") if isinstance(record, dict) else 0
+        if not isinstance(text, (str, type(None))):
             raise ConversionError(f'{path}, line {number} has no field "text" with a text in it')
-        yield record["text"]
+        if empty.see((text or "",)):
+            yield str(text)
+    empty.end()
 
 
 def calibration_ids(

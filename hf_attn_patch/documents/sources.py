@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from pathlib import Path
 from typing import Any, Literal
 
 from hf_attn_patch.errors import TrainingError
+
+logger = logging.getLogger(__name__)
 
 Unit = Literal["auto", "file", "paragraph", "line"]
 
@@ -114,6 +117,58 @@ def take_fields(record: dict[str, Any], fields: tuple[str, ...], name: str) -> t
             there = ", ".join(k for k, v in record.items() if isinstance(v, str)) or "none"
             raise TrainingError(f"records of {name} have no text in field {field!r}; their text fields: {there}")
     return tuple(record[field] or "" for field in fields)
+
+
+class EmptyRecords:
+    """Counts the records that have no text: told at the first and at the end, refused where they are most.
+
+    Args:
+        name: of the data set, for messages.
+        fields: where texts are looked for.
+    """
+
+    #: so many records are looked at before any judgement
+    ENOUGH = 64
+
+    def __init__(self, name: str, fields: tuple[str, ...]) -> None:
+        self.name, self.where = name, " or ".join(repr(field) for field in fields)
+        self.empty = self.seen = 0
+
+    def see(self, texts: tuple[str, ...]) -> bool:
+        """Whether a record has all its texts.
+
+        Raises:
+            TrainingError: most of the records so far have not.
+        """
+        self.seen += 1
+        whole = all(text.strip() for text in texts)
+        if not whole:
+            self.empty += 1
+            if self.empty == 1:
+                logger.warning(
+                    "record %d of %s has no text in field %s; such records are passed over and counted",
+                    self.seen, self.name, self.where,
+                )  # fmt: skip
+            if self.seen >= self.ENOUGH:
+                self._refuse_most()
+        return whole
+
+    def end(self) -> None:
+        """All records were seen.
+
+        Raises:
+            TrainingError: most of them have no text.
+        """
+        self._refuse_most()
+        if self.empty:
+            logger.warning("%d of %d records of %s had no text", self.empty, self.seen, self.name)
+
+    def _refuse_most(self) -> None:
+        if 2 * self.empty > self.seen:
+            raise TrainingError(
+                f"{self.empty} of the first {self.seen} records of {self.name} have no text in field {self.where}: is "
+                "it the right field?"
+            )
 
 
 def import_datasets() -> Any:

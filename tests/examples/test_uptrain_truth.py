@@ -226,3 +226,15 @@ def test_tokens_are_real_ones(tmp_path: Path, uptrain) -> None:
     assert extra in (0, 4)
     assert tokens == [sum((each * 2)[: i + 1]) + extra * (i + 1) for i in range(len(tokens))]
     assert tokens[-1] >= 2 * sum(lengths)
+
+
+def test_records_without_their_field_are_told_or_refused(world: Path, tmp_path: Path, uptrain, caplog) -> None:
+    lines = [path.read_text() for path in sorted((world / "text").iterdir())]
+    some = [{"text": line[:2000]} if i % 4 else {"other": line} for i, line in enumerate(lines * 2)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(one) + "\n" for one in some))
+    uptrain(arguments(world, tmp_path / "out", dataset=tmp_path / "a.jsonl", tokens=512, eval_tokens=0))
+    assert "has no text in field 'text'" in caplog.text
+    most = [{"text": line[:300]} if i < 20 else {"other": line[:300]} for i, line in enumerate(lines * 30)]
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps(one) + "\n" for one in most))
+    with pytest.raises(SystemExit, match="have no text in field 'text'"):
+        uptrain(arguments(world, tmp_path / "out2", dataset=tmp_path / "b.jsonl", eval_tokens=0))

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from hf_attn_patch.documents.sources import take_fields
+from hf_attn_patch.documents.sources import EmptyRecords, take_fields
 from hf_attn_patch.errors import TrainingError
 
 logger = logging.getLogger("hf_attn_patch")
@@ -88,6 +88,7 @@ class TokenStream:
         add_eos: bool = True,
     ) -> None:
         self._warned = False
+        self._empty = EmptyRecords(name, fields)
         self.open_data, self.tokenizer, self.fields, self.name = open_data, tokenizer, fields, name
         self.seed, self.held_out_every, self.held_out, self.add_eos = seed, held_out_every, held_out, add_eos
 
@@ -113,12 +114,13 @@ class TokenStream:
         data = self.open_data()
         if start.reader is not None:
             data.load_state_dict(start.reader)
+        self._empty = EmptyRecords(self.name, self.fields)
         records = iter(data)
         reader = start.reader
         for block in itertools.count(start.block):
             chunk = self._read(records)
             if not chunk:
-                return
+                return self._empty.end()
             following = data.state_dict()
             place = Position(start.epoch, block, reader)
             skip = (start.document, start.offset) if block == start.block else (0, 0)
@@ -139,7 +141,7 @@ class TokenStream:
             for number, record in zip(numbers, records, strict=True)
             if not self.held_out_every or (number % self.held_out_every == self.held_out_every - 1) == self.held_out
         ]
-        kept = [(number, texts) for number, texts in kept if all(t.strip() for t in texts)]
+        kept = [(number, texts) for number, texts in kept if self._empty.see(texts)]
         self._look_for_other_encodings(kept)
         if self.seed is not None and not self.held_out:
             random.Random(f"{self.seed} {place.epoch} {place.block}").shuffle(kept)

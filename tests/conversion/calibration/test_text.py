@@ -105,7 +105,7 @@ def test_a_data_set_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     ("name", "content", "message"),
     [
         ("a.jsonl", b'{"text": "good"}\nno json\n', "line 2 is no JSON"),
-        ("a.jsonl", b'{"content": "good"}\n', 'line 1 has no field "text"'),
+        ("a.jsonl", b'{"content": "good"}\n', "1 of the first 1 records"),
         ("a.jsonl", b"", "no text"),
         ("a.jsonl", bytes(range(256)), "is no text"),
         ("a.parquet", b"PAR1 and nothing that a table has", "a.parquet"),
@@ -306,3 +306,28 @@ def test_one_layer_at_a_time_is_in_memory(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     allocated = int(done.stdout.split()[-1])
     assert allocated < 0.4 * size, f"{allocated / 1e6:.0f} MB for {size / 1e6:.0f} MB of weights"
+
+
+def test_json_lines_end_at_newlines_only(tmp_path: Path) -> None:
+    """U+2028, U+2029, U+0085 and form feeds are legal inside JSON strings, as they are."""
+    from hf_attn_patch.conversion.calibration.text import documents
+
+    texts = ["one\u2028two", "three\u0085four", "five\u2029six", "seven"]
+    file = tmp_path / "a.jsonl"
+    file.write_bytes("".join(json.dumps({"text": t}, ensure_ascii=False) + "\n" for t in texts).encode())
+    assert list(documents(str(file), 0)) == texts
+    file.write_bytes(file.read_bytes().replace(b"\n", b"\r\n"))
+    assert list(documents(str(file), 0)) == texts
+
+
+def test_records_that_lose_their_field_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from hf_attn_patch.conversion.calibration.text import documents
+
+    file = tmp_path / "a.jsonl"
+    records = [{"text": str(i)} if i % 3 else {"body": "x"} for i in range(90)]
+    file.write_text("".join(json.dumps(r) + "\n" for r in records))
+    assert list(documents(str(file), 0)) == [str(i) for i in range(90) if i % 3]
+    assert "record 1 of" in caplog.text and "30 of 90 records" in caplog.text
+    file.write_text("".join(json.dumps({"text": "x"} if i < 20 else {"body": 1}) + "\n" for i in range(200)))
+    with pytest.raises(ConversionError, match=r"44 of the first 64 records .* is it the right field"):
+        list(documents(str(file), 0))
