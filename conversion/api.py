@@ -11,7 +11,8 @@ from .checkpoints.hub import resolve
 from .checkpoints.reader import no_reading_errors
 from .checkpoints.shards import parse_size
 from .loadcheck import check_loads
-from .planner import KVHeads, Plan, make_plan
+from .plan_data import KVHeads, Plan
+from .planner import make_plan
 
 StrPath = str | os.PathLike[str]
 

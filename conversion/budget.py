@@ -20,7 +20,8 @@ from .checkpoints.hub import resolve
 from .checkpoints.reader import no_reading_errors
 from .families.kv_field import format_numbers
 from .families.layer import LayerAttention
-from .planner import Plan, make_plan
+from .plan_data import Plan
+from .planner import make_plan
 from .reports.inspection import common_choices
 
 

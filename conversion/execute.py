@@ -17,13 +17,11 @@ from hf_attn_patch.errors import ConversionError
 from .checkpoints.dtypes import has_nonfinite
 from .checkpoints.reader import INDEX, Source
 from .checkpoints.shards import Shard
-from .checkpoints.writer import OutputFolder, check_apart, check_destination, check_space, write_at
+from .checkpoints.writer import CHUNK, OutputFolder, check_apart, check_destination, check_space, write_at
 from .methods.apply import compute_unit, raw_bytes, refuse_nonfinite
-from .methods.registry import Merge
-from .planner import Plan
+from .methods.method import Merge
+from .plan_data import Plan
 
-#: bytes copied at a time: large enough for the disk, small enough for the processor's cache
-CHUNK = 4 << 20
 #: of conversion.json; raised when a reader of an older version would misread it
 FORMAT = 1
 

@@ -13,7 +13,7 @@ from hf_attn_patch.errors import ConversionError
 
 from .checkpoints.dtypes import torch_dtype
 from .families.config import architectures
-from .planner import Plan
+from .plan_data import Plan
 
 
 def check_loads(plan: Plan) -> None:

@@ -11,7 +11,7 @@ from .api import StrPath
 from .api import plan as make_plan
 from .checkpoints.reader import no_reading_errors
 from .methods.apply import compute_unit
-from .planner import KVHeads, Plan
+from .plan_data import KVHeads, Plan
 
 
 def from_pretrained(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 from hf_attn_patch.errors import ConversionError, GroupingError
@@ -14,88 +14,13 @@ from hf_attn_patch.hf.auto_classes import PREFIX
 
 from .checkpoints.dtypes import FLOATS
 from .checkpoints.reader import Source
-from .checkpoints.safetensors_header import tensor_nbytes
-from .checkpoints.shards import MARGIN, Shard, same_shards, split_shards
+from .checkpoints.shards import same_shards, split_shards
 from .families.config import LanguageModel, architectures, read_config
-from .families.layer import LayerAttention
-from .families.table import Family, Norm, Projection, Stack
-from .methods.registry import Method, method_named
-
-KVHeads = int | Sequence[int] | Mapping[str, int | Sequence[int]]
-
-
-@dataclass(frozen=True, slots=True)
-class NewTensor:
-    """A tensor of the result: ``unit`` is the number of the unit that computes it, None: copied as it is."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    unit: int | None = None
-
-    @property
-    def nbytes(self) -> int:
-        return tensor_nbytes(self.dtype, self.shape)
-
-
-@dataclass(frozen=True, slots=True)
-class Unit:
-    """Tensors of one layer that must be read together, and what is written from them."""
-
-    layer: LayerAttention
-    projections: tuple[Projection, ...]
-    norms: tuple[Norm, ...] = ()
-    output: bool = False
-    reads: tuple[str, ...] = ()
-    writes: tuple[str, ...] = ()
-
-
-@dataclass
-class Plan:
-    """What a conversion will do; made by :func:`make_plan`, carried out by ``convert``."""
-
-    source: Source
-    family: Family
-    model_type: str
-    config: Any  # the transformers config object of the whole model
-    text_config: Any  # of the language model in it (often the same object)
-    new_config: dict[str, Any]  # config.json of the result
-    layers: tuple[LayerAttention, ...]
-    method: Method
-    options: dict[str, Any]
-    seed: int
-    requested: KVHeads
-    units: tuple[Unit, ...] = ()
-    tensors: dict[str, NewTensor] = field(default_factory=dict)
-    shards: tuple[Shard, ...] = ()
-    warnings: tuple[str, ...] = ()
-    with_code: bool = False  # the result carries the code of its model class
-
-    def __str__(self) -> str:
-        """What ``--dry-run`` prints."""
-        from .reports.report import plan_text
-
-        return plan_text(self)
-
-    def _repr_html_(self) -> str:
-        from .reports.report import plan_html
-
-        return plan_html(self)
-
-    @property
-    def bytes_before(self) -> int:
-        return sum(t.nbytes for t in self.source.tensors.values())
-
-    @property
-    def bytes_after(self) -> int:
-        return sum(t.nbytes for t in self.tensors.values())
-
-    @property
-    def disk_needed(self) -> int:
-        """Bytes that must be free where the result is written."""
-        return self.bytes_after + MARGIN
-
-    def unit_inputs(self, unit: Unit) -> int:
-        return sum(self.source.tensors[name].nbytes for name in unit.reads)
+from .families.layer import LayerAttention, norm_tensors
+from .families.table import Norm, Projection, Stack
+from .methods.registry import method_named
+from .plan_data import KVHeads, NewTensor, Plan, Unit
+from .reports.report import ReadablePlan
 
 
 def make_plan(
@@ -131,7 +56,7 @@ def make_plan(
     for layer in layers:
         _check_layer(source, layer)
     _check_layer_count(source, model)
-    plan = Plan(
+    plan = ReadablePlan(
         source, model.family, model.model_type, model.config, model.text_config, new_config, tuple(layers), chosen,
         chosen.resolve(options or {}), seed, kv_heads, warnings=tuple(model.warnings), with_code=with_code,
     )  # fmt: skip
@@ -246,14 +171,6 @@ def projection_shape(layer: LayerAttention, projection: Projection, kv_heads: in
     """The weight's shape with that many KV heads."""
     rows, columns = layer.rows(projection, kv_heads), layer.inputs(projection)
     return (columns, rows) if projection.transposed else (rows, columns)
-
-
-def norm_tensors(layer: LayerAttention, norm: Norm, kv_heads: int) -> dict[str, tuple[int, ...]]:
-    """The norm's tensors and their shapes with that many KV heads."""
-    count, D = layer.count(norm, kv_heads), layer.head_dim
-    if norm.form == "list":
-        return {f"{layer.prefix}{norm.module}.norms.{h}.weight": (D,) for h in range(count)}
-    return {layer.name(norm.module): (count, D) if norm.form == "heads" else (count * D,)}
 
 
 def has_norm(source: Source, layer: LayerAttention, norm: Norm) -> bool:

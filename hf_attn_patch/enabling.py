@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hf_attn_patch.errors import AttentionError
 
-from .attn.dispatch import backend as backend_module
+from .attn.backends.registry import backend as backend_named
 from .compat.transformers import global_functions
 from .handle import Handle
 from .hf.attention_function import BACKEND_ATTRIBUTE, NAME, attention_forward
@@ -35,7 +35,7 @@ def enable(
 
     Args:
         model: a ``PreTrainedModel``; its sub-models (vision tower, text decoder) are switched with it.
-        backend: insist on one backend (see :data:`~hf_attn_patch.attn.dispatch.BACKENDS`);
+        backend: insist on one backend (see :data:`~hf_attn_patch.attn.backends.registry.BACKENDS`);
             None leaves the choice to each
             call.
         cache: "growing" makes ``generate`` use :class:`hf_attn_patch.GrowingCache`; None: the model's own cache again
@@ -58,7 +58,7 @@ def enable(
         raise AttentionError(f"{type(model).__name__} is not a transformers model; use hf_attn_patch.attention in it")
     refuse_outside(model)
     if backend is not None:
-        backend_module(backend)
+        backend_named(backend)
     if cache not in (None, "growing"):
         raise AttentionError(f"there is no cache {cache!r}; choose 'growing', or None for the model's own")
     if (cache or cuda_graphs) and not any(isinstance(module, GenerationMixin) for module in model.modules()):

@@ -26,7 +26,7 @@ from hf_attn_patch.conversion.families.head_layouts import AttentionWeights
 from hf_attn_patch.conversion.loadcheck import device_named
 from hf_attn_patch.conversion.methods.aligned import Aligned
 from hf_attn_patch.conversion.methods.apply import from_heads, to_heads
-from hf_attn_patch.conversion.planner import Plan, Unit
+from hf_attn_patch.conversion.plan_data import Plan, Unit
 from hf_attn_patch.errors import ConversionError
 
 from .layers import Block, Side, caller, load, sides
@@ -299,8 +299,8 @@ def refuse(plan: Plan) -> None:
 
 
 def tokenizer_of(plan: Plan) -> Any:
+    from hf_attn_patch.documents.tokenizers import load_tokenizer
     from hf_attn_patch.errors import TrainingError
-    from hf_attn_patch.training.models import load_tokenizer
 
     try:
         return load_tokenizer(str(plan.source.folder))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from hf_attn_patch.conversion.families.config import architectures
 from hf_attn_patch.conversion.families.layer import LayerAttention
 from hf_attn_patch.conversion.loadcheck import model_class_of, quiet
-from hf_attn_patch.conversion.planner import Plan
+from hf_attn_patch.conversion.plan_data import Plan
 from hf_attn_patch.errors import ConversionError
 
 from .refit import Arguments, Rows, layer_inputs, run_layer

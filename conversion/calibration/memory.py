@@ -6,7 +6,7 @@ import math
 import re
 
 from hf_attn_patch.conversion.checkpoints.safetensors_header import DTYPE_BITS
-from hf_attn_patch.conversion.planner import Plan
+from hf_attn_patch.conversion.plan_data import Plan
 
 #: what is freed is not given back at once, and blocks are larger than what is in them
 SLACK = 1.25
@@ -18,7 +18,7 @@ def memory_needed(plan: Plan, workers: int = 1) -> int:
     Args:
         workers: units that are computed at the same time.
     """
-    from hf_attn_patch.conversion.execute import CHUNK
+    from hf_attn_patch.conversion.checkpoints.writer import CHUNK
 
     largest = 0
     for unit in plan.units:

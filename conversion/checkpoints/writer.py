@@ -17,10 +17,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from hf_attn_patch.conversion.reports.report import human
 from hf_attn_patch.errors import ConversionError
 
 from .safetensors_header import build_header, tensor_nbytes
+from .sizes import human
+
+#: bytes copied at a time: large enough for the disk, small enough for the processor's cache
+CHUNK = 4 << 20
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 

@@ -138,3 +138,11 @@ def _rope(stack: Stack, config: Any, layer: int, head_dim: int) -> tuple[RopeKin
     if fraction is None:
         fraction = getattr(config, "partial_rotary_factor", None)
     return stack.rope, int(head_dim * (stack.rotary_fraction if fraction is None else fraction))
+
+
+def norm_tensors(layer: LayerAttention, norm: Norm, kv_heads: int) -> dict[str, tuple[int, ...]]:
+    """The norm's tensors and their shapes with that many KV heads."""
+    count, D = layer.count(norm, kv_heads), layer.head_dim
+    if norm.form == "list":
+        return {f"{layer.prefix}{norm.module}.norms.{h}.weight": (D,) for h in range(count)}
+    return {layer.name(norm.module): (count, D) if norm.form == "heads" else (count * D,)}

@@ -14,7 +14,7 @@ from .align import merge_aligned
 from .similar_heads import pair_losses, similar_order
 
 if TYPE_CHECKING:
-    from hf_attn_patch.conversion.planner import Plan
+    from hf_attn_patch.conversion.plan_data import Plan
 
 GROUPINGS = ("adjacent", "similar")
 

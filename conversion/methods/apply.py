@@ -11,10 +11,11 @@ from torch import Tensor
 
 from hf_attn_patch.conversion.checkpoints.dtypes import has_nonfinite, torch_dtype
 from hf_attn_patch.conversion.families.head_layouts import AttentionWeights, join, split
-from hf_attn_patch.conversion.planner import Plan, Unit, norm_tensors
+from hf_attn_patch.conversion.families.layer import norm_tensors
+from hf_attn_patch.conversion.plan_data import Plan, Unit
 from hf_attn_patch.errors import ConversionError
 
-from .registry import Merge
+from .method import Merge
 
 
 def compute_unit(

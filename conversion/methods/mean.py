@@ -16,10 +16,10 @@ from torch import Tensor
 
 from hf_attn_patch.conversion.families.head_layouts import AttentionWeights
 
-from .registry import Merge
+from .method import Merge
 
 if TYPE_CHECKING:
-    from hf_attn_patch.conversion.planner import Plan
+    from hf_attn_patch.conversion.plan_data import Plan
 
 Groups = Sequence[range]
 

@@ -6,69 +6,13 @@ To add one: write the function (or a class with ``__call__``) in a file of its o
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Mapping
+from typing import Any
 
 from hf_attn_patch.errors import ConversionError
 
-if TYPE_CHECKING:
-    from hf_attn_patch.conversion.families.head_layouts import AttentionWeights
-    from hf_attn_patch.conversion.planner import Plan
-
-Merge = Callable[["AttentionWeights"], "AttentionWeights"]
-
-
-@dataclass(frozen=True, slots=True)
-class Option:
-    """An option of a method: ``--name`` on the command line, ``name=`` in Python."""
-
-    name: str
-    help: str
-    type: type = str
-    default: Any = None
-
-
-@dataclass(frozen=True, slots=True)
-class Method:
-    """How heads are merged.
-
-    Attributes:
-        make: "module:function" inside hf_attn_patch.conversion, called as ``function(plan, **options) -> Merge`` when
-            weights are about to be touched; what it returns may have an attribute ``record`` (a dict for
-            conversion.json).
-        scope: "kv": gets a tensor's K or V heads at a time; "layer": gets Q, K, V and O of a layer together.
-        ordered: the layers are given one after another, from the first on.
-        exact: the same inputs give the same bits, so that ``verify`` can recompute and compare.
-    """
-
-    name: str
-    summary: str
-    make: str
-    scope: Literal["kv", "layer"] = "kv"
-    options: tuple[Option, ...] = ()
-    ordered: bool = False
-    exact: bool = True
-
-    def build(self, plan: Plan, options: Mapping[str, Any]) -> Merge:
-        module, name = self.make.split(":")
-        factory = getattr(importlib.import_module(f"hf_attn_patch.conversion.{module}"), name)
-        merge: Merge = factory(plan, **options)
-        return merge
-
-    def resolve(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """The options in full; :class:`ConversionError` for one that this method does not have."""
-        known = {option.name: option.default for option in self.options}
-        for name, value in options.items():
-            if name not in known:
-                raise ConversionError(
-                    f"method {self.name!r} has no option --{name.replace('_', '-')} ({value!r})"
-                    + ("; a calibration text is for method calibrated" if name.startswith("calibrat") else "")
-                )
-            known[name] = value
-        return known
-
+from .method import Merge as Merge
+from .method import Method, Option
 
 GROUP = Option("group", "which heads go together: adjacent or similar")
 

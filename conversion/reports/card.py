@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from hf_attn_patch.conversion.planner import Plan
+from hf_attn_patch.conversion.checkpoints.sizes import human
+from hf_attn_patch.conversion.plan_data import Plan
 from hf_attn_patch.hf.auto_classes import PREFIX
 
-from .report import cache_itemsize, human, kv_bytes_per_token, numbers
+from .report import cache_itemsize, kv_bytes_per_token, numbers
 
 _TEXT = """\
 ---

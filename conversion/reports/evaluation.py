@@ -17,14 +17,14 @@ from tqdm import tqdm
 
 from hf_attn_patch.compat.calls import Arguments, cache_of
 from hf_attn_patch.compat.transformers import attention_name
+from hf_attn_patch.conversion.checkpoints.sizes import human
 from hf_attn_patch.conversion.loadcheck import device_named, quiet
+from hf_attn_patch.documents.tokenizers import load_tokenizer, require_same_vocabulary
 from hf_attn_patch.errors import ConversionError, TrainingError
 from hf_attn_patch.losses.chunked import Head, linear_loss
-from hf_attn_patch.training.model.teacher import require_same_vocabulary
-from hf_attn_patch.training.models import load_tokenizer
 
 from .harness import import_lm_eval, run_lm_eval, task_names
-from .report import html_table, human, table
+from .report import html_table, table
 
 
 @dataclass

@@ -11,12 +11,14 @@ from typing import Any
 from hf_attn_patch.conversion.checkpoints.hub import resolve
 from hf_attn_patch.conversion.checkpoints.reader import Source
 from hf_attn_patch.conversion.checkpoints.safetensors_header import DTYPE_BITS
+from hf_attn_patch.conversion.checkpoints.sizes import human
 from hf_attn_patch.conversion.families.layer import LayerAttention
-from hf_attn_patch.conversion.planner import Plan, make_plan
+from hf_attn_patch.conversion.plan_data import Plan
+from hf_attn_patch.conversion.planner import make_plan
 from hf_attn_patch.errors import ConversionError
 from hf_attn_patch.grouping import KVGrouping, divisors
 
-from .report import cache_itemsize, html_table, human, kv_bytes_per_token, numbers, stack_rows, table
+from .report import cache_itemsize, html_table, kv_bytes_per_token, numbers, stack_rows, table
 
 
 class Inspection(dict[str, Any]):

@@ -7,9 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from hf_attn_patch.conversion.checkpoints.sizes import human
 from hf_attn_patch.errors import ConversionError
-
-from .report import human
 
 
 @contextmanager

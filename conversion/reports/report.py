@@ -8,9 +8,10 @@ from typing import Any
 
 from hf_attn_patch.conversion.calibration.memory import memory_needed
 from hf_attn_patch.conversion.checkpoints.safetensors_header import DTYPE_BITS
+from hf_attn_patch.conversion.checkpoints.sizes import human
 from hf_attn_patch.conversion.families.kv_field import format_numbers
 from hf_attn_patch.conversion.families.layer import LayerAttention
-from hf_attn_patch.conversion.planner import Plan
+from hf_attn_patch.conversion.plan_data import Plan
 
 
 def kv_bytes_per_token(layers: Iterable[LayerAttention], itemsize: float, *, new: bool) -> int:
@@ -85,19 +86,6 @@ def plan_dict(plan: Plan, workers: int = 1) -> dict[str, Any]:
         "memory_needed": memory_needed(plan, workers),
         "warnings": list(plan.warnings),
     }
-
-
-def human(nbytes: float) -> str:
-    """Bytes for people.
-
-    >>> human(524288), human(13_500_000_000)
-    ('524.3 kB', '13.5 GB')
-    """
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 1000:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.1f} TB"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -190,3 +178,14 @@ def plan_html(plan: Plan) -> str:
         f"<p>{html.escape(plan_title(facts))}</p>{html_table(ATTENTION, attention_rows(facts))}"
         f"{html_table(('', ''), plan_lines(plan, facts))}"
     )
+
+
+class ReadablePlan(Plan):
+    """A plan that says what it will do: as text, and as HTML in a notebook."""
+
+    def __str__(self) -> str:
+        """What ``--dry-run`` prints."""
+        return plan_text(self)
+
+    def _repr_html_(self) -> str:
+        return plan_html(self)

@@ -16,10 +16,12 @@ from hf_attn_patch.conversion.checkpoints.dtypes import has_nonfinite
 from hf_attn_patch.conversion.checkpoints.hub import resolve
 from hf_attn_patch.conversion.checkpoints.reader import Source, no_reading_errors, open_source
 from hf_attn_patch.conversion.checkpoints.safetensors_header import parse_json_object
-from hf_attn_patch.conversion.execute import CHUNK, FORMAT, Opened, config_sha256, heads_sha256
+from hf_attn_patch.conversion.checkpoints.writer import CHUNK
+from hf_attn_patch.conversion.execute import FORMAT, Opened, config_sha256, heads_sha256
 from hf_attn_patch.conversion.methods.apply import compute_unit, raw_bytes
 from hf_attn_patch.conversion.methods.registry import METHODS
-from hf_attn_patch.conversion.planner import Plan, make_plan
+from hf_attn_patch.conversion.plan_data import Plan
+from hf_attn_patch.conversion.planner import make_plan
 from hf_attn_patch.errors import ConversionError
 
 

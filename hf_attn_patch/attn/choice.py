@@ -13,6 +13,8 @@ from contextlib import ContextDecorator
 from contextvars import ContextVar
 from types import TracebackType
 
+from .backends.registry import backend
+
 #: blocks that were entered here, the innermost last: (the block, its backend, whether in an async task)
 _asked: ContextVar[tuple[tuple[object, str, bool], ...]] = ContextVar("hf_attn_patch_backend", default=())
 
@@ -52,7 +54,7 @@ class use_backend(ContextDecorator):  # noqa: N801 - called like a function, use
     be nested, left in any order, and entered again; a function can be decorated.
 
     Args:
-        name: one of :data:`hf_attn_patch.attn.dispatch.BACKENDS`.
+        name: one of :data:`hf_attn_patch.attn.backends.registry.BACKENDS`.
 
     Raises:
         AttentionError: there is no such backend.
@@ -64,8 +66,6 @@ class use_backend(ContextDecorator):  # noqa: N801 - called like a function, use
     """
 
     def __init__(self, name: str) -> None:
-        from .dispatch import backend
-
         backend(name)
         self.name = name
 

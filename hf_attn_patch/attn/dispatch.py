@@ -17,7 +17,10 @@ from torch import Tensor
 from hf_attn_patch.compat.torch import deterministic_algorithms
 from hf_attn_patch.errors import AttentionError
 
-from .backends import flash2, flash3, flash4, flex, reference, torch_sdpa, torch_varlen, triton_decode
+from .backends import reference
+from .backends.base import Run
+from .backends.registry import BACKENDS as BACKENDS
+from .backends.registry import backend, when_changed
 from .choice import asked_for, changes_between_tasks, traced_for
 from .ladder import order
 from .request import AttentionRequest, Operands, query_class
@@ -25,30 +28,10 @@ from .visibility import DENSE, FULL, Layout, remembered_full
 
 logger = logging.getLogger("hf_attn_patch")
 
-_MODULES: dict[str, Any] = {
-    "flash4": flash4,
-    "flash3": flash3,
-    "flash2": flash2,
-    "triton_decode": triton_decode,
-    "torch_sdpa": torch_sdpa,
-    "torch_varlen": torch_varlen,
-    "flex": flex,
-    "reference": reference,
-}
-BACKENDS = tuple(_MODULES)
-Run = Callable[[Tensor, Tensor, Tensor, AttentionRequest, Operands], tuple[Tensor, Tensor | None]]
-
 _chosen: dict[tuple[AttentionRequest, str | None], tuple[str, Run]] = {}
 #: while a model is rehearsed (``explaining``): what is told of each call in place of running it
 listening: ContextVar[Callable[..., tuple[Tensor, Tensor | None]] | None] = ContextVar("listening", default=None)
 _capabilities: dict[torch.device, int] = {}
-
-
-def backend(name: str) -> Any:
-    """The module of a backend: ``refuses(request)`` and ``run(q, k, v, request, operands)``."""
-    if name not in _MODULES:
-        raise AttentionError(f"there is no backend {name!r}; choose one of {', '.join(BACKENDS)}")
-    return _MODULES[name]
 
 
 def reasons(request: AttentionRequest) -> list[tuple[str, str | None]]:
@@ -86,8 +69,9 @@ def choose(request: AttentionRequest, name: str | None = None) -> tuple[str, Run
 
 def _first(request: AttentionRequest) -> tuple[str, Run]:
     for name in order(request):  # a plain loop: torch.compile traces it
-        if _MODULES[name].refuses(request) is None:
-            return name, _MODULES[name].run
+        found = backend(name)
+        if found.refuses(request) is None:
+            return name, found.run
     raise AttentionError(f"no backend can run this exactly: {request.describe()}")
 
 
@@ -96,6 +80,9 @@ def forget() -> None:
     _chosen.clear()
     known_calls.clear()
     remembered_full.cache_clear()
+
+
+when_changed(forget)
 
 
 def capability_of(device: torch.device) -> int:
@@ -184,7 +171,7 @@ def prepare(facts: tuple[Any, ...], layout: Layout) -> Known:
         q, _, v, dtype, device, *options, name = facts
         request = request_of(q, v, dtype, device, layout, tuple(options), False)
         name, run = choose(request, name)
-        shorter = getattr(_MODULES[name], "shorter", None)  # a backend's way for the commonest calls
+        shorter = getattr(backend(name), "shorter", None)  # HasShorter: a backend's way for the commonest calls
         run = run if shorter is None else shorter(request, layout) or run
         if _is_empty(q, v, layout):
             run = reference.run

@@ -46,7 +46,7 @@ def attention(
         sinks: [HQ], logits that join each row's softmax and take no value (gpt-oss).
         bias: float, broadcastable to [B, HQ, Sq, Sk], added to the scores; it may need a gradient (T5, ALiBi).
         dropout: probability with which a weight is dropped. There is no training flag: pass 0 in evaluation.
-        backend: one of :data:`hf_attn_patch.attn.dispatch.BACKENDS`, to insist on it.
+        backend: one of :data:`hf_attn_patch.attn.backends.registry.BACKENDS`, to insist on it.
 
     Returns:
         [B, HQ, Sq, Dv] in q's dtype. Rows that see no key are zero. Values of keys that nobody sees never matter,

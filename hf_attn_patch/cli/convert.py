@@ -143,8 +143,9 @@ def convert(
 
     from hf_attn_patch.conversion.api import convert as run
     from hf_attn_patch.conversion.api import plan as make
+    from hf_attn_patch.conversion.checkpoints.sizes import human
     from hf_attn_patch.conversion.checkpoints.writer import check_apart, check_destination
-    from hf_attn_patch.conversion.reports.report import human, plan_dict, plan_text
+    from hf_attn_patch.conversion.reports.report import plan_dict, plan_text
 
     if push_to_hub:
         from hf_attn_patch.conversion.checkpoints.hub import check_repo_id

@@ -31,7 +31,7 @@ def environment() -> dict[str, Any]:
     """What a bug report needs: {'python', 'platform', 'packages', 'newer_than_tested', 'devices', 'backends'}."""
     import torch
 
-    from hf_attn_patch.attn.dispatch import BACKENDS, backend
+    from hf_attn_patch.attn.backends.registry import backend, names
     from hf_attn_patch.compat.ground import TESTED, newer_than_tested
 
     packages: dict[str, str | None] = {}
@@ -47,12 +47,7 @@ def environment() -> dict[str, Any]:
             f"cuda:{i}: {p.name}, compute capability {p.major}.{p.minor}, {p.total_memory / 2**30:.0f} GiB, "
             f"CUDA {torch.version.cuda}"
         )
-    backends = {}
-    for name in BACKENDS:
-        missing = getattr(backend(name), "missing", lambda: None)()
-        if missing is None and name in ("torch_varlen", "flex", "triton_decode") and not torch.cuda.is_available():
-            missing = "needs a CUDA device"
-        backends[name] = missing
+    backends = {name: backend(name).missing() for name in names()}
     return {
         "python": sys.version.split()[0],
         "platform": platform.platform(),

@@ -6,11 +6,12 @@ from typing import Any, Literal, cast
 
 import torch
 
+from hf_attn_patch.documents.tokenizers import load_tokenizer, require_same_vocabulary
 from hf_attn_patch.errors import TrainingError
 
 from .model.objectives import CausalObjective, LossWeights, Objective
 from .model.other_objectives import EncoderObjective, Seq2SeqObjective
-from .model.teacher import freeze, require_same_vocabulary
+from .model.teacher import freeze
 from .options import UptrainOptions
 
 Kind = Literal["causal", "seq2seq", "encoder"]
@@ -31,20 +32,6 @@ def load_config(name: str) -> Any:
         return transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise TrainingError(f"{name} is no model that can be loaded: {str(error).splitlines()[0]}") from error
-
-
-def load_tokenizer(name: str) -> Any:
-    """The model's tokenizer.
-
-    Raises:
-        TrainingError: the model comes without one.
-    """
-    import transformers
-
-    try:
-        return transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise TrainingError(f"{name} has no tokenizer that can be loaded ({str(error).splitlines()[0]})") from error
 
 
 def objective_kind(config: Any, wanted: str = "auto") -> Kind:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hf_attn_patch.documents.tokenizers import load_tokenizer
 from hf_attn_patch.errors import TrainingError
 
 from .data.steps import Step
@@ -27,7 +28,7 @@ from .model.objectives import Objective
 from .model.precision import keep_fp32_in_fsdp2, round_between_layers
 from .model.teacher import TeacherCall, place_teacher
 from .model.trainable import as_saved, choose_trainable, merged_state, parameter_groups
-from .models import Kind, load_config, load_student, load_teacher, load_tokenizer, make_objective, objective_kind
+from .models import Kind, load_config, load_student, load_teacher, make_objective, objective_kind
 from .options import UptrainOptions
 
 

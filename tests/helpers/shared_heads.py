@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hf_attn_patch.conversion.methods.apply import from_heads, to_heads
-from hf_attn_patch.conversion.planner import Plan
+from hf_attn_patch.conversion.plan_data import Plan
 
 #: a norm between projection and scores knows the basis of K: there heads are made equal instead
 KEYS_HAVE_A_NORM = {

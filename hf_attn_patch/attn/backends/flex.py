@@ -21,6 +21,11 @@ _BLOCK = 128
 _SHAPES = 1024
 
 
+def missing() -> str | None:
+    """Why it cannot run here, or None."""
+    return None if torch.cuda.is_available() else "needs a CUDA device"
+
+
 def refuses(request: AttentionRequest) -> str | None:
     """Why not, or None."""
     if request.device != "cuda":

@@ -15,6 +15,11 @@ from ._unseen import without_unseen
 BLOCK_SCORES = 1 << 24
 
 
+def missing() -> str | None:
+    """It is there wherever torch is."""
+    return None
+
+
 def refuses(request: AttentionRequest) -> str | None:
     """Never."""
     return None

@@ -52,6 +52,11 @@ def kernel(request: AttentionRequest) -> str | None:
     return "flash" if same and request.head_dim <= 256 else "efficient"
 
 
+def missing() -> str | None:
+    """It is there wherever torch is."""
+    return None
+
+
 def refuses(request: AttentionRequest) -> str | None:
     """Why not, or None."""
     if request.weights:

@@ -19,6 +19,11 @@ from ._varlen import refuses_common, run_varlen
 aten = torch.ops.aten
 
 
+def missing() -> str | None:
+    """Why it cannot run here, or None."""
+    return None if torch.cuda.is_available() else "needs a CUDA device"
+
+
 def refuses(request: AttentionRequest) -> str | None:
     """Why not, or None."""
     if reason := refuses_common(request, 256, 1):

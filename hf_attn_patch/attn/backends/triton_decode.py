@@ -6,6 +6,7 @@ import importlib.util
 import os
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from hf_attn_patch.attn.request import AttentionRequest, Operands
@@ -18,12 +19,18 @@ _FOUND = importlib.util.find_spec("triton") is not None
 
 def missing() -> str | None:
     """Why Triton cannot run here, or None."""
-    return None if _FOUND else "triton is not installed"
+    if not _FOUND:
+        return "triton is not installed"
+    return None if torch.cuda.is_available() or _interpreted() else "needs a CUDA device"
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def refuses(request: AttentionRequest) -> str | None:
     """Why not, or None."""
-    if request.device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+    if request.device != "cuda" and not _interpreted():
         return "needs a CUDA device"
     if request.q_class > 16:
         return "takes at most 16 queries"
@@ -41,7 +48,7 @@ def refuses(request: AttentionRequest) -> str | None:
         return f"takes fp16, bf16 and fp32, not {str(request.dtype).removeprefix('torch.')}"
     if not 8 <= request.head_dim <= 512 or not 8 <= request.value_dim <= 512:
         return f"takes head_dim 8 to 512, not {request.head_dim}/{request.value_dim}"
-    return missing()
+    return None if _FOUND else "triton is not installed"
 
 
 def _bounds(layout: Layout, request: AttentionRequest) -> tuple[Tensor | None, Tensor | None]:
