@@ -7,9 +7,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from hf_attn_patch.attn.functional import attention, attention_varlen
+from hf_attn_patch.attn.functional import attention, attention_and_weights, attention_varlen
 from hf_attn_patch.grouping import KVGrouping
 
+from .arguments import either, half_of
+from .masks import Masks, both, over_keys
+from .mha import read_mha
 from .positions import NoPosition
 
 
@@ -27,6 +30,10 @@ class GroupedQueryAttention(nn.Module):
 
     The KV cache holds HKV heads, so it shrinks by G; so does what a decoding step reads of it.
 
+    It takes the place of ``torch.nn.MultiheadAttention``, also in torch's Transformer layers: called with query, key
+    and value it returns a pair, and ``attn_mask`` and ``key_padding_mask`` hide where they are True.
+    ``attention_mask`` has transformers' convention and shows where it is one.
+
     Args:
         embed_dim: E, of what the queries are made from and of the output.
         num_heads: HQ.
@@ -42,6 +49,7 @@ class GroupedQueryAttention(nn.Module):
         qk_norm: "rms" normalises each head of q and k, with a learned gain [D] (Qwen 3).
         dropout: probability of dropping a weight, in training.
         bias: of all four projections; ``qkv_bias`` and ``out_bias`` say it apart.
+        batch_first: inputs and output are [B, S, E]; else [S, B, E], as by default in ``torch.nn.MultiheadAttention``.
         layer_idx: this layer's place in a cache.
         backend: insist on one of hf_attn_patch's backends.
 
@@ -60,7 +68,22 @@ class GroupedQueryAttention(nn.Module):
     ...     out = gqa(token, past_key_values=cache)
     >>> cache.layers[0].keys.shape
     torch.Size([3, 2, 4, 8])
+    >>> x, padding = torch.randn(3, 5, 64), torch.tensor([[False] * 5, [False] * 5, [False] * 3 + [True] * 2])
+    >>> out, weights = gqa(x, x, x, key_padding_mask=padding)  # as torch.nn.MultiheadAttention is called
+    >>> weights[2, 4]                                          # doctest: +ELLIPSIS
+    tensor([..., 0.0000, 0.0000], grad_fn=...)
     """
+
+    #: torch's Transformer layers ask for these before they take a fused path that would go past this module
+    in_proj_bias = None
+    _qkv_same_embed_dim = False
+
+    @property
+    def in_proj_weight(self) -> Tensor:
+        raise RuntimeError(
+            "torch.nn.TransformerEncoder packs padded batches for its own attention alone: "
+            "build it with enable_nested_tensor=False"
+        )
 
     def __init__(
         self,
@@ -81,6 +104,7 @@ class GroupedQueryAttention(nn.Module):
         bias: bool = False,
         qkv_bias: bool | None = None,
         out_bias: bool | None = None,
+        batch_first: bool = True,
         layer_idx: int = 0,
         backend: str | None = None,
         device: Any = None,
@@ -95,7 +119,7 @@ class GroupedQueryAttention(nn.Module):
         self.embed_dim, self.head_dim = embed_dim, head_dim or embed_dim // num_heads
         self.causal, self.window = causal or window is not None, window
         self.softcap, self.backend = softcap, backend
-        self.scale, self.dropout, self.layer_idx = scale, dropout, layer_idx
+        self.scale, self.dropout, self.layer_idx, self.batch_first = scale, dropout, layer_idx, batch_first
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         inner, kv_inner = num_heads * self.head_dim, self.groups.num_kv_heads * self.head_dim
         qkv_bias = bias if qkv_bias is None else qkv_bias
@@ -116,92 +140,155 @@ class GroupedQueryAttention(nn.Module):
 
     def forward(
         self,
-        hidden_states: Tensor,
-        key_value_states: Tensor | None = None,
+        query: Tensor | None = None,
+        key: Tensor | None = None,
+        value: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool | None = None,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
         *,
+        hidden_states: Tensor | None = None,
+        key_value_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Any = None,
         cu_seqlens: Tensor | None = None,
-    ) -> Tensor:
-        """[B, Sq, E] -> [B, Sq, E].
+    ) -> Tensor | tuple[Tensor, Tensor | None]:
+        """Called as ``torch.nn.MultiheadAttention`` is, or as an attention of transformers is.
 
         Args:
-            hidden_states: [B, Sq, E], of which the queries are made.
-            key_value_states: [B, Sk, kv_dim], of which keys and values are made; by default ``hidden_states``.
-            attention_mask: [B, Sk] of ones and zeros (zero: padding), counting cached keys; or what is broadcastable
-                to [B, HQ, Sq, Sk]: bool (True: may be seen) or float (added to the scores).
+            query: [B, Sq, E], of which the queries are made; another name for it is ``hidden_states``. Without
+                ``batch_first`` it is [Sq, B, E], and so are all inputs and the output; without a batch [Sq, E].
+            key: [B, Sk, kv_dim], of which the keys are made; another name for it is ``key_value_states``. By default
+                ``query``. Given, it is cross-attention, which knows neither positions nor the module's causality;
+                but not where ``value`` is given too and the key is the query itself, which is how torch is called.
+            value: [B, Sk, kv_dim], of which the values are made; by default ``key``.
+            key_padding_mask: [B, Sk], bool (True: the key may NOT be seen) or float (added to the scores).
+            need_weights: whether the attention weights are wanted, which no fast kernel has. By default only where
+                ``value`` is given, as in torch.
+            attn_mask: [Sq, Sk] or [B * HQ, Sq, Sk], bool (True: the key may NOT be seen) or float (added).
+            average_attn_weights: weights as the mean over heads [B, Sq, Sk], else [B, HQ, Sq, Sk].
+            is_causal: queries see no later keys, as with a causal module. Beside ``attn_mask`` it is a hint, as in
+                torch, and the mask alone counts.
+            attention_mask: transformers' convention. [B, Sk] of ones and zeros (zero: padding), integers or bool; or
+                what is broadcastable to [B, HQ, Sq, Sk], bool (True: MAY be seen) or float (added to the scores).
             position_ids: [B or 1, Sq], for RoPE; by default they go on after what the cache holds.
-            past_key_values: any transformers Cache. Of an EncoderDecoderCache, self- and cross-attention each take
-                their own half, and cross-attention makes its keys only once.
+            past_key_values: any transformers Cache; masks count the cached keys too. Of an EncoderDecoderCache, self-
+                and cross-attention each take their own half, and cross-attention makes its keys only once.
             cu_seqlens: int32 [N + 1], borders of packed documents in a row of tokens (B = 1), none of which sees
                 another. Neither a mask nor a cache goes with it.
 
+        Returns:
+            [B, Sq, E]. Where ``value`` or ``need_weights`` is given, (output, weights or None), as in torch. A query
+            that sees no key has weights of zero, where torch's has NaN.
+
         Raises:
-            ValueError: ``cu_seqlens`` with B > 1, a mask, a cache or ``key_value_states``; an ``attention_mask``
-                [B, Sk] that does not count the cached keys.
+            ValueError: masks of both conventions; a mask of another shape or number of keys, or one that could be
+                read in two ways; ``cu_seqlens`` with B > 1, a mask, a cache, weights or keys of their own.
             hf_attn_patch.AttentionError: shapes that do not fit.
         """
+        x, key = either(query=query, hidden_states=hidden_states), either(key=key, key_value_states=key_value_states)
+        if x is None or (key is None and value is not None):
+            raise ValueError("give query (or hidden_states), and a key (or key_value_states) with a value")
+        pair, weights = value is not None or need_weights is not None, need_weights
+        weights = value is not None if weights is None else weights
+        cross = key is not None and (value is None or key is not x)
+        single = x.dim() == 2
+        if single and key_padding_mask is not None and key_padding_mask.dim() == 1:
+            key_padding_mask = key_padding_mask[None]
+        given = Masks(attention_mask, attn_mask, key_padding_mask)
+        rows = self._batch_first(x)
+        key, value = (None if t is None else self._batch_first(t) for t in (key, value))
         if cu_seqlens is not None:
-            if hidden_states.shape[0] != 1 or not all(
-                x is None for x in (attention_mask, past_key_values, key_value_states)
-            ):
+            if rows.shape[0] != 1 or weights or cross or not all(t is None for t in (*given, past_key_values)):
                 raise ValueError(
                     "cu_seqlens describes one row of packed tokens for self-attention: give hidden_states [1, S, E] "
-                    "and no attention_mask, past_key_values or key_value_states with it"
+                    "and no mask, past_key_values, weights or key_value_states with it"
                 )
-            return self._packed(hidden_states, cu_seqlens, position_ids)
-        cross = key_value_states is not None
-        cache, cached = _half_of(past_key_values, cross, self.layer_idx)
-        Sq = hidden_states.shape[1]
+            out, found = self._packed(rows, cu_seqlens, position_ids, is_causal), None
+        else:
+            out, found = self._attend(rows, key, value, cross, given, is_causal, position_ids, past_key_values, weights)
+        out = self.o_proj(out.transpose(1, 2).flatten(2))
+        if found is not None and average_attn_weights:
+            found = found.mean(1)
+        if single:
+            out, found = out[0], None if found is None else found[0]
+        elif not self.batch_first:
+            out = out.transpose(0, 1)
+        return (out, found) if pair else out
+
+    def _attend(
+        self,
+        x: Tensor,
+        key: Tensor | None,
+        value: Tensor | None,
+        cross: bool,
+        given: Masks,
+        is_causal: bool,
+        position_ids: Tensor | None,
+        past: Any,
+        weights: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """x [B, Sq, E] -> [B, HQ, Sq, D], and the weights [B, HQ, Sq, Sk] if wanted."""
+        B, Sq, _ = x.shape
+        cache, cached = half_of(past, cross, self.layer_idx)
         seen: Any = cache.get_seq_length(self.layer_idx) if cache is not None and not cross else 0
         if isinstance(seen, Tensor):
             seen = seen.clone()  # a static cache counts on in the same tensor
-        indices = torch.arange(Sq, device=hidden_states.device) + seen
+        if cached:
+            known = cache.layers[self.layer_idx].keys.shape[2]
+        else:
+            known = (x if key is None else key).shape[1] + seen if isinstance(seen, int) else None
+        mask = given.resolve((B, self.groups.num_heads, Sq), known, exact=cross or cache is None)
+        indices = torch.arange(Sq, device=x.device) + seen
         positions = indices[None] if position_ids is None else position_ids
-        q = self._rotated(self.q_norm(self._heads(self.q_proj, hidden_states)), positions, cross)
+        q = self._rotated(self.q_norm(self._heads(self.q_proj, x)), positions, cross)
         offset = 0
         if cached:
             layer = cache.layers[self.layer_idx]
             k, v = layer.keys, layer.values
         else:
-            source = hidden_states if key_value_states is None else key_value_states
+            source = x if key is None else key
             k = self._rotated(self.k_norm(self._heads(self.k_proj, source)), positions, cross)
-            v = self._heads(self.v_proj, source)
+            v = self._heads(self.v_proj, source if value is None else value)
             if cache is not None:
                 offset = 0 if cross else cache.get_mask_sizes(Sq, self.layer_idx)[1]
                 k, v = cache.update(k, v, self.layer_idx)
                 if cross:
-                    past_key_values.is_updated[self.layer_idx] = True
-        Sk = k.shape[2]
-        keys = torch.arange(Sk, device=k.device) + offset
-        if attention_mask is not None and attention_mask.dim() == 2 and not cross and isinstance(seen, int):
-            _require_length(attention_mask, seen + Sq)
-        mask = _cut(attention_mask, keys, Sk)
-        causal, window = self.causal and not cross, None if cross else self.window
-        if not cross and (isinstance(seen, Tensor) or offset + Sk != seen + Sq):
+                    past.is_updated[self.layer_idx] = True
+        keys = torch.arange(k.shape[2], device=k.device) + offset
+        mask = None if mask is None else over_keys(mask, keys)
+        is_causal = is_causal and given.attn_mask is None
+        if is_causal and cross and Sq != k.shape[2]:
+            raise ValueError(f"is_causal between {Sq} queries and {k.shape[2]} other keys: say which by an attn_mask")
+        causal, window = is_causal or (self.causal and not cross), None if cross else self.window
+        if not cross and (isinstance(seen, Tensor) or offset + k.shape[2] != seen + Sq):
             # keys beyond the last query are a static cache's empty places, so no kernel may align at the end
             visible = keys[None, :] <= (indices[:, None] if causal else indices[-1:, None])
             if window is not None:
                 visible = visible & (keys[None, :] > indices[:, None] - window)
-            mask = _and(mask, visible[None, None])
+            mask = both(mask, visible[None, None])
             causal, window = False, None
-        bias = None if cross else self._bias(q, indices, keys)
-        out = attention(
-            q,
-            k,
-            v,
-            mask=mask,
-            causal=causal,
-            window=window,
-            scale=self.scale,
-            softcap=self.softcap,
-            sinks=self.sinks,
-            bias=bias,
-            dropout=self.dropout if self.training else 0.0,
-            backend=self.backend,
-        )
-        return self._output(out)
+        options = self._options(mask=mask, causal=causal, window=window)
+        options["bias"] = None if cross else self._bias(q, indices, keys)
+        return attention_and_weights(q, k, v, **options) if weights else (attention(q, k, v, **options), None)
+
+    def _options(self, **more: Any) -> dict[str, Any]:
+        """What the attention function is told in each call."""
+        return {
+            "scale": self.scale,
+            "softcap": self.softcap,
+            "sinks": self.sinks,
+            "dropout": self.dropout if self.training else 0.0,
+            "backend": self.backend,
+            **more,
+        }
+
+    def _batch_first(self, x: Tensor) -> Tensor:
+        """Any input as [B, S, width]."""
+        return x[None] if x.dim() == 2 else x if self.batch_first else x.transpose(0, 1)
 
     def _heads(self, projection: nn.Module, x: Tensor) -> Tensor:
         """[B, S, width] -> [B, heads, S, D]."""
@@ -217,33 +304,22 @@ class GroupedQueryAttention(nn.Module):
         bias = self.position.bias(q_positions, k_positions, exact)
         return None if bias is None else bias.to(q.dtype)
 
-    def _output(self, out: Tensor) -> Tensor:
-        return self.o_proj(out.transpose(1, 2).flatten(2))
-
-    def _packed(self, x: Tensor, cu_seqlens: Tensor, position_ids: Tensor | None) -> Tensor:
+    def _packed(self, x: Tensor, cu_seqlens: Tensor, position_ids: Tensor | None, is_causal: bool) -> Tensor:
+        """x [1, S, E] -> [1, HQ, S, D]."""
         indices = torch.arange(x.shape[1], device=x.device)
         document = torch.searchsorted(cu_seqlens, indices, right=True)
         positions = (indices - cu_seqlens[document - 1])[None] if position_ids is None else position_ids
         q = self.position.rotate(self.q_norm(self._heads(self.q_proj, x)), positions)
         k = self.position.rotate(self.k_norm(self._heads(self.k_proj, x)), positions)
         v = self._heads(self.v_proj, x)
-        dropout = self.dropout if self.training else 0.0
-        options: dict[str, Any] = {
-            "causal": self.causal,
-            "window": self.window,
-            "scale": self.scale,
-            "softcap": self.softcap,
-            "sinks": self.sinks,
-            "dropout": dropout,
-            "backend": self.backend,
-        }
+        options = self._options(causal=self.causal or is_causal, window=self.window)
         bias = self._bias(q, indices, indices)
         if bias is None:
             q, k, v = (t[0].transpose(0, 1) for t in (q, k, v))
-            return self._output(attention_varlen(q, k, v, cu_seqlens, **options).transpose(0, 1)[None])
+            return attention_varlen(q, k, v, cu_seqlens, **options).transpose(0, 1)[None]
         # biases depend on distances alone, which are the same within a document and in the row
         same = (document[:, None] == document[None, :])[None, None]
-        return self._output(attention(q, k, v, mask=same, bias=bias, **options))
+        return attention(q, k, v, mask=same, bias=bias, **options)
 
     @classmethod
     @torch.no_grad()
@@ -265,73 +341,7 @@ class GroupedQueryAttention(nn.Module):
         >>> torch.allclose(GroupedQueryAttention.from_mha(mha)(x), mha(x, x, x)[0], atol=1e-6)
         True
         """
-        if mha.bias_k is not None or mha.add_zero_attn:
-            raise ValueError("an extra key (add_bias_kv, add_zero_attn) has no place in GroupedQueryAttention")
-        if mha.kdim != mha.vdim:
-            raise ValueError(
-                f"keys of width {mha.kdim} and values of width {mha.vdim}: they must be made from one input"
-            )
-        if mha._qkv_same_embed_dim:
-            weights = mha.in_proj_weight.chunk(3)
-        else:
-            weights = (mha.q_proj_weight, mha.k_proj_weight, mha.v_proj_weight)
-        biases = (None,) * 3 if mha.in_proj_bias is None else mha.in_proj_bias.chunk(3)
-        like: dict[str, Any] = {"device": weights[0].device, "dtype": weights[0].dtype}
-        out = cls(
-            mha.embed_dim, mha.num_heads, num_kv_heads, kv_dim=mha.kdim, dropout=mha.dropout,
-            bias=mha.in_proj_bias is not None, **like, **kwargs,
-        )  # fmt: skip
-        for projection, weight, bias in zip((out.q_proj, out.k_proj, out.v_proj), weights, biases, strict=True):
-            heads = projection.out_features // out.head_dim
-            projection.weight.copy_(_pooled(weight, heads, out.head_dim))
-            if bias is not None:
-                projection.bias.copy_(_pooled(bias, heads, out.head_dim))
-        out.o_proj.weight.copy_(mha.out_proj.weight)
-        if mha.out_proj.bias is not None:
-            out.o_proj.bias.copy_(mha.out_proj.bias)
+        shapes, copy = read_mha(mha)
+        out = cls(num_kv_heads=num_kv_heads, **shapes, **kwargs)
+        copy(out)
         return out.train(mha.training)
-
-
-def _pooled(rows: Tensor, heads: int, head_dim: int) -> Tensor:
-    """[H * D, ...] -> [heads * D, ...]: the mean of each group's heads."""
-    exact = rows.to(torch.promote_types(rows.dtype, torch.float32))
-    return exact.unflatten(0, (heads, -1, head_dim)).mean(1).flatten(0, 1)
-
-
-def _half_of(past: Any, cross: bool, layer_idx: int) -> tuple[Any, bool]:
-    """(the cache that this attention writes to, whether its keys are there already)."""
-    if past is None or not hasattr(past, "cross_attention_cache"):
-        if past is not None and cross:
-            raise ValueError("cross-attention caches in an EncoderDecoderCache, not in a plain cache")
-        return past, False
-    if cross:
-        return past.cross_attention_cache, bool(past.is_updated.get(layer_idx))
-    return past.self_attention_cache, False
-
-
-def _require_length(mask: Tensor, length: int) -> None:
-    if mask.shape[-1] < length:
-        raise ValueError(
-            f"attention_mask covers {mask.shape[-1]} keys, but with the cached ones there are {length}: it counts both"
-        )
-
-
-def _cut(mask: Tensor | None, keys: Tensor, Sk: int) -> Tensor | None:
-    """A mask over all keys so far, as one over the keys that the cache gives back."""
-    if mask is None:
-        return None
-    if mask.dim() == 2:
-        missing = Sk - mask.shape[-1]
-        if missing > 0:  # empty places of a static cache
-            mask = nn.functional.pad(mask, (0, missing))
-        return mask[:, keys].bool()[:, None, None, :] if missing < 0 else mask.bool()[:, None, None, :]
-    return mask[..., keys] if mask.shape[-1] > Sk else mask
-
-
-def _and(mask: Tensor | None, visible: Tensor) -> Tensor:
-    """Both masks: bool, or float if ``mask`` is."""
-    if mask is None:
-        return visible
-    if mask.dtype == torch.bool:
-        return mask & visible
-    return mask.masked_fill(~visible, torch.finfo(mask.dtype).min)

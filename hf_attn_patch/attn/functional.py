@@ -81,6 +81,29 @@ def attention(
     return out
 
 
+def attention_and_weights(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    window: Window = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    bias: Tensor | None = None,
+    dropout: float = 0.0,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """:func:`attention`, and the weights [B, HQ, Sq, Sk] in q's dtype, as dropout left them: no fast kernel has them."""
+    layout, bias = _layout(q, k, v, mask, causal, window, sinks, bias, dropout)
+    numbers: dict[str, Any] = {"scale": scale, "softcap": softcap, "dropout": dropout, "name": backend}
+    out, weights = attend(q, k, v, layout=layout, sinks=sinks, bias=bias, weights=True, **numbers)
+    assert weights is not None
+    return out, weights
+
+
 def _layout(
     q: Tensor,
     k: Tensor,

@@ -129,7 +129,7 @@ def test_the_function_of_transformers(sizes, option):
 def test_the_module(options, B, Sq, Sk):
     module = GroupedQueryAttention(16, 4, 2, bias=True, **options)
     x, source = torch.randn(B, Sq, 16, requires_grad=True), torch.randn(B, Sk, 16, requires_grad=True)
-    out = module(x, source, attention_mask=torch.ones(B, Sk))
+    out = module(x, source, attention_mask=torch.ones(B, Sk, dtype=torch.long))
     torch.testing.assert_close(out, module.o_proj.bias.expand(B, Sq, 16))
     out.sum().backward()
     assert not x.grad.any()

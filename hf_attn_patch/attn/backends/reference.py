@@ -39,7 +39,11 @@ def run(q: Tensor, k: Tensor, v: Tensor, request: AttentionRequest, operands: Op
     if not (request.grad or request.weights or request.tracing):
         rows = max(1, BLOCK_SCORES // max(1, q.shape[0] * q.shape[1] * k.shape[2]))
     if rows >= q.shape[2]:
-        return _block(q, k, v, mask, bias, request, operands)
+        out, weights = _block(q, k, v, mask, bias, request, operands)
+        if weights is not None and not layout.whole:  # the keys that were cut off have weights of zero
+            before, after = layout.start, layout.kv_len - (layout.kv_len if layout.stop is None else layout.stop)
+            weights = F.pad(weights, (before, after))
+        return out, weights
     outs = []
     for i in range(0, q.shape[2], rows):
         part = [t if t is None or t.shape[2] == 1 else t[:, :, i : i + rows] for t in (mask, bias)]

@@ -105,8 +105,8 @@ def run(q: Tensor, k: Tensor, v: Tensor, request: AttentionRequest, operands: Op
     mask = None if causal else layout.dense(q.device)
     if operands.bias is not None:
         # the CPU kernel also takes fp32 scores beside half-precision queries
-        wide = request.device == "cpu" and request.half and operands.bias.dtype.itemsize > 2
-        mask = _additive(mask, cut_bias(layout, operands.bias), torch.float32 if wide else q.dtype)
+        dtype = torch.float32 if request.device == "cpu" and operands.bias.dtype.itemsize > q.itemsize else q.dtype
+        mask = _additive(mask, cut_bias(layout, operands.bias), dtype)
     if request.device == "cpu":
         return _cpu(q, k, v, mask, causal, request, operands), None
     return _cuda(q, k, v, mask, causal, request, operands), None
@@ -114,7 +114,7 @@ def run(q: Tensor, k: Tensor, v: Tensor, request: AttentionRequest, operands: Op
 
 def _wants_fp32(request: AttentionRequest) -> bool:
     """The CPU kernel's backward adds up dK and dV over queries and group in the dtype of K: up to 5 times the error of
-    plain attention in half precision. In fp32 it takes as long in bf16, and a tenth of the time in fp16."""
+    plain attention in half precision. In fp32 it takes about as long as in bf16, and a tenth of the time of fp16."""
     return request.device == "cpu" and request.half and request.grad
 
 
