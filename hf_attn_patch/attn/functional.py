@@ -96,7 +96,7 @@ def attention_and_weights(
     dropout: float = 0.0,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`attention`, and the weights [B, HQ, Sq, Sk] in q's dtype, as dropout left them: no fast kernel has them."""
+    """:func:`attention`, and the weights [B, HQ, Sq, Sk] in q's dtype. No fast kernel has any."""
     layout, bias = _layout(q, k, v, mask, causal, window, sinks, bias, dropout)
     numbers: dict[str, Any] = {"scale": scale, "softcap": softcap, "dropout": dropout, "name": backend}
     out, weights = attend(q, k, v, layout=layout, sinks=sinks, bias=bias, weights=True, **numbers)
