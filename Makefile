@@ -39,7 +39,9 @@ demo: $(VENV)/.ready  ## run the main job on this machine
 lint: $(VENV)/.ready  ## ruff and mypy --strict
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/mypy
+	rm -rf build/types && mkdir -p build/types/hf_attn_patch  # the folders where they are imported from
+	ln -s $(CURDIR)/hf_attn_patch/* $(CURDIR)/modeling $(CURDIR)/conversion build/types/hf_attn_patch
+	$(VENV)/bin/mypy build/types/hf_attn_patch
 
 unit: $(VENV)/.tools  ## the tests that need no GPU
 	$(WITH_TOOLS) $(VENV)/bin/python -m pytest -n $(JOBS) -m 'not gpu and not slow'
