@@ -23,6 +23,7 @@ from .families.layer import LayerAttention
 from .plan_data import Plan
 from .planner import make_plan
 from .reports.inspection import common_choices
+from .reports.report import CONTEXT
 
 
 def kv_heads_under_budget(
@@ -63,33 +64,39 @@ def kv_heads_under_budget(
                 " choose; give --kv-heads N"
             )
         before = [layer.kv_heads for layer in now.layers]
-        most = math.floor(budget * sum(before) + 1e-9)
+        kept = [layer.kept(CONTEXT) for layer in now.layers]  # what a head of each layer costs
+        most = math.floor(budget * sum(n * k for n, k in zip(before, kept, strict=True)) + 1e-9)
         choices = common_choices(now)
         plans = {n: make_plan(source, n, method="calibrated", seed=seed, options=options) for n in choices}
         plans = {n: plan for n, plan in plans.items() if all(layer.changes for layer in plan.layers)}
-        if not plans or min(plans) * len(before) > most:
-            least = min([*plans, *before]) * len(before) / sum(before)
+        if not plans or min(plans) * sum(kept) > most:
+            least = min([*plans, *before]) * sum(kept) / sum(n * k for n, k in zip(before, kept, strict=True))
             raise ConversionError(f"--kv-budget {budget} is less than heads can be merged to; give at least {least:g}")
         errors = _Probe(plans, options).errors()
     for known, n in zip(errors, before, strict=True):
         known[n] = 0.0
-    return allot(errors, most)
+    return allot(errors, most, kept)
 
 
-def allot(errors: Sequence[Mapping[int, float]], most: int) -> list[int]:
+def allot(errors: Sequence[Mapping[int, float]], most: int, costs: Sequence[int] | None = None) -> list[int]:
     """For each layer one of its numbers, at most ``most`` in all, with the smallest sum of errors.
+
+    Args:
+        costs: of one head of each layer (1 by default), such as the tokens that the layer keeps.
 
     Exact, by dynamic programming over how many heads are given away.
 
     >>> allot([{1: 0.0, 4: 0.0}, {1: 0.9, 2: 0.5, 4: 0.0}], 5)
     [1, 4]
+    >>> allot([{1: 0.4, 2: 0.0}, {1: 0.5, 2: 0.0}], 13, costs=[1, 9])
+    [2, 1]
     """
     best: dict[int, tuple[float, list[int]]] = {0: (0.0, [])}
-    for known in errors:
+    for known, cost in zip(errors, costs or [1] * len(errors), strict=True):
         found: dict[int, tuple[float, list[int]]] = {}
         for used, (error, numbers) in best.items():
             for n, more in known.items():
-                total = used + n
+                total = used + n * cost
                 if total <= most and (total not in found or error + more < found[total][0]):
                     found[total] = (error + more, [*numbers, n])
         best = found

@@ -21,6 +21,7 @@ class LayerAttention:
         rope: the pairing of rotary planes: "half" pairs (i, i + rotary_dims / 2), "interleaved" (2i, 2i + 1).
         rotary_dims: how many of the D dimensions, from the first on, rotate; the others carry no position.
         fixed_heads: a query head's index means something, so heads may not be permuted.
+        keeps: tokens that its cache holds at most (sliding windows, chunks; 0: it reads another layer's); None: all.
     """
 
     stack: Stack
@@ -35,6 +36,11 @@ class LayerAttention:
     rope: RopeKind
     rotary_dims: int
     fixed_heads: bool
+    keeps: int | None = None
+
+    def kept(self, tokens: int) -> int:
+        """Of so many tokens, those whose K and V this layer keeps."""
+        return tokens if self.keeps is None else min(tokens, self.keeps)
 
     @property
     def grouping(self) -> KVGrouping:
@@ -111,10 +117,36 @@ def stack_layers(stack: Stack, config: Any, where: str) -> list[LayerAttention]:
         fixed = stack.fixed_heads or bool(stack.no_rope_layers == "alibi" and getattr(config, "alibi", False))
         layers.append(
             LayerAttention(
-                stack, i, stack.layer.format(i=i), heads, number, number, head_dim, width, kv_width, rope, rotary, fixed
+                stack,
+                i,
+                stack.layer.format(i=i),
+                heads,
+                number,
+                number,
+                head_dim,
+                width,
+                kv_width,
+                rope,
+                rotary,
+                fixed,
+                None if stack.cross else _keeps(config, i, num_layers),
             )
         )
     return layers
+
+
+def _keeps(config: Any, layer: int, num_layers: int) -> int | None:
+    """How many tokens a layer's cache holds at most, as transformers' DynamicCache reads it from a config."""
+    if layer >= num_layers - (getattr(config, "num_kv_shared_layers", None) or 0):
+        return 0  # Gemma 3n, Gemma 4: the last layers read the cache of an earlier one
+    sizes = {
+        "sliding_attention": getattr(config, "sliding_window", None),
+        "chunked_attention": getattr(config, "attention_chunk_size", None),
+    }
+    types = getattr(config, "layer_types", None)
+    if types is None:  # one kind of layer
+        return sizes["sliding_attention"] or sizes["chunked_attention"]
+    return sizes.get(types[layer]) if layer < len(types) else None
 
 
 def _rope(stack: Stack, config: Any, layer: int, head_dim: int) -> tuple[RopeKind, int]:

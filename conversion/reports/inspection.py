@@ -18,7 +18,10 @@ from hf_attn_patch.conversion.planner import make_plan
 from hf_attn_patch.errors import ConversionError
 from hf_attn_patch.grouping import KVGrouping, divisors
 
-from .report import cache_itemsize, html_table, kv_bytes_per_token, numbers, stack_rows, table
+from .report import cache_itemsize, html_table, kv_cache_bytes, numbers, stack_rows, table, windowed
+
+#: equal parts of the context for which the cache is sized, to be drawn
+STEPS = 64
 
 
 class Inspection(dict[str, Any]):
@@ -47,7 +50,7 @@ def inspect_source(source: Source | str | os.PathLike[str], context: int = 8192)
         source = resolve(source)
     plan = make_plan(source, {})
     itemsize = cache_itemsize(plan)
-    now = kv_bytes_per_token(plan.layers, itemsize, new=False)
+    now = kv_cache_bytes(plan.layers, itemsize, new=False, tokens=context)
     rows = stack_rows(plan)
     for row in rows:
         row["kv_heads"] = row.pop("kv_heads_before")
@@ -62,13 +65,16 @@ def inspect_source(source: Source | str | os.PathLike[str], context: int = 8192)
             "attention": rows,
             "tensors": len(source.tensors),
             "bytes": plan.bytes_before,
-            "kv_bytes_per_token": now,
+            "kv_bytes_per_token": now // context,
             "context": context,
-            "kv_bytes_at_context": now * context,
+            "kv_bytes_at_context": now,
             "choices": [
-                choice for n in common_choices(plan) if (choice := _choice(plan, n, itemsize, now)) is not None
+                choice for n in common_choices(plan) if (choice := _choice(plan, n, itemsize, context)) is not None
             ],
-            "warnings": [w for w in plan.warnings if not w.startswith("every layer already")],
+            "warnings": [
+                *(w for w in plan.warnings if not w.startswith("every layer already")),
+                *filter(None, [windowed(plan.layers, context)]),
+            ],
         }
     )
 
@@ -79,7 +85,7 @@ def common_choices(plan: Plan) -> list[int]:
     return [n for n in reversed(divisors(smallest)) if all(layer.kv_heads % n == 0 for layer in plan.layers)]
 
 
-def _choice(plan: Plan, kv_heads: int, itemsize: int, now: int) -> dict[str, Any] | None:
+def _choice(plan: Plan, kv_heads: int, itemsize: int, context: int) -> dict[str, Any] | None:
     """What ``--kv-heads kv_heads`` would save; None where the architecture cannot have that number."""
     layers = [replace(layer, new_kv_heads=kv_heads) for layer in plan.layers]
     for stack in dict.fromkeys(layer.stack for layer in layers):
@@ -89,11 +95,15 @@ def _choice(plan: Plan, kv_heads: int, itemsize: int, now: int) -> dict[str, Any
             stack.kv_field.write(raw, plan.text_config, own[0].heads, [kv_heads] * len(own))
         except ConversionError:
             return None
-    after = kv_bytes_per_token(layers, itemsize, new=True)
+    now, after = (kv_cache_bytes(layers, itemsize, new=new, tokens=context) for new in (False, True))
     return {
         "kv_heads": kv_heads,
         "kind": KVGrouping(layers[0].heads, kv_heads).kind,
-        "kv_bytes_per_token": after,
+        "kv_bytes_per_token": after // context,
+        "kv_bytes_at_context": after,
+        "kv_bytes_over_context": [
+            kv_cache_bytes(layers, itemsize, new=True, tokens=context * i // STEPS) for i in range(STEPS + 1)
+        ],
         "kv_share": after / now if now else 1.0,
         "weight_bytes_saved": sum(_weights_saved(plan.source, layer) for layer in layers),
     }
@@ -124,7 +134,7 @@ def _tables(facts: dict[str, Any]) -> tuple[Table, Table]:
             c["kv_heads"],
             c["kind"],
             human(c["kv_bytes_per_token"]),
-            human(c["kv_bytes_per_token"] * context),
+            human(c["kv_bytes_at_context"]),
             f"{c['kv_share']:.1%}",
             human(c["weight_bytes_saved"]),
         )

@@ -61,18 +61,18 @@ def plot_cache(facts: Mapping[str, Any], file: str | Path) -> None:
     Raises:
         ConversionError: see :func:`figure`; or the model caches nothing.
     """
-    now, context = facts["kv_bytes_per_token"], facts["context"]
+    now, context = facts["kv_bytes_at_context"], facts["context"]
     if not now:
         raise ConversionError(f"--plot: {facts['source']} has no KV cache (it is an encoder)")
     with figure(file) as axis:
         for choice in facts["choices"]:
-            per_token, n = choice["kv_bytes_per_token"], choice["kv_heads"]
-            name = f"{n} KV head{'s' if n > 1 else ''}{', now' if per_token == now else ''}"
-            label = f"{name}: {human(per_token * context)}"
-            axis.plot([0, context], [0, per_token * context], linewidth=2, label=label)
+            sizes, n = choice["kv_bytes_over_context"], choice["kv_heads"]
+            name = f"{n} KV head{'s' if n > 1 else ''}{', now' if sizes[-1] == now else ''}"
+            tokens = [context * i // (len(sizes) - 1) for i in range(len(sizes))]
+            axis.plot(tokens, sizes, linewidth=2, label=f"{name}: {human(sizes[-1])}")
         axis.set(xlim=(0, context), xlabel="context, tokens", ylabel="KV cache of one sequence")
         axis.set_ylim(bottom=0)
-        axis.set_title(f"{Path(facts['source']).name}: {human(now)} per token", fontsize=10)
+        axis.set_title(f"{Path(facts['source']).name}: {human(now)} at {context:,} tokens", fontsize=10)
         _bytes(axis.yaxis)
         axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         _legend(axis)

@@ -13,10 +13,14 @@ from hf_attn_patch.conversion.families.kv_field import format_numbers
 from hf_attn_patch.conversion.families.layer import LayerAttention
 from hf_attn_patch.conversion.plan_data import Plan
 
+#: tokens for which a cache is sized where nobody says
+CONTEXT = 8192
 
-def kv_bytes_per_token(layers: Iterable[LayerAttention], itemsize: float, *, new: bool) -> int:
-    """Bytes that one more token adds to the KV cache: 2 * L * HKV * D * itemsize, summed over layers.
 
+def kv_cache_bytes(layers: Iterable[LayerAttention], itemsize: float, *, new: bool, tokens: int = CONTEXT) -> int:
+    """Bytes of the KV cache after so many tokens: 2 * HKV * D * itemsize * kept, summed over layers.
+
+    A layer with a sliding window or chunks keeps no more than that; one that reads another's cache keeps nothing.
     Cross-attention's cache grows with the encoder's input, one entry for each of its tokens, and counts too. An
     encoder's own attention caches nothing.
     """
@@ -25,8 +29,27 @@ def kv_bytes_per_token(layers: Iterable[LayerAttention], itemsize: float, *, new
         if not layer.stack.causal and not layer.stack.cross:
             continue
         heads = layer.new_kv_heads if new else layer.kv_heads
-        total += 2 * (layer.heads if layer.stack.caches_query_heads else heads) * layer.head_dim * itemsize
+        heads = layer.heads if layer.stack.caches_query_heads else heads
+        total += 2 * heads * layer.head_dim * itemsize * layer.kept(tokens)
     return int(total)
+
+
+def kv_bytes_per_token(layers: Iterable[LayerAttention], itemsize: float, *, new: bool, tokens: int = CONTEXT) -> int:
+    """:func:`kv_cache_bytes` after so many tokens, for each of them."""
+    return kv_cache_bytes(layers, itemsize, new=new, tokens=tokens) // tokens
+
+
+def windowed(layers: Sequence[LayerAttention], tokens: int = CONTEXT) -> str | None:
+    """What to say of layers that do not keep every token; None if all do."""
+    cached = [layer for layer in layers if layer.stack.causal or layer.stack.cross]
+    short = [layer for layer in cached if layer.kept(tokens) < tokens]
+    if not short:
+        return None
+    own = sorted({layer.kept(tokens) for layer in short} - {0})
+    parts = [f"{sum(layer.kept(tokens) == n for layer in short)} of {len(cached)} layers keep {n} tokens" for n in own]
+    if shared := sum(layer.kept(tokens) == 0 for layer in short):
+        parts.append(f"{shared} read another layer's cache")
+    return f"of {tokens} tokens " + " and ".join(parts)
 
 
 def cache_itemsize(plan: Plan) -> int:
@@ -77,6 +100,7 @@ def plan_dict(plan: Plan, workers: int = 1) -> dict[str, Any]:
             "copied": len(plan.tensors) - len(changed),
         },
         "bytes": {"before": plan.bytes_before, "after": plan.bytes_after},
+        "context": CONTEXT,
         "kv_bytes_per_token": {
             "before": kv_bytes_per_token(plan.layers, itemsize, new=False),
             "after": kv_bytes_per_token(plan.layers, itemsize, new=True),
@@ -84,7 +108,7 @@ def plan_dict(plan: Plan, workers: int = 1) -> dict[str, Any]:
         "output_files": [shard.name for shard in plan.shards],
         "disk_needed": plan.disk_needed,
         "memory_needed": memory_needed(plan, workers),
-        "warnings": list(plan.warnings),
+        "warnings": [*plan.warnings, *filter(None, [windowed(plan.layers)])],
     }
 
 
@@ -148,7 +172,7 @@ def plan_lines(plan: Plan, facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("weights", f"{human(size['before'])} -> {human(size['after'])} in {len(plan.shards)} file(s)"),
         ("disk needed", human(facts["disk_needed"])),
         ("memory needed", f"{human(facts['memory_needed'])} beside the programs themselves"),
-        *(("note", warning) for warning in plan.warnings),
+        *(("note", warning) for warning in facts["warnings"]),
     ]
 
 
