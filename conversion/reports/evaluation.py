@@ -315,7 +315,11 @@ def _table(found: list[Evaluation]) -> tuple[list[str], list[list[object]]]:
     header = ["model", "loss", "perplexity", *(("KL", "top-1") if known else ()), "KV bytes/token", "tokens/s"]
     rows = []
     for e in found:
-        row: list[object] = [e.model, f"{e.loss:.4f}", f"{e.perplexity:.3f}" if e.perplexity < 1e6 else f"{e.perplexity:.2e}"]
+        row: list[object] = [
+            e.model,
+            f"{e.loss:.4f}",
+            f"{e.perplexity:.3f}" if e.perplexity < 1e6 else f"{e.perplexity:.2e}",
+        ]
         if e.kl is not None and e.agreement is not None:
             row += [f"{e.kl:.4f}", f"{e.agreement:.1%}"]
         row += [human(e.kv_bytes_per_token), "" if e.tokens_per_second is None else f"{e.tokens_per_second:,.1f}"]
