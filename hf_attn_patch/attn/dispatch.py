@@ -56,7 +56,7 @@ def choose(request: AttentionRequest, name: str | None = None) -> tuple[str, Run
                 f"backend {name!r} cannot run this exactly: {reason} ({request.describe()}); "
                 "leave the choice to hf_attn_patch (backend=None) or name another"
             )
-        found = (name, module.run)
+        found: tuple[str, Run] = (name, module.run)
     else:
         found = _first(request)
     if not request.tracing:

@@ -126,9 +126,10 @@ def as_saved(model: nn.Module, dtype: torch.dtype, scale: float) -> Iterator[Non
     adapted = set()
     for module in model.modules():
         base = getattr(module, "base_layer", None)
+        lora: Any = module  # peft's layer, whose attributes torch knows as modules or tensors
         if base is None or "default" not in getattr(module, "lora_A", {}):
             continue
-        a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
+        a, b = lora.lora_A["default"].weight, lora.lora_B["default"].weight
         added = scale * (b.float() @ a.float())
         put(base.weight, base.weight + (added.T if type(base).__name__ == "Conv1D" else added).to(base.weight.dtype))
         put(b, torch.zeros_like(b))
