@@ -34,7 +34,7 @@ class Block:
 
 
 @dataclass
-class Side:
+class LayerStack:
     """A stack of layers that hidden states go through: a model has one, an encoder-decoder two.
 
     Attributes:
@@ -107,7 +107,7 @@ def caller(arguments: Arguments, device: torch.device, memory: Tensor | None) ->
     return lambda layer: lambda x, rows: run_layer(layer, x.float(), filled(moved, rows))
 
 
-def sides(plan: Plan, model: Any) -> list[Side]:
+def sides(plan: Plan, model: Any) -> list[LayerStack]:
     """The stacks of layers of a model, in the order in which text goes through them."""
     student = _meta_model(plan)
     found: dict[str, list[tuple[LayerAttention, str]]] = {}
@@ -124,15 +124,15 @@ def sides(plan: Plan, model: Any) -> list[Side]:
         for name in names
     }
     if not plan.config.is_encoder_decoder:
-        return [Side(list(blocks.values()), lambda ids: model(input_ids=ids))]
+        return [LayerStack(list(blocks.values()), lambda ids: model(input_ids=ids))]
     encoder, decoder = model.get_encoder(), model.get_decoder()
     inside = set(map(id, encoder.modules()))
     first = [b for b in blocks.values() if id(b.original) in inside]
     second = [b for b in blocks.values() if id(b.original) not in inside]
     norm = getattr(encoder, "final_layer_norm", None) or getattr(encoder, "layer_norm", None)
     return [
-        Side(first, lambda ids: encoder(input_ids=ids), norm or (lambda x: x)),
-        Side(second, lambda ids, memory: decoder(input_ids=ids, encoder_hidden_states=memory), reads=True),
+        LayerStack(first, lambda ids: encoder(input_ids=ids), norm or (lambda x: x)),
+        LayerStack(second, lambda ids, memory: decoder(input_ids=ids, encoder_hidden_states=memory), reads=True),
     ]
 
 

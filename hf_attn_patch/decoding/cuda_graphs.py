@@ -35,7 +35,7 @@ from hf_attn_patch.handle import Handle, of_each
 from hf_attn_patch.hf.attention_function import NAME
 
 from .capture import WaitsError
-from .step import Call, Steps, UnfitError, growing_of, is_prompt, tensors_of
+from .step import StepCall, Steps, UnfitError, growing_of, is_prompt, tensors_of
 from .step_layers import advance, reserve
 
 logger = logging.getLogger("hf_attn_patch")
@@ -173,7 +173,7 @@ class RecordedForward:
         try:
             if reason := state.why_not(model):
                 raise UnfitError(reason)
-            call = Call(kwargs, self.arguments.cache)
+            call = StepCall(kwargs, self.arguments.cache)
             room = reserve(growing_of(cache))
             if room is None:
                 raise UnfitError("its cache has layers that do not grow in place, or not together")
