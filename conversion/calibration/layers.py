@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_attn_patch.compat.transformers import model_from_config
 from hf_attn_patch.conversion.families.config import architectures
 from hf_attn_patch.conversion.families.layer import LayerAttention
 from hf_attn_patch.conversion.loadcheck import model_class_of, quiet
@@ -144,8 +145,9 @@ def _meta_model(plan: Plan) -> nn.Module:
     config.use_cache = False
     model_class = model_class_of(plan.new_config, config)
     with torch.device("meta"), quiet():
-        model: nn.Module = AutoModel.from_config(config) if model_class is None else model_class._from_config(config)
-    return model
+        if model_class is None:
+            return AutoModel.from_config(config)  # type: ignore[no-any-return]
+        return model_from_config(model_class, config)  # type: ignore[no-any-return]
 
 
 def attention_name(model: nn.Module, layer: Any) -> str:

@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache
 
 from hf_attn_patch.compat.cache_keyword import NAMES as CACHE_NAMES
 from hf_attn_patch.compat.calls import Arguments
+from hf_attn_patch.compat.transformers import attention_name
 
 from .padded_rows import IGNORE, PackedPrefill, Packing, pack_rows
 from .unpadding_trial import NUMBERINGS, calibrate
@@ -171,12 +172,12 @@ class Unpadded:
     @property
     def takes_borders(self) -> bool:
         """Whether the attention implementation reads document borders from ``cu_seq_lens_q/k``."""
-        name = str(self.model.config._attn_implementation)
+        name = str(attention_name(self.model.config))
         return name in BORDER_AWARE or "flash" in name
 
     @property
     def _why_no_prefill(self) -> str:
-        name = self.model.config._attn_implementation
+        name = attention_name(self.model.config)
         if not self.takes_borders:
             return f"with a cache attn_implementation={name!r} finds no borders: hf_attn_patch.enable(model) does"
         return f"a packed prompt does not leave the cache of a padded one in {type(self.model).__name__}"

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from hf_attn_patch.compat.calls import cache_of
+from hf_attn_patch.compat.transformers import attention_name
 
 if TYPE_CHECKING:
     from .unpadding import Unpadded
@@ -102,7 +103,7 @@ def calibrate(handle: Unpadded) -> None:
         for module in training:
             module.training = True
     raise ValueError(
-        f"{type(handle.model).__name__} with attn_implementation={handle.model.config._attn_implementation!r} does not "
+        f"{type(handle.model).__name__} with attn_implementation={attention_name(handle.model.config)!r} does not "
         f"compute the same on packed rows (off by {min(errors.values()):.2g}; {tolerance:.2g} could be rounding; "
         f"rows differ by {felt:.2g} with the words of another). "
         "An encoder needs an implementation that is given the document borders: hf_attn_patch.enable(model). "

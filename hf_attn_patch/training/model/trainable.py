@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from hf_attn_patch.compat.transformers import whole_blocks
 from hf_attn_patch.errors import TrainingError
 
 Mode = Literal["full", "attention", "lora"]
@@ -25,8 +26,8 @@ def attention_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:
-    """The layers, as the model's ``_no_split_modules`` names their classes."""
-    kinds = set(getattr(model, "_no_split_modules", None) or ())
+    """The layers, as the model names the classes of its blocks."""
+    kinds = whole_blocks(model)
     # among the ancestors' names, because FSDP2 gives a layer a class of its own
     return [m for m in model.modules() if any(c.__name__ in kinds for c in type(m).__mro__)]
 
