@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -143,6 +143,11 @@ def uncompile(module: torch.nn.Module) -> None:
     """Undo ``module.compile()``."""
     module._compiled_call_impl  # noqa: B018
     module._compiled_call_impl = None
+
+
+def missing_operators(names: Iterable[str]) -> list[str]:
+    """Those of ``names`` that ``torch.ops.aten`` does not have."""
+    return [name for name in names if not hasattr(torch.ops.aten, name)]
 
 
 def _kernel(path: str) -> Callable[..., Any]:

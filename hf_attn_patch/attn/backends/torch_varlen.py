@@ -6,6 +6,7 @@ in torch 2.11.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
