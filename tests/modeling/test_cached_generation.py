@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig
-from zoo_cases import BEFORE_5_24, CASES, HEADS, Case
+from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, DynamicCache, GenerationConfig
+from zoo_cases import BEFORE_5_24, BY_NAME, CASES, HEADS, VOCAB, Case
 
 from hf_attn_patch.compat.cache_keyword import NAMES
 from hf_attn_patch.modeling.grouped import GroupedAttention
@@ -46,6 +46,29 @@ def test_cached_tokens_are_the_uncached_ones(case: Case, attn: str, search: str)
     assert torch.equal(cached.sequences, without)
     assert filled(case, cached) == without.shape[1] - 1  # the last token is not fed back
     assert without.unique().numel() > 3, "the model says one thing only: the test would prove little"
+
+
+@pytest.mark.parametrize("search", SEARCH)
+@pytest.mark.parametrize("attn", ["eager", "sdpa", "hf_attn_patch"])
+@pytest.mark.parametrize("stock", ["bert", "roberta", "electra", "bart", "mbart", "marian", "whisper"])
+def test_encoders_and_decoders_that_stand_alone(stock: str, attn: str, search: str) -> None:
+    """BERT as a decoder, and the decoder of an encoder-decoder by itself."""
+    more = {"bos_token_id": 0, "eos_token_id": None, "pad_token_id": 1, "is_decoder": True, "is_encoder_decoder": False}
+    config = BY_NAME[stock].make_config(2, **more)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attn).eval()
+    assert type(model).__name__.startswith("Grouped")
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.requires_grad and p.dim() > 1:
+                p.normal_(0, 0.2 if "embed" in name else 1.4 / p.shape[-1] ** 0.5)
+    ids = torch.randint(3, VOCAB, (2, 6), generator=torch.Generator().manual_seed(1))
+    options = {**SEARCH[search], "max_new_tokens": NEW, "return_dict_in_generate": True}
+    cached = model.generate(ids, **options)
+    assert torch.equal(cached.sequences, model.generate(ids, **options, use_cache=False).sequences)
+    cache = cached["cache"] if "cache" in cached else cached["past_key_values"]
+    assert cache.get_seq_length() == cached.sequences.shape[1] - 1
+    assert cached.sequences.unique().numel() > 3
 
 
 @pytest.mark.parametrize("padding", [None, "left"])
