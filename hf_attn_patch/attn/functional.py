@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from hf_attn_patch.errors import AttentionError
 from hf_attn_patch.grouping import KVGrouping
 
+from . import memo
 from .choice import asked_for
 from .dispatch import attend, facts_of, known_calls, remember_call
 from .visibility import DENSE, FULL, Layout, full, packed
@@ -73,6 +74,7 @@ def attention(
             if sinks is not None:
                 operands = operands._replace(sinks=sinks)
             return known.run(q, k, v, known.request, operands)[0]
+    memo.nobody_asks()
     layout, bias = _layout(q, k, v, mask, causal, window, sinks, bias, dropout)
     options: dict[str, Any] = {"scale": scale, "softcap": softcap, "dropout": dropout, "name": backend}
     out = attend(q, k, v, layout=layout, sinks=sinks, bias=bias, **options)[0]

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import memo
+
 FULL, PADDED, PACKED, DENSE = "full", "padded", "packed", "dense"
 
 
@@ -77,22 +79,27 @@ class Layout:
     def dense(self, device: torch.device) -> Tensor | None:
         """Bool [B or 1, 1, Sq, keys], True where a query may see a key; None if it may see all. Built once."""
         if self.mask is None and not (self.kind == FULL and not self.causal and self.window == (None, None)):
-            q = torch.arange(self.q_len, device=device)[:, None]
-            k = torch.arange(self.keys, device=device)[None, :]
-            if self.kind == PACKED:
-                mask = self._dense_packed(device)
-            else:
-                mask = band(q + (self.keys - self.q_len), k, self.causal, self.window)[None, None]
-            if self.kind == PADDED:
-                assert self.first is not None and self.length is not None
-                first, length = (t.to(device).view(-1, 1, 1, 1) for t in (self.first, self.length))
-                mask = mask & (k >= first) & (k < first + length)
-            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            with memo.counted():  # calls of one kind share a layout, those that need gradients too
+                mask = self._built(device)
+            if memo.capturing(device):
                 return mask  # of the graph's memory, and not filled before it runs
             self.mask = mask
         if self.mask is not None and self.mask.device != device:
             self.mask = self.mask.to(device)
         return self.mask
+
+    def _built(self, device: torch.device) -> Tensor:
+        q = torch.arange(self.q_len, device=device)[:, None]
+        k = torch.arange(self.keys, device=device)[None, :]
+        if self.kind == PACKED:
+            mask = self._dense_packed(device)
+        else:
+            mask = band(q + (self.keys - self.q_len), k, self.causal, self.window)[None, None]
+        if self.kind == PADDED:
+            assert self.first is not None and self.length is not None
+            first, length = (t.to(device).view(-1, 1, 1, 1) for t in (self.first, self.length))
+            mask = mask & (k >= first) & (k < first + length)
+        return mask
 
     def _dense_packed(self, device: torch.device) -> Tensor:
         assert self.cu_q is not None and self.cu_k is not None

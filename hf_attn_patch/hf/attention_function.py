@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_attn_patch.attn import memo
 from hf_attn_patch.attn.choice import asked_for
 from hf_attn_patch.attn.dispatch import attend, facts_of, known_calls, remember_call
 from hf_attn_patch.attn.visibility import full
@@ -111,6 +112,8 @@ def attention_forward(
         query.dtype is torch.float32 and (tracing or any_autocast()) and torch.is_autocast_enabled(query.device.type)
     ):
         query, key, value = _one_dtype(module, query, key, value)
+    if not tracing:
+        memo.asks(module)
     bias = position_bias
     if attention_mask is None:
         # the modules that don't say are those of encoders, to whom no mask means that all is seen
@@ -119,10 +122,9 @@ def attention_forward(
         if cu_seq_lens_q is not None:
             layout = from_borders(query, key, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, causal, window)
         else:
-            begins = getattr(module, "layer_idx", 0) == 0
-            layout = from_positions(query, key, bool(causal), window, position_ids, begins, tracing)
+            layout = from_positions(query, key, bool(causal), window, position_ids, tracing)
     elif attention_mask.dtype is torch.int32:
-        pattern = of_carrier(attention_mask)
+        pattern = None if cu_seq_lens_q is None else of_carrier(attention_mask)
         if cu_seq_lens_q is not None and pattern is not None and pattern.keys is None and pattern.chunk is None:
             # borders that are given need not be looked for in the positions
             rule = pattern.causal, pattern.window
@@ -137,7 +139,8 @@ def attention_forward(
         layout = from_mask(query, key, attention_mask, position_ids, tracing)
     elif attention_mask.is_floating_point():
         layout = full(query.shape[2], key.shape[2], False, (None, None), query.shape[0])
-        attention_mask = attention_mask[..., : key.shape[2]]
+        if attention_mask.shape[-1] != key.shape[2]:
+            attention_mask = attention_mask[..., : key.shape[2]]
         bias = attention_mask if bias is None else bias + attention_mask
     else:
         raise AttentionError(

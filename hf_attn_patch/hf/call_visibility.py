@@ -5,17 +5,15 @@ It is worked out at the first layer and kept with the tensor that it came from, 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from hf_attn_patch.attn import memo
 from hf_attn_patch.attn.visibility import DENSE, Layout, document_starts, full, packed, remembered_full
 from hf_attn_patch.errors import AttentionError
 
 from .mask_pattern import Pattern, dense_from_carrier, hand_over, of_carrier
 
-_KEPT = "_hf_attn_layout"
 _OPEN = "_hf_attn_open"
 
 
@@ -25,24 +23,19 @@ def from_positions(
     causal: bool,
     window: tuple[int | None, None],
     ids: Tensor | None,
-    begins: bool,
     tracing: bool,
 ) -> Layout:
-    """No mask: causality as the module says; documents where the positions go back.
-
-    ``begins``: this is a model's first layer. Inference tensors don't tell whether they were written to since the last
-    forward, so what was remembered with them counts only within one.
-    """
+    """No mask: causality as the module says; documents where the positions go back."""
     B, Sq, Sk = query.shape[0], query.shape[2], key.shape[2]
     if causal and Sq > 1 and Sq == Sk and _usable(ids, query):
         assert ids is not None
         if tracing:
             pattern = Pattern(B, Sq, Sk, True, window, device=query.device)
             return Layout(DENSE, B, Sq, Sk, mask=pattern.dense(pattern.starts(ids)))
-        known = None if begins and ids.is_inference() else _remembered(ids, (B, Sk, window))
+        known: Layout | None = memo.recall(ids, ("causal", B, Sk, window))
         if known is None:
             known = Pattern(B, Sq, Sk, True, window, device=query.device).resolve(ids)
-            _remember(ids, (B, Sk, window), known)
+            memo.keep(ids, ("causal", B, Sk, window), known)
         return known
     if Sq <= 1024 and window == (None, None) and not tracing:
         return remembered_full(Sq, Sk, causal, window, B)
@@ -58,38 +51,59 @@ def from_carrier(query: Tensor, key: Tensor, carrier: Tensor, ids: Tensor | None
             "a bool mask (True: may be seen) or a float mask (added to the scores); if the model changes the masks "
             'that it is given, load it with attn_implementation="eager"'
         )
-    pattern = None if torch.compiler.is_compiling() else of_carrier(carrier)
-    usable = _usable(ids, query)
+    if torch.compiler.is_compiling():
+        mask = dense_from_carrier(carrier, Sq, Sk)
+        return Layout(DENSE, B, Sq, Sk, mask=_with_documents(mask, ids, query, key))
+    positions = () if ids is None or not _usable(ids, query) else (ids,)
+    known: Layout | None = memo.recall(carrier, (Sq, Sk), *positions)
+    if known is not None:
+        return known
+    pattern = of_carrier(carrier)
     if pattern is not None and pattern.q_len == Sq and pattern.kv_len >= Sk:
-        layout = pattern.resolve(ids if usable else None)
-        if pattern.kv_len == Sk:
-            return layout
-        mask = layout.dense(query.device)
-        return full(Sq, Sk, False, (None, None), B) if mask is None else Layout(DENSE, B, Sq, Sk, mask=mask[..., :Sk])
-    mask = dense_from_carrier(carrier, Sq, Sk)
-    return Layout(DENSE, B, Sq, Sk, mask=_with_documents(mask, ids, query, key))
+        known = pattern.resolve(*positions)
+        if pattern.kv_len != Sk:
+            dense = known.dense(query.device)
+            known = full(Sq, Sk, False, (None, None), B)
+            if dense is not None:
+                known = Layout(DENSE, B, Sq, Sk, mask=dense[..., :Sk])
+    else:
+        mask = dense_from_carrier(carrier, Sq, Sk)
+        known = Layout(DENSE, B, Sq, Sk, mask=_with_documents(mask, ids, query, key))
+    memo.keep(carrier, (Sq, Sk), known, *positions)
+    return known
 
 
 def from_mask(query: Tensor, key: Tensor, mask: Tensor, ids: Tensor | None, tracing: bool) -> Layout:
     """A written-out mask: the whole truth (the user's bool), or ours that is open (uint8, or a bool that says so): what
     lies in other documents is still to be cut off."""
     B, Sq, Sk = query.shape[0], query.shape[2], key.shape[2]
+    positions: tuple[Tensor, ...] = ()
     if not tracing:
-        if (known := _kept(mask, B, Sk) or _remembered(mask, (B, Sq, Sk))) is not None:
+        known: Layout | None = memo.recall(mask, (B, Sq, Sk))
+        if known is not None:
             return known
+        if ids is not None and _usable(ids, query):
+            positions = (ids,)
+            if (known := memo.recall(mask, (B, Sq, Sk, "positions"), ids)) is not None:
+                return known
         if (pattern := of_carrier(mask)) is not None and pattern.kv_len == Sk:
-            return pattern.resolve(ids if _usable(ids, query) else None)
+            known = pattern.resolve(*positions)
+            memo.keep(mask, (B, Sq, Sk, *("positions" for _ in positions)), known, *positions)
+            return known
     if mask.dim() != 4:
         raise AttentionError(
             f"an attention mask of shape {tuple(mask.shape)} reached a layer; [B, 1, Sq, Sk] is wanted"
         )
-    given, mask = mask, mask[..., :Sk]
+    given, mask = mask, mask.detach()[..., :Sk]  # kept with the mask, so no view that autograd ties to it
     opened = None if tracing else getattr(given, _OPEN, None)
     if mask.dtype is torch.uint8 or opened is not None:
         mask = _with_documents(mask.bool(), ids, query, key, *opened or ())
+        read = positions
+    else:
+        read = ()
     layout = Layout(DENSE, B, Sq, Sk, mask=mask)
-    if not tracing and not given.is_inference():
-        _remember(given, (B, Sq, Sk), layout)
+    if not tracing:
+        memo.keep(given, (B, Sq, Sk, *("positions" for _ in read)), layout, *read)
     return layout
 
 
@@ -144,12 +158,14 @@ def from_borders(
             f"cu_seq_lens go with one row of packed tokens, not with a batch of {B}; flatten it to [1, B * S]"
         )
     cu_k = cu_q if cu_k is None else cu_k
-    key_ = (Sq, Sk, causal, window)
-    known = _remembered(cu_q, key_)
+    others = [t for t in (cu_k, max_q, max_k) if isinstance(t, Tensor)]
+    numbers = [None if isinstance(n, Tensor) else n for n in (max_q, max_k)]
+    key_ = ("borders", Sq, Sk, causal, window, *numbers)
+    known: Layout | None = memo.recall(cu_q, key_, *others)
     if known is None:
         limits = (Sq if max_q is None else int(max_q), Sk if max_k is None else int(max_k))
         known = packed(1, Sq, Sk, cu_q.to(query.device), cu_k.to(query.device), *limits, bool(causal), window)
-        _remember(cu_q, key_, known)
+        memo.keep(cu_q, key_, known, *others)
     return known
 
 
@@ -159,11 +175,12 @@ def positions_in(cu: Tensor, query: Tensor, ids: Tensor | None) -> Tensor | None
     S = query.shape[2]
     if query.shape[0] != 1 or S < 2:
         return ids
-    known = _remembered(cu, ("positions", S))
+    known: Tensor | None = memo.recall(cu, ("positions", S))
     if known is None:
-        index = torch.arange(S, device=cu.device)
-        known = (index - cu[torch.searchsorted(cu, index, right=True) - 1])[None]
-        _remember(cu, ("positions", S), known)
+        with memo.counted():
+            index = torch.arange(S, device=cu.device)
+            known = (index - cu[torch.searchsorted(cu, index, right=True) - 1])[None]
+        memo.keep(cu, ("positions", S), known)
     return known
 
 
@@ -178,38 +195,5 @@ def _usable(ids: Tensor | None, query: Tensor) -> bool:
 
 
 def keep_layout(mask: Tensor, layout: Layout) -> None:
-    """Let all layers share the ``layout`` of a bool mask [B, 1, 1, Sk], and what it works out."""
-    setattr(mask, _KEPT, (_is_recorded(mask), layout))
-
-
-def _kept(mask: Tensor, B: int, Sk: int) -> Layout | None:
-    """What :func:`keep_layout` kept with the mask, unless the mask was written to since."""
-    kept: tuple[bool, Layout] | None = getattr(mask, _KEPT, None)
-    # a CUDA graph works out everything itself, whatever its inputs will hold when it runs again
-    if kept is None or (not kept[0] and _is_recorded(mask)) or not (mask.is_inference() or mask._version == 0):
-        return None
-    layout = kept[1]
-    return layout if (layout.batch, layout.kv_len) == (B, Sk) else None
-
-
-def _is_recorded(tensor: Tensor) -> bool:
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
-def _remembered(tensor: Tensor, key: Any) -> Any:
-    """What :func:`_remember` kept with the tensor, unless it was written to since."""
-    if _is_recorded(tensor):
-        return None  # a CUDA graph must work out everything from the tensor, whatever it will hold at replay
-    kept = getattr(tensor, "_hf_attn_layouts", None)
-    if kept is None or (not tensor.is_inference() and kept[0] != tensor._version):
-        return None
-    return kept[1].get(key)
-
-
-def _remember(tensor: Tensor, key: Any, known: Any) -> None:
-    version = 0 if tensor.is_inference() else tensor._version
-    kept: tuple[int, dict[Any, Any]] = getattr(tensor, "_hf_attn_layouts", (-1, {}))
-    if kept[0] != version:
-        kept = (version, {})
-        setattr(tensor, "_hf_attn_layouts", kept)  # noqa: B010 - not an attribute that Tensor declares
-    kept[1][key] = known
+    """Let all layers share the ``layout`` of a bool mask [B, 1, Sq, Sk] of ours, and what it works out."""
+    memo.keep(mask, (layout.batch, layout.q_len, layout.kv_len), layout, made=True)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import masking_utils
 
+from hf_attn_patch.attn import memo
 from hf_attn_patch.attn.visibility import DENSE, Layout
 from hf_attn_patch.compat.mask_functions import taken_apart
 from hf_attn_patch.compat.transformers import attention_name, goes_through_interface
@@ -84,7 +85,7 @@ def build_mask(
     if parts is None or not (may_skip or added or packed_by_caller or static or q_length == 1):
         return _dense(stock, causal and q_length > 1, untouched=parts is None)
     if isinstance(q_offset, Tensor):
-        q_offset = q_offset.clone() if q_offset.device.type != "cpu" else int(q_offset)
+        q_offset = q_offset.clone() if q_offset.device.type != "cpu" else int(q_offset)  # which moves on
     if isinstance(kv_offset, Tensor) and kv_offset.device.type == "cpu":
         kv_offset = int(kv_offset)
     keys = _valid_keys(attention_mask, kv_length, kv_offset)
@@ -102,9 +103,10 @@ def build_mask(
         device=torch.device(device),
     )
     if q_length == 1:
-        mask = _one_query(pattern, static and not may_skip)
+        with memo.counted():
+            mask = _one_query(pattern, static and not may_skip)
         if mask is not None:
-            keep_layout(mask, Layout(DENSE, batch_size, 1, kv_length, mask=mask))
+            keep_layout(mask, Layout(DENSE, batch_size, 1, kv_length, mask=mask.detach()))
         return mask
     # None leaves causality to the module's flag, which not every family sets: only "sees everything" may be None
     says_everything = not causal and getattr(config, "is_causal", None) is not False
@@ -161,9 +163,17 @@ def _one_query(pattern: Pattern, always: bool) -> Tensor | None:
 
 
 def _valid_keys(attention_mask: Tensor | None, kv_length: int, kv_offset: int | Tensor) -> Tensor | None:
-    """Bool [B, Sk] of the keys in this call, or None if all are valid (asked only where asking is free)."""
+    """Bool [B, Sk] of the keys in this call, or None if all are valid (asked only where asking is free).
+
+    In memory of their own: the caller may write to its mask, and what is kept with ours is to know.
+    """
     if attention_mask is None:
         return None
+    with memo.counted():
+        return _keys_of(attention_mask, kv_length, kv_offset)
+
+
+def _keys_of(attention_mask: Tensor, kv_length: int, kv_offset: int | Tensor) -> Tensor | None:
     if isinstance(kv_offset, Tensor):  # nobody waits for it: the keys are picked on the device
         index = torch.arange(kv_length, device=kv_offset.device) + kv_offset
         last = attention_mask.shape[-1] - 1
@@ -171,7 +181,7 @@ def _valid_keys(attention_mask: Tensor | None, kv_length: int, kv_offset: int | 
     missing = kv_length + kv_offset - attention_mask.shape[-1]
     if missing > 0:
         attention_mask = torch.nn.functional.pad(attention_mask, (0, missing))
-    keys = attention_mask[:, kv_offset : kv_offset + kv_length].bool()
+    keys = attention_mask[:, kv_offset : kv_offset + kv_length].to(torch.bool, copy=True)
     return None if keys.device.type == "cpu" and bool(keys.all()) else keys
 
 

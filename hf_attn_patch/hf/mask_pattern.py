@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from hf_attn_patch.attn import memo
 from hf_attn_patch.attn.visibility import DENSE, FULL, PACKED, PADDED, Layout, document_starts, full
 
-_ATTRIBUTE = "_hf_attn_pattern"
+_PATTERN = "pattern"
 #: up to so many queries the whole mask is small: kernels take it as it is, and nothing is read back
 DECODE_QUERIES = 16
 
@@ -44,7 +45,7 @@ class Pattern:
     keys: Tensor | None = None
     documents: Tensor | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    _resolved: list[tuple[Tensor | None, Layout]] = field(default_factory=list, repr=False)
+    _resolved: dict[bool, Layout] = field(default_factory=dict, repr=False)  # in inference mode? -> without positions
 
     def is_plain(self) -> bool:
         """Nothing but causality aligned at the lower right (or nothing at all): no tensor needs to say so."""
@@ -125,11 +126,12 @@ class Pattern:
 
     def carrier(self) -> Tensor:
         """The tensor that travels through the model in place of a mask."""
-        rows = torch.stack(self.bounds(), -1).to(torch.int32).expand(self.batch, -1, -1)
-        if self.keys is not None:
-            rows = torch.cat([rows, _pack_bits(self.keys)], 1)
-        carrier = rows[:, None].contiguous()
-        setattr(carrier, _ATTRIBUTE, self)
+        with memo.counted():
+            rows = torch.stack(self.bounds(), -1).to(torch.int32).expand(self.batch, -1, -1)
+            if self.keys is not None:
+                rows = torch.cat([rows, _pack_bits(self.keys)], 1)
+            carrier = rows[:, None].contiguous()
+        memo.keep(carrier, _PATTERN, self, made=True, in_any_mode=True)
         return carrier
 
     # -- what kernels take -------------------------------------------------------------------------------------------
@@ -140,12 +142,12 @@ class Pattern:
         Args:
             position_ids: [B or 1, Sq] integers. Where they go back, a new document begins.
         """
-        for known, layout in self._resolved:
-            if known is position_ids:
-                return layout
-        layout = self._resolve(self.starts(position_ids) if self.causal else self.starts())
-        self._resolved.append((position_ids, layout))
-        return layout
+        if position_ids is not None and self.causal and self.documents is None:
+            return self._resolve(self.starts(position_ids))
+        mode = torch.is_inference_mode_enabled()
+        if mode not in self._resolved:
+            self._resolved[mode] = self._resolve(self.starts())
+        return self._resolved[mode]
 
     def _resolve(self, starts: Tensor | None) -> Layout:
         decode = self.q_len <= DECODE_QUERIES and self.device.type != "cpu"
@@ -262,13 +264,14 @@ class Pattern:
 
 def of_carrier(carrier: Tensor) -> Pattern | None:
     """The pattern that ``carrier`` was made from, if the tensor still knows it."""
-    return getattr(carrier, _ATTRIBUTE, None)
+    found: Pattern | None = memo.recall(carrier, _PATTERN, in_any_mode=True)
+    return found
 
 
 def hand_over(carrier: Tensor, mask: Tensor) -> None:
     """Let another tensor know the pattern of ``carrier``, if it has one."""
     if (pattern := of_carrier(carrier)) is not None:
-        setattr(mask, _ATTRIBUTE, pattern)
+        memo.keep(mask, _PATTERN, pattern, made=True, in_any_mode=True)
 
 
 def dense_from_carrier(carrier: Tensor, q_len: int, kv_len: int) -> Tensor:

@@ -7,17 +7,17 @@ which queries see nothing and which keys nobody sees) is worked out at the first
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from hf_attn_patch.attn import memo
 from hf_attn_patch.attn.visibility import FULL, Layout
 
 from ._common import as_dtype, cut_bias
 from ._unseen import Unseen, peaks_of
 
-_ATTRIBUTE = "_hf_attn_scores"
 T = TypeVar("T", "Scores", Unseen)
 
 
@@ -37,7 +37,7 @@ class Scores:
             zero = torch.zeros((), dtype=dtype, device=device)
             values = zero.expand(mask.shape).masked_fill(~mask, -torch.inf)
         else:
-            values = as_dtype(cut_bias(layout, bias), dtype)
+            values = as_dtype(cut_bias(layout, bias.detach()), dtype)  # no view of what it is kept with
             if mask is not None:
                 values = values.masked_fill(~mask, -torch.inf)
         values = values.expand(*values.shape[:2], layout.q_len, layout.keys)
@@ -83,23 +83,18 @@ def _kept(
     layout: Layout, bias: Tensor | None, device: torch.device, dtype: torch.dtype | None, make: Callable[[], T]
 ) -> T:
     """What ``make`` makes of a layout and bias, or what it made of them before."""
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    if capturing or (bias is not None and bias.is_inference()):  # whether it was written to since, nobody can tell
-        return make()
     numbers = (layout.q_len, layout.kv_len, layout.start, layout.stop, layout.causal, layout.window)
     # layouts without tensors are told apart by their numbers, others by what they are
-    key = (dtype, numbers if layout.kind == FULL else None)
-    kept: dict[Any, tuple[Layout, T]]
-    if bias is None:
-        kept = layout.scores
-    else:
-        version, kept = getattr(bias, _ATTRIBUTE, (-1, {}))
-        if version != bias._version:
-            kept = {}
-            setattr(bias, _ATTRIBUTE, (bias._version, kept))
-    known = kept.get(key)
-    if known is None or (known[0] is not layout and layout.kind != FULL):
-        known = kept[key] = (layout, make())
-    else:
+    key = ("scores", dtype, numbers if layout.kind == FULL else None)
+    if bias is None and memo.capturing(device):
+        return make()
+    known: tuple[Layout, T] | None = layout.scores.get(key) if bias is None else memo.recall(bias, key)
+    if known is not None and (known[0] is layout or layout.kind == FULL):
         known[1].settle()
-    return known[1]
+        return known[1]
+    made = make()
+    if bias is None:
+        layout.scores[key] = (layout, made)
+    else:
+        memo.keep(bias, key, (layout, made))
+    return made

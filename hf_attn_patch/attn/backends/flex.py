@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_attn_patch.attn import memo
 from hf_attn_patch.attn.request import AttentionRequest, Operands
 from hf_attn_patch.attn.visibility import DENSE, FULL, PACKED, PADDED, Layout
-from hf_attn_patch.compat.torch import recompile_limit
 
 from ._common import cut, cut_bias, rescale_by_sinks
 from ._scores import unseen_of
@@ -50,12 +50,13 @@ def refuses(request: AttentionRequest) -> str | None:
 
 @functools.cache
 def _compiled() -> Callable[..., Any]:
+    import torch._dynamo
     from torch.nn.attention.flex_attention import flex_attention
 
     compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        with recompile_limit(_SHAPES):
+        with torch._dynamo.config.patch(recompile_limit=_SHAPES, accumulated_recompile_limit=_SHAPES):
             return compiled(*args, **kwargs)
 
     return call
@@ -120,10 +121,13 @@ def _block_mask(layout: Layout, device: torch.device) -> Any:
     from torch.nn.attention.flex_attention import create_block_mask
 
     mask_mod, batch = _mask_mod(layout, device)
-    layout.block_mask = create_block_mask(
-        mask_mod, batch, None, layout.q_len, layout.keys, device=str(device), BLOCK_SIZE=_BLOCK
-    )
-    return layout.block_mask
+    with memo.counted():
+        made = create_block_mask(
+            mask_mod, batch, None, layout.q_len, layout.keys, device=str(device), BLOCK_SIZE=_BLOCK
+        )
+    if not (layout.kind == FULL and memo.capturing(device)):  # shared with calls outside the graph
+        layout.block_mask = made
+    return made
 
 
 def _mask_mod(layout: Layout, device: torch.device) -> tuple[Callable[..., Tensor], int | None]:
