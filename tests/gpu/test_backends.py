@@ -201,6 +201,98 @@ def test_nan_in_padding_does_not_leak(name):
     assert torch.isfinite(dirty).all()
 
 
+@pytest.mark.parametrize("hidden_by", ["bias", "lowest number", "bias and causality", "heads"])
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("name", BACKENDS)
+def test_nan_behind_what_is_added_does_not_leak(name, grad, hidden_by):
+    B, HQ, HKV, S, D = 2, 8, 2, 131 if name != "triton_decode" else 9, 64
+    q, k, v = make(B, HQ, HKV, S, S, D, torch.bfloat16)
+    g = torch.Generator("cuda").manual_seed(1)
+    see = torch.rand(B, HQ, S, S, generator=g, device="cuda") < 0.7
+    see[..., 0] = True
+    see[0, ..., S - 5 :] = False
+    if hidden_by == "heads":
+        see[1, :4, :, 3:7] = False
+    causal = hidden_by == "bias and causality"
+    if causal:
+        see[1, :, S // 2 :, S // 2] = False  # and from the rows before, by causality
+    own = torch.ones(S, S, dtype=torch.bool, device="cuda")
+    own = own.tril() if causal else own
+    number = torch.finfo(torch.bfloat16).min if hidden_by == "lowest number" else -torch.inf
+    bias = torch.randn(B, HQ, S, S, generator=g, device="cuda").bfloat16().masked_fill(~see, number)
+    unseen = ~(see & own).unflatten(1, (HKV, HQ // HKV)).any(2).any(2)[..., None]
+    assert unseen.any()
+    results = []
+    for keys, values in ((k, v), (k.masked_fill(unseen, float("nan")), v.masked_fill(unseen, float("inf")))):
+        leaves = [t.detach().requires_grad_(grad) for t in (q, keys, values)]
+        try:
+            out = attend(*leaves, layout=full(S, S, causal, (None, None), B), bias=bias, name=name)[0]
+        except AttentionError as error:
+            pytest.skip(str(error))
+        results.append((out, *(torch.autograd.grad(out.float().square().sum(), leaves) if grad else ())))
+    for clean, dirty in zip(*results, strict=True):
+        assert dirty.isfinite().all()
+        torch.testing.assert_close(dirty, clean)
+    for t in results[1][2:]:
+        assert not t[unseen.expand_as(t)].any()
+
+
+@pytest.mark.parametrize("kind", ["packed", "window"])
+@pytest.mark.parametrize("name", BACKENDS)
+def test_nan_outside_documents_and_windows_does_not_leak(name, kind):
+    """Behind the last border, and before the first key that a window reaches; forward and backward."""
+    Sq, Sk = (203, 203) if kind == "packed" else (70, 203)
+    q, k, v = make(1, 8, 2, Sq, Sk, 64, torch.bfloat16)
+    cu = torch.tensor([0, 64, 131, 190], device="cuda")
+    if kind == "packed":
+        layout, unseen = packed(1, Sq, Sk, cu, cu, 67, 67, True), torch.arange(Sk, device="cuda") >= 190
+    else:
+        layout, unseen = full(Sq, Sk, False, (9, None)), torch.arange(Sk, device="cuda") < Sk - Sq - 9
+    results = []
+    for fill in (0.0, float("nan")):
+        leaves = [q.detach().requires_grad_()]
+        leaves += [t.masked_fill(unseen[:, None], fill).detach().requires_grad_() for t in (k, v)]
+        try:
+            out = attend(*leaves, layout=layout, name=name)[0]
+        except AttentionError as error:
+            pytest.skip(str(error))
+        results.append((out, *torch.autograd.grad(out.float().square().sum(), leaves)))
+    for clean, dirty in zip(*results, strict=True):
+        assert dirty.isfinite().all()
+        torch.testing.assert_close(dirty, clean, atol=2e-2, rtol=2e-2)  # backwards add up atomically
+
+
+@pytest.mark.parametrize("options", [{}, {"bias": 1}, {"bias": 2}, {"sinks": True}], ids=str)
+@pytest.mark.parametrize("kind", ["full", "causal", "padded", "packed", "dense"])
+@pytest.mark.parametrize("heads", [(32, 1), (32, 4)])
+@pytest.mark.parametrize("name", BACKENDS)
+def test_large_groups_add_up_their_gradients(name, heads, kind, options):
+    attempt(name, kind, 2, *heads, 131, 131, 64, torch.bfloat16, **options)
+
+
+@pytest.mark.parametrize("sizes", [(0, 5, 7), (2, 0, 7), (2, 5, 0), (2, 0, 0), (2, 1, 0)], ids=str)
+@pytest.mark.parametrize("options", [{}, {"softcap": 5.0}, {"sinks": 8}, {"dropout": 0.2}, {"bias": True}], ids=str)
+@pytest.mark.parametrize("name", [None, *BACKENDS])
+def test_empty_calls(name, options, sizes):
+    B, Sq, Sk = sizes
+    leaves = [t.requires_grad_() for t in make(B, 8, 2, Sq, Sk, 64, torch.bfloat16)]
+    more = dict(options)
+    if "sinks" in options:
+        more["sinks"] = torch.randn(8, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    if "bias" in options:
+        more["bias"] = torch.randn(1, 8, Sq, Sk, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    leaves += [t for t in more.values() if isinstance(t, torch.Tensor)]
+    try:
+        out = attend(*leaves[:3], layout=full(Sq, Sk, True, (None, None), B), name=name, **more)[0]
+    except AttentionError as error:
+        pytest.skip(str(error))
+    assert out.shape == (B, 8, Sq, 64)
+    assert not out.any()
+    for leaf, gradient in zip(leaves, torch.autograd.grad(out.sum(), leaves), strict=True):
+        assert gradient.shape == leaf.shape
+        assert not gradient.any()
+
+
 @pytest.mark.parametrize("name", FUSED)
 def test_strange_strides(name):
     base = torch.randn(2, 131, 3 * 8 * 64 + 8, device="cuda", dtype=torch.bfloat16)[..., 8:]
