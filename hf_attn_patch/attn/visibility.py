@@ -64,6 +64,7 @@ class Layout:
     chosen: dict[Any, Any] = field(default_factory=dict, repr=False)  # dispatch's: facts of a call -> who runs it
     block_mask: Any = field(default=None, repr=False)  # flex_attention's form, built on demand
     scores: dict[Any, Any] = field(default_factory=dict, repr=False)  # the form of kernels that add a float mask
+    unseen: Any = field(default=None, repr=False)  # dead_keys, in the form of kernels that would meet them
     _any_dead: bool | None = field(default=None, repr=False)
 
     @property
@@ -179,9 +180,24 @@ class Layout:
                 if self.window[0] is not None:
                     self._dead = self._dead | (k < self.keys - self.q_len - self.window[0])
                 self._dead = self._dead[:, None]
+            elif self.kind == PACKED:
+                self._dead = self._dead_of_documents(device)
             elif self.kind != FULL and (mask := self.dense(device)) is not None:
                 self._dead = ~mask.any(2)
         return self._dead
+
+    def _dead_of_documents(self, device: torch.device) -> Tensor:
+        """Bool [B, 1, keys]: padding, keys of no document or of one without queries, or out of its window's reach."""
+        assert self.cu_q is not None and self.cu_k is not None
+        cu_q, cu_k = self.cu_q.to(device), self.cu_k.to(device)
+        tokens = torch.arange(self.batch * self.keys, device=device)
+        document = torch.searchsorted(cu_k, tokens, right=True)
+        queries = cu_q[document] - cu_q[document - 1]
+        dead = queries == 0
+        if self.window[0] is not None:
+            dead = dead | (tokens < cu_k[document] - queries - self.window[0])
+        dead = dead.view(self.batch, 1, self.keys)
+        return dead if self.padding is None else dead | self.padding.to(device)[:, None]
 
     def has_dead_keys(self) -> bool:
         """Whether there are :meth:`dead_keys`. Read back, once."""

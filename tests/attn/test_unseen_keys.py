@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from hf_attn_patch import attention, attention_varlen
+from hf_attn_patch.attn.backends._varlen import run_varlen
 from hf_attn_patch.attn.dispatch import attend
-from hf_attn_patch.attn.visibility import PACKED, PADDED, Layout
+from hf_attn_patch.attn.request import Operands
+from hf_attn_patch.attn.visibility import PACKED, PADDED, Layout, packed
 from hf_attn_patch.hf.attention_function import attention_forward
 
 SPOILT = torch.tensor([float("nan"), float("inf"), float("-inf")])
@@ -128,11 +130,40 @@ def test_outside_every_document(options, backend):
     unseen = torch.zeros(1, 2, 12, dtype=torch.bool)
     unseen[..., 9:] = True
 
-    def packed(q, k, v):
+    def documents(q, k, v):
         q, k, v = (t[0].transpose(0, 1) for t in (q, k, v))
         return attention_varlen(q, k, v, torch.tensor([0, 4, 9]), backend=backend, **options)
 
-    assert_unharmed(packed, q, k, v, unseen)
+    assert_unharmed(documents, q, k, v, unseen)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), max_size=4),
+    tails=st.tuples(*[st.integers(0, 3)] * 2), left=st.sampled_from([None, 0, 2]), causal=st.booleans(),
+)  # fmt: skip
+def test_which_keys_documents_leave_unseen(lengths, tails, left, causal):
+    """Told from the borders, as the whole mask tells it, and kept from a kernel whose tiles reach over them."""
+    borders = [torch.tensor([0, *(n[i] for n in lengths)]).cumsum(0) for i in (0, 1)]
+    T, Tk = (int(b[-1]) + tail for b, tail in zip(borders, tails, strict=True))
+    if 0 in (T, Tk):
+        return
+    layout = packed(1, T, Tk, *borders, 5, 5, causal, (left, None))
+    mask = layout.dense(torch.device("cpu"))
+    dead = layout.dead_keys(torch.device("cpu"))
+    assert torch.equal(dead, ~mask.any(2))
+    q, k, v = (torch.randn(1, h, s, 8) for h, s in ((4, T), (2, Tk), (2, Tk)))
+
+    def tiles(q, k, v, cu_q, cu_k, *_):
+        """Scores of a whole row of tokens, hidden before the softmax: 0 * NaN is met in the product with V."""
+        scores = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(2, 1)).masked_fill(~mask[0], -torch.inf)
+        weights = scores.softmax(-1).masked_fill(~mask[0].any(-1, keepdim=True), 0)
+        return torch.einsum("hqk,khd->qhd", weights, v.repeat_interleave(2, 1))
+
+    def function(q, k, v):
+        return run_varlen(q, k, v, Operands(layout, 1.0), tiles, clean=True)
+
+    assert_unharmed(function, q, k, v, dead.expand(1, 2, Tk))
 
 
 @pytest.mark.parametrize("backend", [None, "reference"])

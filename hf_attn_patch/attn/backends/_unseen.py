@@ -30,6 +30,20 @@ def without_unseen(layout: Layout, bias: Tensor | None, k: Tensor, v: Tensor) ->
     return k.masked_fill(dead, 0), v.masked_fill(dead, 0)
 
 
+def without_unseen_of_documents(layout: Layout, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`without_unseen` for packed documents, where most often there are no such keys: nothing waits to know."""
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        return without_unseen(layout, None, k, v)
+    if layout.unseen is None:
+        dead = layout.dead_keys(k.device)
+        assert dead is not None
+        layout.unseen = Unseen(torch.where(dead, -torch.inf, 0.0), torch.float32)
+    else:
+        layout.unseen.settle()
+    unseen: Unseen = layout.unseen
+    return unseen.clean(k, v)
+
+
 def peaks_of(layout: Layout, bias: Tensor, device: torch.device) -> Tensor:
     """[B or 1, HQ or 1, Sk or 1]: what is added to a key's scores at most, -inf where the layout hides it from all."""
     bias = cut_bias(layout, bias.detach())
@@ -56,7 +70,7 @@ class Unseen:
     def __init__(self, peaks: Tensor, dtype: torch.dtype, blind: Tensor | None = None) -> None:
         self.dead: Tensor | None = peaks == -torch.inf
         # half of the lowest: a bias on top of it may have taken it up a little
-        self.low: Tensor | None = peaks <= torch.finfo(dtype).min / 2
+        self.low: Tensor | None = (peaks <= torch.finfo(dtype).min / 2) & ~self.dead
         self.blind = blind
         self._asked: Any = None
         if torch.compiler.is_compiling():

@@ -11,7 +11,7 @@ from hf_attn_patch.attn.request import AttentionRequest, Operands
 from hf_attn_patch.attn.visibility import FULL, PACKED, PADDED
 
 from ._common import cut
-from ._unseen import without_unseen
+from ._unseen import without_unseen, without_unseen_of_documents
 
 #: kernel(q [T, HQ, D], k [Tk, HKV, D], v, cu_q, cu_k, max_q, max_k) -> out [T, HQ, Dv]
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int], Tensor]
@@ -61,7 +61,9 @@ def run_varlen(q: Tensor, k: Tensor, v: Tensor, operands: Operands, kernel: Kern
     else:
         assert layout.cu_q is not None and layout.cu_k is not None
         cu_q, cu_k, max_q, max_k = layout.cu_q, layout.cu_k, layout.max_q, layout.max_k
-        if layout.padding is not None:  # documents of their own, whose output is dropped: gradients of NaN would stay
+        if clean:
+            k, v = without_unseen_of_documents(layout, k, v)
+        elif layout.padding is not None:  # documents of their own: their output is dropped, their gradient is not
             k, v = (t.masked_fill(layout.padding[:, None, :, None], 0) for t in (k, v))
     q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (q, k, v))
     out = kernel(q, k, v, cu_q, cu_k, max_q, max_k).unflatten(0, (B, Sq)).transpose(1, 2)
