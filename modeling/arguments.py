@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
 
-
-def either(**names: Tensor | None) -> Tensor | None:
+def either(**names: Any) -> Any:
     """The one that is given of an argument's two names."""
     given = [t for t in names.values() if t is not None]
     if len(given) > 1:

@@ -65,7 +65,7 @@ class GroupedQueryAttention(nn.Module):
     >>> from transformers import DynamicCache
     >>> cache = DynamicCache()
     >>> for token in torch.randn(4, 3, 1, 64):          # 4 steps of one token
-    ...     out = gqa(token, past_key_values=cache)
+    ...     out = gqa(token, cache=cache)
     >>> cache.layers[0].keys.shape
     torch.Size([3, 2, 4, 8])
     >>> x, padding = torch.randn(3, 5, 64), torch.tensor([[False] * 5, [False] * 5, [False] * 3 + [True] * 2])
@@ -153,6 +153,7 @@ class GroupedQueryAttention(nn.Module):
         key_value_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
+        cache: Any = None,
         past_key_values: Any = None,
         cu_seqlens: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor | None]:
@@ -175,8 +176,8 @@ class GroupedQueryAttention(nn.Module):
             attention_mask: transformers' convention. [B, Sk] of ones and zeros (zero: padding), integers or bool; or
                 what is broadcastable to [B, HQ, Sq, Sk], bool (True: MAY be seen) or float (added to the scores).
             position_ids: [B or 1, Sq], for RoPE; by default they go on after what the cache holds.
-            past_key_values: any transformers Cache; masks count the cached keys too. Of an EncoderDecoderCache, self-
-                and cross-attention each take their own half, and cross-attention makes its keys only once.
+            cache: any transformers Cache, or by its older name ``past_key_values``; masks count the cached keys too. Of
+                an EncoderDecoderCache each attention takes its half, and cross-attention makes its keys only once.
             cu_seqlens: int32 [N + 1], borders of packed documents in a row of tokens (B = 1), none of which sees
                 another. Neither a mask nor a cache goes with it.
 
@@ -192,6 +193,7 @@ class GroupedQueryAttention(nn.Module):
         x, key = either(query=query, hidden_states=hidden_states), either(key=key, key_value_states=key_value_states)
         if x is None or (key is None and value is not None):
             raise ValueError("give query (or hidden_states), and a key (or key_value_states) with a value")
+        past = either(cache=cache, past_key_values=past_key_values)
         pair, weights = value is not None or need_weights is not None, need_weights
         weights = value is not None if weights is None else weights
         cross = key is not None and (value is None or key is not x)
@@ -202,14 +204,14 @@ class GroupedQueryAttention(nn.Module):
         rows = self._batch_first(x)
         key, value = (None if t is None else self._batch_first(t) for t in (key, value))
         if cu_seqlens is not None:
-            if rows.shape[0] != 1 or weights or cross or not all(t is None for t in (*given, past_key_values)):
+            if rows.shape[0] != 1 or weights or cross or not all(t is None for t in (*given, past)):
                 raise ValueError(
                     "cu_seqlens describes one row of packed tokens for self-attention: give hidden_states [1, S, E] "
-                    "and no mask, past_key_values, weights or key_value_states with it"
+                    "and no mask, cache, weights or key_value_states with it"
                 )
             out, found = self._packed(rows, cu_seqlens, position_ids, is_causal), None
         else:
-            out, found = self._attend(rows, key, value, cross, given, is_causal, position_ids, past_key_values, weights)
+            out, found = self._attend(rows, key, value, cross, given, is_causal, position_ids, past, weights)
         out = self.o_proj(out.transpose(1, 2).flatten(2))
         if found is not None and average_attn_weights:
             found = found.mean(1)

@@ -171,6 +171,16 @@ def test_cached_steps_are_the_whole_forward(position, cache):
     assert own.layers[0].keys.shape[1] == 2
 
 
+def test_a_cache_goes_by_either_name():
+    m, x = module(2, causal=True), data(S=5)
+    whole = m(x)
+    for name in ("cache", "past_key_values"):
+        past = DynamicCache()
+        close(torch.cat([m(part, **{name: past}) for part in x.split((3, 2), 1)], 1), whole, 1e-6)
+    with pytest.raises(ValueError, match="cache and past_key_values are two names for one argument"):
+        m(x, cache=past, past_key_values=past)
+
+
 def test_cross_attention_makes_its_keys_once():
     m = module(1, kv_dim=20)
     x, source = data(S=3), data(S=5, seed=2, width=20)
