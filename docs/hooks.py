@@ -119,7 +119,21 @@ def on_files(files: Any, config: Any) -> Any:
     return files
 
 
+def comparison() -> str:
+    """The first page's table of alternatives, and when not to use this: written once, in the README."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    return text[text.index("## Is it for you?") : text.index("## Three doors")]
+
+
+def first_numbers() -> str:
+    """The README's three numbers."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    return text[text.index("| | before | with this package |") : text.index("\nWhere these are from")]
+
+
 MARKS = {
+    "comparison": comparison,
+    "first numbers": first_numbers,
     "methods": methods,
     "families: stock": lambda: families(grouped=False),
     "families: grouped": lambda: families(grouped=True),

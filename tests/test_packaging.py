@@ -127,3 +127,18 @@ def test_workflows_run_targets_that_are_there() -> None:
     wanted.discard(None)
     assert {"test-newest", "test-oldest", "lint", "unit", "test"} <= wanted
     assert wanted <= targets
+
+
+def test_the_readme_is_whole_on_the_packages_page() -> None:
+    """Its links are absolute, lead below the repository that pyproject.toml names, and to files that are there."""
+    import re
+
+    home = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
+    raw = home.replace("https://github.com/", "https://raw.githubusercontent.com/")
+    links = re.findall(r"\]\(([^)\s]+)\)", (ROOT / "README.md").read_text())
+    own = [link for link in links if not link.startswith(("#", "https://arxiv.org/"))]
+    assert len(own) > 10
+    for link in own:
+        start = next((p for p in (f"{home}/blob/main/", f"{raw}/main/") if link.startswith(p)), None)
+        assert start is not None, link
+        assert (ROOT / link.removeprefix(start).split("#")[0]).exists(), link
