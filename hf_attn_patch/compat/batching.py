@@ -40,6 +40,40 @@ def admit_to_batching(ours: Callable[[str], bool]) -> None:
     ContinuousBatchingManager.switch_to_cb_friendly_attn = switch
 
 
+@known(
+    "transformers", "how generate_batch decides on block tables (initialization.ensure_decode_fast_path_is_available)"
+)
+def admit_to_block_tables(ours: Callable[[str], bool], read_here: Callable[[], bool]) -> None:
+    """Let ``generate_batch`` hand its block tables to implementations of ours, where the user asks for them
+    (``ContinuousBatchingConfig(max_blocks_per_request=...)``).
+
+    transformers offers them to FlashAttention 2 and 3 on a GPU alone, and warns others that ask. Known for 5.20 to 5.24.
+    Before, it does not say which layers have a table, and the warning stays.
+
+    Args:
+        ours: says of an implementation's name whether it leads to us.
+        read_here: whether our kernel for pages runs on this machine.
+    """
+    from transformers.generation.continuous_batching import initialization
+
+    decided_before = initialization.ensure_decode_fast_path_is_available
+    if hasattr(decided_before, "_hf_attn_admits"):
+        return
+    allocators = getattr(initialization, "ATTN_TYPE_TO_ALLOCATOR", None)
+    if allocators is None:
+        return
+    kinds_of = initialization.group_layers_by_attn_type
+
+    @functools.wraps(decided_before)
+    def decide(config: Any, batching: Any, user_requested: bool) -> None:
+        asked = user_requested and batching.max_blocks_per_request and ours(str(attention_name(config)))
+        if not (asked and read_here() and all(allocators[kind].supports_block_table for kind in kinds_of(config))):
+            decided_before(config, batching, user_requested)
+
+    decide._hf_attn_admits = True  # type: ignore[attr-defined]
+    initialization.ensure_decode_fast_path_is_available = decide
+
+
 def pages_of(cache: Any, layer: Any, table: Any) -> tuple[Any, Any, Any]:
     """A layer's pages of K and V [pages, page, HKV, D] and its block table, of the paged cache before 5.19.
 

@@ -68,6 +68,11 @@ def paged_forward(
         max_k = max_k[kind] if isinstance(max_k, dict) else max_k
         max_length_q = kwargs.get("max_seqlen_q", max_length_q)
     if pages is not None:
+        if window:
+            raise AttentionError(
+                f"a block table came for a layer with a sliding window of {window}, and our kernel reads whole "
+                "requests: set max_blocks_per_request=0 in the continuous batching config"
+            )
         return paged_decode(query, key, value, *pages, cu_k, **numbers), None
     T, Tk = query.shape[2], key.shape[2]
     layout = packed(

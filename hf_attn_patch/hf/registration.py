@@ -36,7 +36,8 @@ def register() -> None:
 def _admit() -> None:
     from transformers import AttentionInterface
 
-    from hf_attn_patch.compat.batching import admit_to_batching
+    from hf_attn_patch.attn.backends import triton_decode
+    from hf_attn_patch.compat.batching import admit_to_batching, admit_to_block_tables
     from hf_attn_patch.compat.ground import CompatError
     from hf_attn_patch.compat.transformers import global_functions
 
@@ -48,6 +49,7 @@ def _admit() -> None:
 
     try:
         admit_to_batching(ours)
+        admit_to_block_tables(ours, lambda: triton_decode.missing() is None)
     except CompatError as error:  # transformers then refuses our name itself, and this says why
         logging.getLogger("hf_attn_patch").warning("generate_batch does not take hf_attn_patch: %s", error)
 
