@@ -47,7 +47,7 @@ def admit_to_block_tables(ours: Callable[[str], bool], read_here: Callable[[], b
     """Let ``generate_batch`` hand its block tables to implementations of ours, where the user asks for them
     (``ContinuousBatchingConfig(max_blocks_per_request=...)``).
 
-    transformers offers them to FlashAttention 2 and 3 on a GPU alone, and warns others that ask. Known for 5.20 to 5.24.
+    transformers offers them to FlashAttention 2 and 3 on a GPU alone, and warns others that ask. For 5.20 to 5.24.
     Before, it does not say which layers have a table, and the warning stays.
 
     Args:

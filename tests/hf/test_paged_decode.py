@@ -44,7 +44,7 @@ def test_a_window_is_not_forgotten() -> None:
     x, module = PagedRequests([5, 3], 16, 4, 2, 16, interpreter.DEVICE, torch.float32), torch.nn.Module()
     module.sliding_window = 4
     handed = {"block_table": x.table, "k_cache": x.pages[0], "v_cache": x.pages[1]}
-    with pytest.raises(AttentionError, match="a sliding window of 4.*max_blocks_per_request=0"):
+    with pytest.raises(AttentionError, match=r"a sliding window of 4.*max_blocks_per_request=0"):
         attention_forward(
             module, x.query, x.key, x.value, None, cu_seq_lens_q=x.cu, cu_seq_lens_k=x.cu, write_index=[], **handed
         )
