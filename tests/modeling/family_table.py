@@ -31,7 +31,7 @@ COLUMNS = {
     "loads by Auto class": ("test_save_and_reload_through_auto_classes",),
     "loads without us": ("test_loads_without_this_package",),
     "converts": ("test_mean_is_the_mean", "test_a_grouped_checkpoint"),
-    "generates": ("test_generate_and_what_it_caches", "test_beam_search"),
+    "generates": ("test_generate_and_what_it_caches", "test_beam_search", "test_cached_tokens_are"),
     "trains": ("test_gradients_are", "test_gradient_checkpointing"),
     "compiles": ("test_compiles",),
 }

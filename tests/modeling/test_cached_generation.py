@@ -35,9 +35,9 @@ def filled(case: Case, out: Any) -> int:
     return int((cache.self_attention_cache if case.seq2seq else cache).get_seq_length())
 
 
-@pytest.mark.parametrize("search", SEARCH)
-@pytest.mark.parametrize("attn", ["eager", "sdpa", "hf_attn_patch"])
 @generating
+@pytest.mark.parametrize("attn", ["eager", "sdpa", "hf_attn_patch"])
+@pytest.mark.parametrize("search", SEARCH)
 def test_cached_tokens_are_the_uncached_ones(case: Case, attn: str, search: str) -> None:
     model = case.make(2, attn)
     options = {**SEARCH[search], "max_new_tokens": NEW, "eos_token_id": None, "return_dict_in_generate": True}
