@@ -113,7 +113,7 @@ class GroupedFalconModel(GroupedFalcon, stock.FalconModel):
         cache = given_cache(cache, kwargs)
         hidden, cache = embed(self, self.word_embeddings, input_ids, inputs_embeds, cache, use_cache)
         position_ids = positions(position_ids, hidden, cache)
-        mask = causal_mask(self.config, hidden, attention_mask, cache)
+        mask = causal_mask(self.config, hidden, attention_mask, cache, position_ids=position_ids)
         arguments: dict[str, Any] = {"attention_mask": mask, "position_ids": position_ids, "alibi": None}
         if self.use_alibi:
             arguments["alibi"] = self._alibi(hidden, attention_mask, cache)

@@ -49,6 +49,18 @@ def test_every_falcon_is_the_stock_one_with_its_kv_heads_alone_in_the_cache(name
     assert torch.equal(made.sequences, ours.generate(**feed, **new, use_cache=False).sequences)
 
 
+@pytest.mark.parametrize("alibi", [False, True])
+@pytest.mark.parametrize("attn", ["eager", "sdpa", "hf_attn_patch"])
+def test_falcons_packed_documents_are_those_documents_alone(attn, alibi):
+    model = BY_NAME["falcon"].make(2, attn, alibi=alibi)
+    first, second = (torch.arange(n)[None] * 7 % 50 + 3 for n in (5, 6))
+    positions = torch.cat([torch.arange(5), torch.arange(6)])[None]
+    with torch.no_grad():
+        packed = model(input_ids=torch.cat([first, second], 1), position_ids=positions, use_cache=False).logits
+        alone = torch.cat([model(input_ids=ids).logits for ids in (first, second)], 1)
+    torch.testing.assert_close(packed, alone, atol=2e-5, rtol=2e-5)
+
+
 @pytest.mark.parametrize("attn", ["eager", "sdpa", "hf_attn_patch"])
 def test_cross_attention_of_decoders_has_its_own_kv_heads(attn):
     gpt2, bert = BY_NAME["gpt2"], BY_NAME["bert"]
