@@ -38,7 +38,7 @@ def attention(
     Args:
         q: [B, HQ, Sq, D]. k: [B, HKV, Sk, D]. v: [B, HKV, Sk, Dv], HQ a multiple of HKV. One floating dtype and device.
         mask: bool (True: may be seen) or float (added to the scores), broadcastable to [B, HQ, Sq, Sk]; or bool
-            [B, Sk], the valid keys.
+            [B, Sk], the valid keys, which is what a bool of that shape always is (give [1, 1, Sq, Sk] where B == Sq).
         causal: query i sees keys up to ``i + Sk - Sq`` (aligned at the lower right, as FlashAttention does).
         window: an int w: the last w keys, itself included (implies ``causal``'s alignment); or (left, right) keys on
             each side, None for no bound.
@@ -118,11 +118,9 @@ def _layout(
     dropout: float,
 ) -> tuple[Layout, Tensor | None]:
     """Check the arguments of :func:`attention`; who may see whom, and the bias with what a float mask adds."""
-    _check(q, k, v, dropout)
+    _check(q, k, v, dropout, sinks)
     B, HQ, Sq, _ = q.shape
     Sk = k.shape[2]
-    if sinks is not None and sinks.shape != (HQ,):
-        raise AttentionError(f"sinks have the shape {tuple(sinks.shape)}, not one for each of {HQ} query heads")
     bounds, causal = _window(window, causal)
     layout = full(Sq, Sk, causal, bounds, B)
     if mask is not None:
@@ -184,7 +182,7 @@ def attention_varlen(
     if self_attention and q.shape[0] != k.shape[0]:
         raise AttentionError(f"{q.shape[0]} queries and {k.shape[0]} keys need their own cu_seqlens each")
     q4, k4, v4 = (t.transpose(0, 1)[None] for t in (q, k, v))
-    _check(q4, k4, v4, dropout)
+    _check(q4, k4, v4, dropout, sinks)
     if max_seqlen_q is None or max_seqlen_k is None:
         longest = torch.stack([nn.functional.pad(cu.diff(), (1, 0)).max() for cu in (cu_seqlens_q, cu_k)]).tolist()
         max_seqlen_q = longest[0] if max_seqlen_q is None else max_seqlen_q
@@ -221,7 +219,7 @@ def _window(window: Window, causal: bool) -> tuple[tuple[int | None, int | None]
     return (left, right), causal
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, dropout: float, sinks: Tensor | None) -> None:
     if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
         raise AttentionError(f"q, k and v are [B, H, S, D]; got {q.dim()}, {k.dim()} and {v.dim()} dimensions")
     if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
@@ -236,6 +234,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> None:
         )
     if not q.device == k.device == v.device:
         raise AttentionError(f"q, k and v are on {q.device}, {k.device} and {v.device}; one device is wanted")
+    if sinks is not None and sinks.shape != (q.shape[1],):
+        raise AttentionError(f"sinks have the shape {tuple(sinks.shape)}, not one for each of {q.shape[1]} query heads")
     if not 0.0 <= dropout < 1.0:
         raise AttentionError(f"dropout {dropout} is not a probability below 1")
 

@@ -195,6 +195,12 @@ def test_bad_input_is_named(change, error):
     assert len(str(caught.value)) > 20
 
 
+def test_packed_sinks_that_do_not_fit_are_named():
+    q, cu = torch.randn(3, 4, 8), torch.tensor([0, 3])
+    with pytest.raises(AttentionError, match="not one for each of 4 query heads"):
+        attention_varlen(q, q, q, cu, sinks=torch.zeros(2))
+
+
 def test_use_backend_insists_and_lets_go():
     q, k, v = tensors(1, 4, 2, 5, 5, 8)
     with hf_attn_patch.use_backend("torch_sdpa"), pytest.raises(AttentionError, match="softcap"):
