@@ -114,7 +114,7 @@ def run(q: Tensor, k: Tensor, v: Tensor, request: AttentionRequest, operands: Op
 
 def _wants_fp32(request: AttentionRequest) -> bool:
     """The CPU kernel's backward adds up dK and dV over queries and group in the dtype of K: up to 5 times the error of
-    plain attention in half precision. A step in fp32 takes 1.1 to 1.25 times as long as in bf16, a seventh of fp16's."""
+    plain attention in half precision. In fp32 a step takes 1.1 to 1.25 times as long as bf16's, a seventh of fp16's."""
     return request.device == "cpu" and request.half and request.grad
 
 
