@@ -29,7 +29,7 @@ Progress = Callable[[int], object]
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class CopiedStretch:
     """A stretch of one source file that goes unchanged to one place of an output file."""
 
     file: int
@@ -186,7 +186,7 @@ class _Work:
                     self.stream(run, target, buffer)
         self.folder.mark(job)
 
-    def stream(self, run: Run, target: int, buffer: memoryview) -> None:
+    def stream(self, run: CopiedStretch, target: int, buffer: memoryview) -> None:
         path = self.plan.source.files[run.file]
         with Opened(path, os.O_RDONLY) as source:
             done = 0
@@ -206,7 +206,7 @@ class _Work:
         if not self.allow_nonfinite:
             refuse_nonfinite(raw, dtype, name)
 
-    def name_the_culprit(self, run: Run) -> None:
+    def name_the_culprit(self, run: CopiedStretch) -> None:
         """Find which tensor of a run has the NaN or Inf."""
         source = self.plan.source
         for name, tensor in source.tensors.items():
@@ -228,18 +228,20 @@ class Opened:
         os.close(self.descriptor)
 
 
-def runs(source: Source, names: list[str], place: dict[str, tuple[str, int]]) -> list[Run]:
+def runs(source: Source, names: list[str], place: dict[str, tuple[str, int]]) -> list[CopiedStretch]:
     """Join tensors that lie side by side on both sides and have one dtype."""
-    out: list[Run] = []
+    out: list[CopiedStretch] = []
     for name in names:
         info, target = source.tensors[name], place[name][1]
         last = out[-1] if out else None
         if last is not None and (last.file, last.source + last.nbytes, last.target + last.nbytes, last.dtype) == (
             info.file, info.offset, target, info.dtype,
         ):  # fmt: skip
-            out[-1] = Run(last.file, last.source, last.target, last.nbytes + info.nbytes, last.dtype, last.tensor)
+            out[-1] = CopiedStretch(
+                last.file, last.source, last.target, last.nbytes + info.nbytes, last.dtype, last.tensor
+            )
         else:
-            out.append(Run(info.file, info.offset, target, info.nbytes, info.dtype, name))
+            out.append(CopiedStretch(info.file, info.offset, target, info.nbytes, info.dtype, name))
     return out
 
 

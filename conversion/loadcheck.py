@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from hf_attn_patch.compat.transformers import auto_model_classes, classes_of
 from hf_attn_patch.errors import ConversionError
 
 from .checkpoints.dtypes import torch_dtype
@@ -31,7 +32,6 @@ def check_loads(plan: Plan) -> None:
 def model_class_of(raw: Mapping[str, Any], config: Any) -> Any:
     """The class that config.json names first: transformers' own, or one registered with its Auto classes."""
     import transformers
-    from transformers.models.auto import modeling_auto
 
     names = architectures(raw)
     if not names:
@@ -39,10 +39,8 @@ def model_class_of(raw: Mapping[str, Any], config: Any) -> Any:
     found = getattr(transformers, names[0], None)
     if found is not None:
         return found if hasattr(found, "from_pretrained") else None
-    for auto_class in vars(modeling_auto).values():
-        mapping = getattr(auto_class, "_model_mapping", None)
-        choices = mapping.get(type(config), ()) if mapping is not None else ()
-        for choice in choices if isinstance(choices, tuple) else (choices,):
+    for auto_class in auto_model_classes().values():
+        for choice in classes_of(auto_class, config):
             if choice.__name__ == names[0]:
                 return choice
     return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from hf_attn_patch.compat.transformers import classes_of, is_auto_class
 from hf_attn_patch.errors import ConversionError
 
 from .api import StrPath
@@ -53,7 +54,7 @@ def from_pretrained(
 
     config = CONFIG_MAPPING[made.new_config["model_type"]].from_dict(dict(made.new_config))
     config.name_or_path = made.source.name
-    if hasattr(model_class, "_model_mapping"):  # an Auto class: without a path it needs to be told the class
+    if is_auto_class(model_class):  # an Auto class: without a path it needs to be told the class
         model_class = _concrete(model_class, config)
     elif model_class.config_class.model_type != config.model_type:
         raise ConversionError(
@@ -69,12 +70,11 @@ def from_pretrained(
 
 def _concrete(auto_class: Any, config: Any) -> Any:
     """The model class that an Auto class would choose: the checkpoint's own where there are several."""
-    choice = auto_class._model_mapping[type(config)]
-    if not isinstance(choice, (tuple, list)):
-        return choice
-    by_name = {cls.__name__: cls for cls in choice}
+    by_name = {cls.__name__: cls for cls in classes_of(auto_class, config)}
+    if not by_name:
+        raise ConversionError(f"{auto_class.__name__} has no model for {config.model_type}; pass another Auto class")
     wanted = [name for name in getattr(config, "architectures", None) or [] if name in by_name]
-    return by_name[wanted[0]] if wanted else choice[0]
+    return by_name[wanted[0] if wanted else next(iter(by_name))]
 
 
 def converted_state(plan: Plan, *, allow_nonfinite: bool = False) -> dict[str, Any]:

@@ -45,6 +45,7 @@ class GroupedCodeGenAttention(TableRotaryAttention, stock.CodeGenAttention):
 
 class GroupedCodeGen(GroupedModelOutsideInterface):
     config_class = GroupedCodeGenConfig
+    continuous_batching = hasattr(stock, "eager_attention_forward")  # in the interface, from transformers 5.24
     replaced: ClassVar[dict[type, type]] = {stock.CodeGenAttention: GroupedCodeGenAttention}
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 from transformers import GPT2Config
 from transformers.models.gpt2 import modeling_gpt2 as stock
 
-from .grouped import DecoderGroupedConfig, GroupedAttention, GroupedModel, KVGrouping
+from .grouped import DecoderGroupedConfig, GroupedAttention, GroupedModel, KVGrouping, eager_with_bias
 
 
 class GroupedGPT2Config(DecoderGroupedConfig, GPT2Config):
@@ -35,7 +36,9 @@ class GroupedGPT2Attention(GroupedAttention, stock.GPT2Attention):
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         if self.reorder_and_upcast_attn:  # the stock forward asks for it only where it reads "eager"
-            return self._upcast_and_reordered_attn(query, key, value, mask)
+            with torch.autocast(query.device.type, enabled=False):
+                scores = query.float() @ key.float().transpose(-1, -2) * self.scaling
+            return eager_with_bias(query, key, value, mask, scores=scores, dropout=kwargs.get("dropout", 0.0))
         return stock.eager_attention_forward(self, query, key, value, mask, **kwargs)
 
 

@@ -30,6 +30,7 @@ class GroupedGPTJAttention(TableRotaryAttention, stock.GPTJAttention):
 
 class GroupedGPTJ(GroupedModelOutsideInterface):
     config_class = GroupedGPTJConfig
+    continuous_batching = hasattr(stock, "eager_attention_forward")  # in the interface, from transformers 5.24
     replaced: ClassVar[dict[type, type]] = {stock.GPTJAttention: GroupedGPTJAttention}
 
 

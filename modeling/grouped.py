@@ -161,6 +161,8 @@ class GroupedModelOutsideInterface(GroupedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    #: whether the stock blocks hand on where continuous batching keeps each token
+    continuous_batching: ClassVar[bool] = False
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         # the stock parts look their attention class up by name and know only their own names
@@ -168,6 +170,19 @@ class GroupedModelOutsideInterface(GroupedModel):
         config._attn_implementation = "eager"
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         config._attn_implementation = wanted
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """``generate_batch`` begins here.
+
+        Raises:
+            ValueError: in families whose stock code loses the paged cache on its way, most of them without a word.
+        """
+        if not self.continuous_batching:
+            raise ValueError(
+                f"{type(self).__name__} cannot run under continuous batching with this transformers, whose code for "
+                "the family does not hand paged caches to its layers: call generate instead of generate_batch"
+            )
+        return super().init_continuous_batching(*args, **kwargs)  # type: ignore[misc]
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib
 import re
 from pathlib import Path
-from typing import Any
 
+from hf_attn_patch.compat.transformers import auto_model_classes, class_names_of, config_class_names
 from hf_attn_patch.hf import auto_classes as zoo
 
 _ABSOLUTE = re.compile(r"^from (hf_attn_patch(?:\.\w+)*)\.(\w+) import", re.MULTILINE)
@@ -39,16 +39,9 @@ def auto_map(model_type: str, architecture: str | None = None) -> dict[str, str]
     Args:
         architecture: the checkpoint's own class, taken where an Auto class has several for the family.
     """
-    from transformers.models.auto import modeling_auto
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-
     file = zoo.file_of(model_type)
-    out = {"AutoConfig": f"{file}.{CONFIG_MAPPING_NAMES[model_type]}"}
-    for name, auto_class in vars(modeling_auto).items():
-        table: Any = getattr(auto_class, "_model_mapping", None)
-        if not isinstance(auto_class, type) or table is None or model_type not in table._model_mapping:
-            continue
-        choice = table._model_mapping[model_type]
-        names = (choice,) if isinstance(choice, str) else choice
-        out[name] = f"{file}.{architecture if architecture in names else names[0]}"
+    out = {"AutoConfig": f"{file}.{config_class_names()[model_type]}"}
+    for name, auto_class in auto_model_classes().items():
+        if names := class_names_of(auto_class, model_type):
+            out[name] = f"{file}.{architecture if architecture in names else names[0]}"
     return out

@@ -29,10 +29,10 @@ from hf_attn_patch.conversion.methods.apply import from_heads, to_heads
 from hf_attn_patch.conversion.plan_data import Plan, Unit
 from hf_attn_patch.errors import ConversionError
 
-from .layers import Block, Side, caller, load, sides
+from .layers import Block, LayerStack, caller, load, sides
 from .moments import Moments
 from .pairs import text_pairs
-from .refit import RefitRecipe, Run, TwoStreams
+from .refit import LayerFunction, RefitRecipe, TwoStreams
 from .text import calibration_ids
 
 #: tokens of a sequence at most, where nothing else is asked for
@@ -165,7 +165,7 @@ class Calibrated:
         )
 
     @property
-    def _current(self) -> Side:
+    def _current(self) -> LayerStack:
         return self.sides[self.side]
 
     def _placed(self, hidden: Tensor) -> Tensor:
@@ -191,7 +191,7 @@ class Calibrated:
             self._check(size)
             merged = [self._merge(unit, m) for (unit, _), m in zip(units, moments, strict=True)]
             student = self._student(block, truth, units, merged)
-            ours: Run = own(student)
+            ours: LayerFunction = own(student)
             trained = {n: p for unit, name in units for n, p in self._trained(student, unit, name).items()}
             if self.refit:
                 before, after = streams.fit(ours, list(trained.values()), size)
@@ -205,7 +205,7 @@ class Calibrated:
         self.number += 1
         self.bar.update()
 
-    def _open(self, block: Block) -> tuple[nn.Module, Run, Callable[[nn.Module], Run]]:
+    def _open(self, block: Block) -> tuple[nn.Module, LayerFunction, Callable[[nn.Module], LayerFunction]]:
         """The original's layer on the device in fp32; what runs it; and what makes the same of a converted layer."""
         truth = copy.deepcopy(block.original).to(self.device, torch.float32).eval().requires_grad_(False)
         given = self._current.arguments[self.number]

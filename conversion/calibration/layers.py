@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_attn_patch.compat.transformers import model_from_config
 from hf_attn_patch.conversion.families.config import architectures
 from hf_attn_patch.conversion.families.layer import LayerAttention
 from hf_attn_patch.conversion.loadcheck import model_class_of, quiet
@@ -34,7 +35,7 @@ class Block:
 
 
 @dataclass
-class Side:
+class LayerStack:
     """A stack of layers that hidden states go through: a model has one, an encoder-decoder two.
 
     Attributes:
@@ -107,7 +108,7 @@ def caller(arguments: Arguments, device: torch.device, memory: Tensor | None) ->
     return lambda layer: lambda x, rows: run_layer(layer, x.float(), filled(moved, rows))
 
 
-def sides(plan: Plan, model: Any) -> list[Side]:
+def sides(plan: Plan, model: Any) -> list[LayerStack]:
     """The stacks of layers of a model, in the order in which text goes through them."""
     student = _meta_model(plan)
     found: dict[str, list[tuple[LayerAttention, str]]] = {}
@@ -124,15 +125,15 @@ def sides(plan: Plan, model: Any) -> list[Side]:
         for name in names
     }
     if not plan.config.is_encoder_decoder:
-        return [Side(list(blocks.values()), lambda ids: model(input_ids=ids))]
+        return [LayerStack(list(blocks.values()), lambda ids: model(input_ids=ids))]
     encoder, decoder = model.get_encoder(), model.get_decoder()
     inside = set(map(id, encoder.modules()))
     first = [b for b in blocks.values() if id(b.original) in inside]
     second = [b for b in blocks.values() if id(b.original) not in inside]
     norm = getattr(encoder, "final_layer_norm", None) or getattr(encoder, "layer_norm", None)
     return [
-        Side(first, lambda ids: encoder(input_ids=ids), norm or (lambda x: x)),
-        Side(second, lambda ids, memory: decoder(input_ids=ids, encoder_hidden_states=memory), reads=True),
+        LayerStack(first, lambda ids: encoder(input_ids=ids), norm or (lambda x: x)),
+        LayerStack(second, lambda ids, memory: decoder(input_ids=ids, encoder_hidden_states=memory), reads=True),
     ]
 
 
@@ -144,8 +145,9 @@ def _meta_model(plan: Plan) -> nn.Module:
     config.use_cache = False
     model_class = model_class_of(plan.new_config, config)
     with torch.device("meta"), quiet():
-        model: nn.Module = AutoModel.from_config(config) if model_class is None else model_class._from_config(config)
-    return model
+        if model_class is None:
+            return AutoModel.from_config(config)  # type: ignore[no-any-return]
+        return model_from_config(model_class, config)  # type: ignore[no-any-return]
 
 
 def attention_name(model: nn.Module, layer: Any) -> str:

@@ -27,7 +27,7 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 #: which sequences of the calibration text
 Rows = slice | Tensor
 #: a layer: from hidden states [B, S, E] of those sequences to the next layer's
-Run = Callable[[Tensor, Rows], Tensor]
+LayerFunction = Callable[[Tensor, Rows], Tensor]
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class TwoStreams:
         self.generator = torch.Generator().manual_seed(recipe.seed)
 
     @torch.no_grad()
-    def original(self, layer: Run) -> float:
+    def original(self, layer: LayerFunction) -> float:
         """Send the original's stream through its next layer; returns the mean square of what the layer adds."""
         total = 0.0
         for rows in self._blocks():
@@ -141,7 +141,7 @@ class TwoStreams:
         return total / len(self.theirs)
 
     @torch.no_grad()
-    def converted(self, layer: Run) -> None:
+    def converted(self, layer: LayerFunction) -> None:
         """Send the converted model's stream through its next layer."""
         for rows in self._blocks():
             with self.autocast():
@@ -152,7 +152,7 @@ class TwoStreams:
         for start in range(0, len(self.ours), self.batch):
             yield slice(start, start + self.batch)
 
-    def fit(self, layer: Run, parameters: Sequence[nn.Parameter], size: float) -> tuple[float, float]:
+    def fit(self, layer: LayerFunction, parameters: Sequence[nn.Parameter], size: float) -> tuple[float, float]:
         """Fit a converted layer: from ``ours`` (its inputs) to ``theirs`` (already what the original's layer gave).
 
         Args:
@@ -178,7 +178,7 @@ class TwoStreams:
         return before, before
 
     @torch.no_grad()
-    def error(self, layer: Run, size: float) -> float:
+    def error(self, layer: LayerFunction, size: float) -> float:
         """Relative squared error of a converted layer from ``ours`` to ``theirs``, on unseen sequences if there are."""
         last = self.unseen or len(self.ours)
         total, count = 0.0, 0
@@ -191,7 +191,7 @@ class TwoStreams:
             count += y.numel()
         return total / count / max(size, torch.finfo(torch.float32).tiny)
 
-    def _train(self, layer: Run, parameters: Sequence[nn.Parameter], size: float, lr: float) -> None:
+    def _train(self, layer: LayerFunction, parameters: Sequence[nn.Parameter], size: float, lr: float) -> None:
         """Adam on the relative squared error."""
         recipe = self.recipe
         known = len(self.ours) - self.unseen
@@ -244,7 +244,7 @@ def refit(
     errors = []
     for layer, truth, given in zip(student_layers, teacher_layers, arguments, strict=True):
         size = streams.original(lambda x, _, truth=truth, given=given: run_layer(truth, x, given))  # type: ignore[misc]
-        ours: Run = lambda x, _, layer=layer, given=given: run_layer(layer, x, given)  # type: ignore[misc]  # noqa: E731
+        ours: LayerFunction = lambda x, _, layer=layer, given=given: run_layer(layer, x, given)  # type: ignore[misc]  # noqa: E731
         errors.append(streams.fit(ours, trained(layer), size))
         streams.converted(ours)
     return errors

@@ -18,7 +18,7 @@ from hf_attn_patch.compat.torch import deterministic_algorithms
 from hf_attn_patch.errors import AttentionError
 
 from .backends import reference
-from .backends.base import Run
+from .backends.base import RunFunction
 from .backends.registry import BACKENDS as BACKENDS
 from .backends.registry import backend, when_changed
 from .choice import asked_for, changes_between_tasks, traced_for
@@ -28,7 +28,7 @@ from .visibility import DENSE, FULL, Layout, remembered_full
 
 logger = logging.getLogger("hf_attn_patch")
 
-_chosen: dict[tuple[AttentionRequest, str | None], tuple[str, Run]] = {}
+_chosen: dict[tuple[AttentionRequest, str | None], tuple[str, RunFunction]] = {}
 #: while a model is rehearsed (``explaining``): what is told of each call in place of running it
 listening: ContextVar[Callable[..., tuple[Tensor, Tensor | None]] | None] = ContextVar("listening", default=None)
 _capabilities: dict[torch.device, int] = {}
@@ -39,7 +39,7 @@ def reasons(request: AttentionRequest) -> list[tuple[str, str | None]]:
     return [(name, backend(name).refuses(request)) for name in order(request)]
 
 
-def choose(request: AttentionRequest, name: str | None = None) -> tuple[str, Run]:
+def choose(request: AttentionRequest, name: str | None = None) -> tuple[str, RunFunction]:
     """The backend that runs ``request``: ``name`` if given, else the first on the ladder that can.
 
     Raises:
@@ -56,7 +56,7 @@ def choose(request: AttentionRequest, name: str | None = None) -> tuple[str, Run
                 f"backend {name!r} cannot run this exactly: {reason} ({request.describe()}); "
                 "leave the choice to hf_attn_patch (backend=None) or name another"
             )
-        found = (name, module.run)
+        found: tuple[str, RunFunction] = (name, module.run)
     else:
         found = _first(request)
     if not request.tracing:
@@ -67,7 +67,7 @@ def choose(request: AttentionRequest, name: str | None = None) -> tuple[str, Run
     return found
 
 
-def _first(request: AttentionRequest) -> tuple[str, Run]:
+def _first(request: AttentionRequest) -> tuple[str, RunFunction]:
     for name in order(request):  # a plain loop: torch.compile traces it
         found = backend(name)
         if found.refuses(request) is None:
@@ -98,7 +98,7 @@ class Known(NamedTuple):
 
     layout: Layout
     request: AttentionRequest
-    run: Run
+    run: RunFunction
     operands: Operands | None = None  # where they are only numbers
 
 

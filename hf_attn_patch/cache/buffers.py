@@ -34,7 +34,7 @@ def in_place_allowed() -> bool:
     return not (torch.is_grad_enabled() or torch.compiler.is_compiling())
 
 
-class Room:
+class KVBuffers:
     """K and V buffers ``[B, HKV, capacity, D]``, and the views of ``[start, end)`` that a layer's states are."""
 
     __slots__ = ("buffers", "capacity", "end", "geometry", "inference", "recorded", "shapes", "start", "views")

@@ -16,7 +16,7 @@ from transformers.cache_utils import (
     LinearAttentionAndSlidingWindowAttentionLayer,
 )
 
-from .buffers import ROUND_TO, Room, buffer_from, capacity_for, in_place_allowed
+from .buffers import ROUND_TO, KVBuffers, buffer_from, capacity_for, in_place_allowed
 
 
 class GrowingMixin:
@@ -24,20 +24,20 @@ class GrowingMixin:
 
     growth: float = 1.25
     expected_length: int | None = None
-    _room: Room | None = None
+    _room: KVBuffers | None = None
 
     keys: Any
     values: Any
     is_initialized: bool
 
-    def _held(self) -> Room | None:
+    def _held(self) -> KVBuffers | None:
         """The room, if ``keys`` and ``values`` are still the views made of it (nobody replaced or moved them)."""
         room = self._room
         if room is not None and self.keys is room.views[0] and self.values is room.views[1]:
             return room
         return None
 
-    def _keep(self, room: Room, start: int, end: int) -> tuple[Tensor, Tensor]:
+    def _keep(self, room: KVBuffers, start: int, end: int) -> tuple[Tensor, Tensor]:
         """Make ``[start, end)`` of the room the layer's states."""
         self._room = room
         self.keys, self.values = views = room.keep(start, end)
@@ -58,7 +58,7 @@ class GrowingMixin:
                 return False
         return True
 
-    def _append(self, key_states: Tensor, value_states: Tensor, limit: int | None = None) -> Room | None:
+    def _append(self, key_states: Tensor, value_states: Tensor, limit: int | None = None) -> KVBuffers | None:
         """Write ``[B, HKV, S, D]`` states behind the stored ones; the room that now holds both.
 
         None, with nothing changed, where only concatenation is right: see :func:`in_place_allowed` and :meth:`_fits`,
@@ -78,17 +78,17 @@ class GrowingMixin:
         room.write(key_states, value_states)
         return room
 
-    def _new_room(self, like_keys: Tensor, like_values: Tensor, stored: int, limit: int | None) -> Room:
+    def _new_room(self, like_keys: Tensor, like_values: Tensor, stored: int, limit: int | None) -> KVBuffers:
         """Larger buffers that start with the stored states and have room for one more ``like`` them."""
         capacity = capacity_for(stored + like_keys.shape[2], self.growth, self.expected_length, limit)
         buffers = (buffer_from(self.keys, like_keys, capacity), buffer_from(self.values, like_values, capacity))
-        return Room(buffers, 0, stored)
+        return KVBuffers(buffers, 0, stored)
 
     def _limit(self) -> int | None:
         """The most keys that are ever kept in the buffers."""
         return None
 
-    def reserve(self) -> Room | None:
+    def reserve(self) -> KVBuffers | None:
         """The room behind the stored states, with space for one token that someone else writes; None if there is none
         to be had in place."""
         if not in_place_allowed() or not self.is_initialized or self.keys.dim() != 4 or not self.keys.numel():
@@ -151,7 +151,7 @@ class GrowingMixin:
         except BaseException:
             self.keys, self.values = room.views
             raise
-        self._keep(Room((self.keys, self.values), room.start, room.end), room.start, room.end)
+        self._keep(KVBuffers((self.keys, self.values), room.start, room.end), room.start, room.end)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         room = self._held()

@@ -47,14 +47,9 @@ def storage_users(tensor: Tensor) -> int:
 
 
 @known("torch", "the hooks of nn.Module (_forward_hooks, _forward_pre_hooks)")
-def forward_hooks(module: torch.nn.Module, before: bool = True, after: bool = True) -> list[Any]:
+def forward_hooks(module: torch.nn.Module) -> list[Any]:
     """The hooks that run before and after a module's forward, its own alone (not the global ones)."""
-    hooks: list[Any] = []
-    if before:
-        hooks += module._forward_pre_hooks.values()
-    if after:
-        hooks += module._forward_hooks.values()
-    return hooks
+    return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
 
 
 def has_forward_hooks(module: torch.nn.Module) -> bool:
@@ -93,17 +88,12 @@ def leave_graph_pool(device: int, pool: Any) -> None:
     torch._C._cuda_releasePool(device, pool)
 
 
-def aten(name: str) -> Any:
-    """A private operator of ``torch.ops.aten`` (torch 2.11 to 2.13)."""
-    try:
-        return getattr(torch.ops.aten, name)
-    except AttributeError as error:
-        raise changed("torch", f"the operator aten::{name}") from error
+@known("torch", "torch._dynamo.config.recompile_limit")
+def recompile_limit_at_least(limit: int) -> None:
+    """Let dynamo compile a function for so many kinds of arguments; past its limit it gives up without a word."""
+    import torch._dynamo
 
-
-def missing_operators(names: Iterable[str]) -> list[str]:
-    """Those of ``names`` that ``torch.ops.aten`` does not have."""
-    return [name for name in names if not hasattr(torch.ops.aten, name)]
+    torch._dynamo.config.recompile_limit = max(limit, torch._dynamo.config.recompile_limit)
 
 
 @known("torch", "what nn.Module keeps of hooks and of compiling (_forward_hooks and others, _compiled_call_impl)")
@@ -119,3 +109,67 @@ def forget_wrappers(module: torch.nn.Module) -> None:
 def uncompiled(model: Any) -> Any:
     """The model inside what ``torch.compile(model)`` returns (its ``_orig_mod``); others as they are."""
     return getattr(model, "_orig_mod", model)
+
+
+@known("torch", "torch._dynamo.config.recompile_limit and accumulated_recompile_limit")
+def recompile_limit(limit: int) -> Any:
+    """A context in which dynamo compiles a function for so many kinds of arguments."""
+    import torch._dynamo
+
+    config = torch._dynamo.config
+    config.recompile_limit, config.accumulated_recompile_limit  # noqa: B018 - gone: said by its name
+    return config.patch(recompile_limit=limit, accumulated_recompile_limit=limit)
+
+
+@known("torch", "torch._dynamo.config.automatic_dynamic_shapes")
+def one_graph_a_shape() -> None:
+    """Let torch.compile make code for each shape, never for any: process-wide, for benchmarks of few shapes."""
+    import torch._dynamo
+
+    torch._dynamo.config.automatic_dynamic_shapes  # noqa: B018
+    torch._dynamo.config.automatic_dynamic_shapes = False
+
+
+@known("torch", "torch._dynamo.maybe_mark_dynamic")
+def any_length(tensor: Tensor) -> None:
+    """The first size of ``tensor`` may change without compiling anew."""
+    import torch._dynamo
+
+    torch._dynamo.maybe_mark_dynamic(tensor, 0)
+
+
+@known("torch", "where nn.Module.compile keeps what it compiled (_compiled_call_impl)")
+def uncompile(module: torch.nn.Module) -> None:
+    """Undo ``module.compile()``."""
+    module._compiled_call_impl  # noqa: B018
+    module._compiled_call_impl = None
+
+
+def missing_operators(names: Iterable[str]) -> list[str]:
+    """Those of ``names`` that ``torch.ops.aten`` does not have."""
+    return [name for name in names if not hasattr(torch.ops.aten, name)]
+
+
+def _kernel(path: str) -> Callable[..., Any]:
+    """A private function of torch; where it is gone, what says so when it is called, and not when it is imported."""
+    found: Any = torch
+    for name in path.split(".")[1:]:
+        found = getattr(found, name, None)
+    if found is not None:
+        return found  # type: ignore[no-any-return]
+
+    def gone(*args: Any, **kwargs: Any) -> Any:
+        raise changed("torch", path)
+
+    return gone
+
+
+#: the kernels behind torch's scaled_dot_product_attention, which give the log-sum-exp of the scores as well, and the
+#: one behind its varlen_attn. torch 2.11 to 2.13
+cudnn_attention = _kernel("torch._scaled_dot_product_cudnn_attention")
+flash_attention = _kernel("torch._scaled_dot_product_flash_attention")
+cudnn_attention_op = _kernel("torch.ops.aten._scaled_dot_product_cudnn_attention")
+flash_attention_op = _kernel("torch.ops.aten._scaled_dot_product_flash_attention")
+efficient_attention_op = _kernel("torch.ops.aten._scaled_dot_product_efficient_attention")
+cpu_flash_attention_op = _kernel("torch.ops.aten._scaled_dot_product_flash_attention_for_cpu")
+varlen_attention_op = _kernel("torch.ops.aten._flash_attention_forward")

@@ -49,12 +49,6 @@ def whole_blocks(model: Any) -> set[str]:
     return set(getattr(model, "_no_split_modules", None) or ())  # a wrapper may pass a model's on
 
 
-@known("transformers", "the table of an Auto class (_model_mapping)")
-def auto_table(auto_class: Any) -> Any:
-    """The mapping of an Auto class, config class -> model class; None for what is no Auto class of models."""
-    return getattr(auto_class, "_model_mapping", None)
-
-
 @known("transformers", "PreTrainedModel._from_config")
 def model_from_config(model_class: Any, config: Any, **options: Any) -> Any:
     """A model with new weights, as ``AutoModel.from_config`` makes one, of a class that is known."""
@@ -86,6 +80,51 @@ def output_collector() -> Any:
     error = changed("transformers", "how outputs are captured (output_capturing._active_collector)")
     warnings.warn(f"output_attentions=True gives no attentions: {error}", RuntimeWarning, stacklevel=2)
     return _NoCollector()
+
+
+def captures_outputs(hook: Any) -> bool:
+    """Whether a module's hook is one of transformers' output capturing (5.17 to 5.24), which does nothing by itself.
+
+    Taken for another one where they move: what asks then treats the module as hooked.
+    """
+    return getattr(hook, "__module__", "") == "transformers.utils.output_capturing"
+
+
+@known("transformers", "the tables of the Auto classes (modeling_auto, _model_mapping)")
+def auto_model_classes() -> dict[str, Any]:
+    """transformers' Auto classes of models, by name."""
+    from transformers.models.auto import modeling_auto
+
+    found = {name: value for name, value in vars(modeling_auto).items() if is_auto_class(value)}
+    found["AutoModel"]  # gone: the tables are elsewhere
+    return found
+
+
+def is_auto_class(value: Any) -> bool:
+    """Whether a class is an Auto class of models: it has a table (transformers 5.17 to 5.24)."""
+    return isinstance(value, type) and getattr(value, "_model_mapping", None) is not None
+
+
+@known("transformers", "the table of an Auto class (_model_mapping)")
+def classes_of(auto_class: Any, config: Any) -> tuple[Any, ...]:
+    """The model classes that an Auto class has for a config, the one that it prefers first; empty if it has none."""
+    found = auto_class._model_mapping.get(type(config), ())
+    return tuple(found) if isinstance(found, (tuple, list)) else (found,)
+
+
+@known("transformers", "the table of names of an Auto class (_model_mapping._model_mapping)")
+def class_names_of(auto_class: Any, model_type: str) -> tuple[str, ...]:
+    """The names of the model classes that an Auto class has for a model type, without importing them."""
+    found = auto_class._model_mapping._model_mapping.get(model_type, ())
+    return (found,) if isinstance(found, str) else tuple(found)
+
+
+@known("transformers", "the table of config classes (CONFIG_MAPPING_NAMES)")
+def config_class_names() -> dict[str, str]:
+    """transformers' own table, model type -> name of the config class."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    return CONFIG_MAPPING_NAMES  # type: ignore[no-any-return]
 
 
 @known("accelerate", "where it keeps a module's hook (_hf_hook)")

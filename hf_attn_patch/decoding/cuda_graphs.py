@@ -31,11 +31,13 @@ from transformers import GenerationMixin
 from transformers.cache_utils import Cache
 
 from hf_attn_patch.compat.calls import Arguments
+from hf_attn_patch.compat.torch import forward_hooks
+from hf_attn_patch.compat.transformers import attention_name, captures_outputs, has_accelerate_hook
 from hf_attn_patch.handle import Handle, of_each
 from hf_attn_patch.hf.attention_function import NAME
 
 from .capture import WaitsError
-from .step import Call, Steps, UnfitError, growing_of, is_prompt, tensors_of
+from .step import StepCall, Steps, UnfitError, growing_of, is_prompt, tensors_of
 from .step_layers import advance, reserve
 
 logger = logging.getLogger("hf_attn_patch")
@@ -58,7 +60,7 @@ def why_not(model: Any) -> str | None:
     if kinds := _rope_types(model.config) & {"dynamic", "longrope"}:
         return f"its {kinds.pop()} position embedding changes with the length"
     for name, module in model.named_modules():
-        if "_hf_hook" in module.__dict__ or (module is not model and _hooked(module)):
+        if has_accelerate_hook(module) or (module is not model and _hooked(module)):
             return f"it has hooks ({name})"
     return None
 
@@ -77,8 +79,7 @@ def _rope_types(config: Any) -> set[str]:
 
 def _hooked(module: torch.nn.Module) -> bool:
     """Hooks run when a step is recorded, not when it runs; those of transformers' output capturing do nothing then."""
-    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-    return any(getattr(hook, "__module__", "") != "transformers.utils.output_capturing" for hook in hooks)
+    return any(not captures_outputs(hook) for hook in forward_hooks(module))
 
 
 class ModelState:
@@ -98,8 +99,8 @@ class ModelState:
         """Why the model's steps are not recorded; asks it again only where something may have been hooked in since."""
         if self.refused is not None:
             return self.refused
-        if model.config._attn_implementation != NAME:
-            return f"its attn_implementation is {model.config._attn_implementation!r} and not {NAME!r}"
+        if (name := attention_name(model.config)) != NAME:
+            return f"its attn_implementation is {name!r} and not {NAME!r}"
         if self.hooks != RemovableHandle.next_id:
             self.hooks = RemovableHandle.next_id
             self.reason = why_not(model)
@@ -173,7 +174,7 @@ class RecordedForward:
         try:
             if reason := state.why_not(model):
                 raise UnfitError(reason)
-            call = Call(kwargs, self.arguments.cache)
+            call = StepCall(kwargs, self.arguments.cache)
             room = reserve(growing_of(cache))
             if room is None:
                 raise UnfitError("its cache has layers that do not grow in place, or not together")

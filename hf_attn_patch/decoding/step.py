@@ -16,7 +16,7 @@ from hf_attn_patch.attn.choice import asked_for
 from hf_attn_patch.cache.growing_cache import GrowingCache
 
 from .capture import Recording, Repetition, record, rehearse
-from .step_layers import Place, StepRoom, settle, standing_in, step_layers
+from .step_layers import StepRoom, TokenPlace, settle, standing_in, step_layers
 
 REHEARSALS = 1  # steps that run unrecorded first, watched for what cannot be recorded
 COMPILATIONS = 1  # steps before those, of a compiled model: compiling waits for the device
@@ -34,12 +34,12 @@ class Step:
     """One form of a decoding step for one cache: the memory of its inputs, and its recording."""
 
     def __init__(
-        self, model: torch.nn.Module, inner: Callable[..., Any], compiled: bool, call: Call, room: StepRoom
+        self, model: torch.nn.Module, inner: Callable[..., Any], compiled: bool, call: StepCall, room: StepRoom
     ) -> None:
         self.model, self.inner = weakref.ref(model), inner
         self.unwatched = COMPILATIONS if compiled else 0
         self.room, self.device = room, call.device
-        self.place = Place(call.device)
+        self.place = TokenPlace(call.device)
         self.kwargs = dict(call.kwargs)
         self.copied: dict[str, Tensor] = {}
         for name, value in call.copied.items():
@@ -54,11 +54,11 @@ class Step:
         self.runs = 0
         self.recording: Recording | Repetition | None = None
 
-    def fits(self, call: Call, room: StepRoom) -> bool:
+    def fits(self, call: StepCall, room: StepRoom) -> bool:
         """Whether it writes to the cache's memory as it is now, and the mask has room."""
         return self.room.same_buffers(room) and (self.mask is None or call.mask.shape[1] <= self.mask.shape[1])
 
-    def load(self, call: Call, room: StepRoom) -> None:
+    def load(self, call: StepCall, room: StepRoom) -> None:
         """Put a call's inputs where the step reads them."""
         for name, value in call.copied.items():
             self.copied[name].copy_(value)
@@ -121,7 +121,7 @@ def tensors_of(output: Any, cache: Any) -> list[Tensor]:
     return found
 
 
-class Call:
+class StepCall:
     """The arguments of one decoding step, sorted: what is copied, what is used where it is, what must stay the same.
 
     Raises:
@@ -227,7 +227,9 @@ class Steps:
         self.known: dict[Any, Step] = {}
         self.recorded = self.runs = 0
 
-    def find(self, model: Any, inner: Callable[..., Any], compiled: bool, call: Call, room: StepRoom) -> Step | None:
+    def find(
+        self, model: Any, inner: Callable[..., Any], compiled: bool, call: StepCall, room: StepRoom
+    ) -> Step | None:
         """The step for a call, made if there is none; None if recording does not pay for this cache."""
         step = self.known.get(call.signature)
         if step is not None and step.fits(call, room):

@@ -19,7 +19,7 @@ from transformers.cache_utils import CacheLayerMixin
 from hf_attn_patch.cache.layers import GrowingLayer, GrowingMixin, GrowingSlidingWindowLayer
 
 
-class Place:
+class TokenPlace:
     """Where the next token goes, on the device: int64 [2], its position and its index in the sliding layers' buffers.
 
     Each step moves both on by itself (:meth:`advance`), so that nothing is sent in a run of steps; ``host`` says what
@@ -56,7 +56,7 @@ class StepLayer(CacheLayerMixin):
     is_sliding = False
     is_compileable = True
 
-    def __init__(self, buffers: tuple[Tensor, Tensor], place: Place) -> None:
+    def __init__(self, buffers: tuple[Tensor, Tensor], place: TokenPlace) -> None:
         super().__init__()
         self.keys, self.values = buffers
         self.dtype, self.device = self.keys.dtype, self.keys.device
@@ -161,7 +161,7 @@ def advance(cache: Any) -> None:
             layer.appended()
 
 
-def step_layers(cache: Any, room: StepRoom, place: Place) -> list[Any]:
+def step_layers(cache: Any, room: StepRoom, place: TokenPlace) -> list[Any]:
     """The layers that ``cache`` has while the step runs."""
     return [
         layer if buffers is None else (StepSlidingLayer if sliding else StepLayer)(buffers, place)

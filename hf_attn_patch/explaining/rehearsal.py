@@ -22,7 +22,7 @@ from .situations import Situation, forwards
 
 
 @dataclass(frozen=True)
-class Call:
+class HeardCall:
     """One call of the attention function: ``path`` of the module that makes it, and what it asks for."""
 
     path: str
@@ -41,13 +41,13 @@ class Rehearsed:
 
     device: torch.device
     capability: int
-    calls: dict[str, list[Call]] = field(default_factory=dict)
+    calls: dict[str, list[HeardCall]] = field(default_factory=dict)
     unasked: list[tuple[str, str]] = field(default_factory=list)
     ran: set[int] = field(default_factory=set)
     training: bool = False
     _stack: list[tuple[str, nn.Module]] = field(default_factory=list)
 
-    def all_calls(self) -> list[Call]:
+    def all_calls(self) -> list[HeardCall]:
         """In the order in which their modules first ran."""
         return [call for calls in self.calls.values() for call in calls]
 
@@ -82,7 +82,7 @@ class Rehearsed:
         path, module = self._stack[-1] if self._stack else ("", nn.Module())
         owner = next((m for _, m in reversed(self._stack) if isinstance(m, PreTrainedModel)), module)
         request = request._replace(device=self.device.type, capability=self.capability)
-        call = Call(path, module, owner, request, q.shape[2], layout.keys, layout.window, insisted)
+        call = HeardCall(path, module, owner, request, q.shape[2], layout.keys, layout.window, insisted)
         self.calls.setdefault(path, []).append(call)
         out = q.new_empty(*q.shape[:3], v.shape[3])
         if request.grad:  # for the layers above

@@ -17,9 +17,11 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from hf_attn_patch.compat.cache_keyword import NAMES as CACHE_NAMES
-from hf_attn_patch.compat.calls import Arguments, cache_of
+from hf_attn_patch.compat.calls import Arguments
+from hf_attn_patch.compat.transformers import attention_name
 
 from .padded_rows import IGNORE, PackedPrefill, Packing, pack_rows
+from .unpadding_trial import NUMBERINGS, calibrate
 
 __all__ = ["Unpadded", "unpadded"]
 
@@ -28,9 +30,6 @@ logger = logging.getLogger("hf_attn_patch")
 PER_TOKEN = ("input_ids", "inputs_embeds", "position_ids", "token_type_ids", "labels", "shift_labels")
 #: heads that work token by token, so that they too run on the packed row. Other heads get padded hidden states.
 TOKENWISE_HEADS = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForTokenClassification")
-#: how a padded forward numbers its tokens when it gets no position_ids: by column (Llama, GPT-2, BERT), by counting the
-#: real tokens (OPT), or by counting ids that are not padding, from padding_idx on (RoBERTa)
-NUMBERINGS = ("columns", "counted", "from padding_idx")
 #: implementations, besides those of the flash family, that read document borders from ``cu_seq_lens_q/k``
 BORDER_AWARE = {"hf_attn_patch"}
 
@@ -117,7 +116,7 @@ class Unpadded:
             positions,
             None if self.drop_padding_targets else targets,
             shifted=shifted,
-            strict=not _takes_cu_seq_lens(self.model),
+            strict=not self.takes_borders,
         )
         if packing is None:
             return None
@@ -165,15 +164,21 @@ class Unpadded:
             return None
         if not isinstance(mask, Tensor) or mask.shape != tokens.shape[:2]:
             return None
-        if not (self.prefills and _takes_cu_seq_lens(self.model)):
+        if not (self.prefills and self.takes_borders):
             self._say(self._why_no_prefill, mask)
             return None
         return DynamicCache(config=self.model.config) if cache is None else cache
 
     @property
+    def takes_borders(self) -> bool:
+        """Whether the attention implementation reads document borders from ``cu_seq_lens_q/k``."""
+        name = str(attention_name(self.model.config))
+        return name in BORDER_AWARE or "flash" in name
+
+    @property
     def _why_no_prefill(self) -> str:
-        name = self.model.config._attn_implementation
-        if not _takes_cu_seq_lens(self.model):
+        name = attention_name(self.model.config)
+        if not self.takes_borders:
             return f"with a cache attn_implementation={name!r} finds no borders: hf_attn_patch.enable(model) does"
         return f"a packed prompt does not leave the cache of a padded one in {type(self.model).__name__}"
 
@@ -238,11 +243,6 @@ def _tokens(given: dict[str, Any]) -> Tensor | None:
     return tokens if isinstance(tokens, Tensor) else None
 
 
-def _takes_cu_seq_lens(model: PreTrainedModel) -> bool:
-    name = str(model.config._attn_implementation)
-    return name in BORDER_AWARE or "flash" in name
-
-
 def unpadded(model: torch.nn.Module, *, drop_padding_targets: bool = False, check: bool = True) -> Unpadded:
     """Run a model's padded batches without their padding tokens, with the same loss, gradients and outputs.
 
@@ -298,96 +298,8 @@ def unpadded(model: torch.nn.Module, *, drop_padding_targets: bool = False, chec
         )
     if check:
         try:
-            _calibrate(handle)
+            calibrate(handle)
         except BaseException:
             handle.undo()
             raise
     return handle
-
-
-def _tolerance(dtype: torch.dtype) -> float:
-    """Of the largest output: what rounding alone may do in a deep model."""
-    if dtype in (torch.float16, torch.bfloat16):
-        return 5e-2
-    return 1e-2 if torch.backends.cuda.matmul.allow_tf32 else 1e-3
-
-
-def _fills_caches(handle: Unpadded, ids: Tensor, mask: Tensor) -> bool:
-    """True if a packed forward leaves the cache that a padded one leaves."""
-    if not (handle.shifted and handle.arguments.cache and _takes_cu_seq_lens(handle.model)):
-        return False
-    caches = []
-    for handle.active in (False, True):
-        handle.prefills = handle.active
-        cache: Any = DynamicCache(config=handle.model.config)
-        output = handle.target(input_ids=ids, attention_mask=mask, use_cache=True, **{handle.arguments.cache: cache})
-        if cache_of(output) is not cache:
-            return False
-        caches.append(
-            [(layer.keys, layer.values) for layer in cache.layers if getattr(layer, "keys", None) is not None]
-        )
-    padded, packed = caches
-    for a, b in zip(padded, packed, strict=True):
-        for x, y in zip(a, b, strict=True):
-            real = mask[:, -x.shape[2] :] == 1  # a sliding layer keeps the end
-            x, y = x.transpose(1, 2)[real].double(), y.transpose(1, 2)[real].double()
-            if float((x - y).abs().max()) > _tolerance(handle.target.dtype) * float(x.abs().max()):
-                return False
-    return len(padded) > 0
-
-
-#: a row padded on the right, one on the left, a full one
-_PROBE = ((1, 1, 1, 1, 0, 0), (0, 0, 1, 1, 1, 1), (1, 1, 1, 1, 1, 1))
-
-
-@torch.no_grad()
-def _calibrate(handle: Unpadded) -> None:
-    """Find the numbering with which the model computes the same unpadded as padded, or raise ValueError."""
-    target, config = handle.target, handle.model.config.get_text_config()
-    device = target.get_input_embeddings().weight.device
-    if device.type == "meta":
-        raise ValueError("unpadded() tries the model out, and this one has no weights yet: load it first")
-    mask = torch.tensor(_PROBE, device=device)
-    pad = config.pad_token_id if isinstance(config.pad_token_id, int) else 0
-    ids = torch.arange(mask.numel(), device=device).view_as(mask) * 7 % (config.vocab_size - 1)
-    ids = torch.where(mask == 1, ids + (ids >= pad), pad)
-    training = [module for module in target.modules() if module.training]
-    target.eval()
-    reads_first, handle.reads_first = handle.reads_first, False  # the left-padded row is to be packed as well
-    try:
-
-        def run(ids: Tensor = ids) -> Tensor:
-            output = target(input_ids=ids, attention_mask=mask, return_dict=True)
-            states: Tensor = output["logits" if handle.tokenwise else "last_hidden_state"]
-            return states[mask == 1].double()
-
-        handle.active = False
-        expected = run()
-        handle.active = True
-        tolerance = _tolerance(target.dtype) * float(expected.abs().max())
-        # Words of the middle row must not be felt in the others, however little: weak weights let through less than
-        # rounding does. (Experts sum in an order that depends on all words: fp32 is not exact.)
-        changed = ids.clone()
-        changed[1] = torch.where(mask[1] == 1, ids[2], ids[1])
-        row = torch.arange(len(mask), device=device)[:, None].expand(mask.shape)[mask == 1]
-        felt_at_most = tolerance / 100 if _tolerance(target.dtype) <= 1e-3 else tolerance
-        errors = {}
-        for numbering in NUMBERINGS if isinstance(config.pad_token_id, int) else NUMBERINGS[:2]:
-            handle.numbering = numbering
-            states = run()
-            errors[numbering] = float((states - expected).abs().max())
-            felt = float((run(changed) - states)[row != 1].abs().max())
-            if errors[numbering] <= tolerance and felt <= felt_at_most:
-                handle.prefills = _fills_caches(handle, ids, mask)
-                return
-    finally:
-        handle.reads_first = reads_first
-        for module in training:
-            module.training = True
-    raise ValueError(
-        f"{type(handle.model).__name__} with attn_implementation={handle.model.config._attn_implementation!r} does not "
-        f"compute the same on packed rows (off by {min(errors.values()):.2g}; {tolerance:.2g} could be rounding; "
-        f"rows differ by {felt:.2g} with the words of another). "
-        "An encoder needs an implementation that is given the document borders: hf_attn_patch.enable(model). "
-        "Families that mix tokens outside attention (recurrences, convolutions) cannot run unpadded"
-    )

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
+from hf_attn_patch.compat.python import actions_of
 from hf_attn_patch.errors import TrainingError
 
 from .loop.schedule import Count, token_budget
@@ -179,7 +180,7 @@ def parse_options(arguments: Sequence[str] | None = None, description: str | Non
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     # no abbreviations: an option that a later version adds must not change what a script means
     parser = HfArgumentParser(UptrainOptions, description=description, allow_abbrev=False)
-    for action in parser._actions:  # HfArgumentParser gives --no_shuffle the words and the default of --shuffle
+    for action in actions_of(parser):  # HfArgumentParser gives --no_shuffle the words and the default of --shuffle
         if action.nargs == 0 and action.const is False:
             action.help, action.default = f"Short for --{action.dest} false.", argparse.SUPPRESS
     parser.add_argument("--config", help="A YAML file with options.")

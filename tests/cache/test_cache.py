@@ -182,6 +182,10 @@ def test_data_of_another_cache() -> None:
 
 
 def test_offloaded_layers_keep_their_exact_size() -> None:
+    try:
+        DynamicCache(offloading=True)
+    except RuntimeError as error:  # a CUDA build of torch without a GPU makes no stream
+        pytest.skip(f"transformers' own cache cannot offload here: {error}")
     cache = GrowingCache(config=config(), offloading=True, offload_only_non_sliding=True)
     assert [type(layer) for layer in cache.layers] == [GrowingSlidingWindowLayer, DynamicLayer]
     assert type(GrowingCache(offloading=True).layer_class_to_replicate()) is DynamicLayer

@@ -158,8 +158,8 @@ def test_assisted_decoding(monkeypatch: pytest.MonkeyPatch, family: str) -> None
     expected, _ = generate(model, 1)
     for generator in (model, assistant):
         use_growing_cache(generator)
-    init, rooms = cache_room.Room.__init__, []
-    monkeypatch.setattr(cache_room.Room, "__init__", lambda *args: (rooms.append(1), init(*args))[1])
+    init, rooms = cache_room.KVBuffers.__init__, []
+    monkeypatch.setattr(cache_room.KVBuffers, "__init__", lambda *args: (rooms.append(1), init(*args))[1])
     tokens, cache = generate(model, 1, assistant_model=assistant)
     assert_growing(cache)
     assert len(rooms) == 4  # one a layer and model: what is taken back leaves its room to what follows

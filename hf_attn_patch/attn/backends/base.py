@@ -11,7 +11,7 @@ from hf_attn_patch.attn.request import AttentionRequest, Operands
 from hf_attn_patch.attn.visibility import Layout
 
 #: (q, k, v, request, operands) -> (out, weights or None)
-Run = Callable[[Tensor, Tensor, Tensor, AttentionRequest, Operands], tuple[Tensor, Tensor | None]]
+RunFunction = Callable[[Tensor, Tensor, Tensor, AttentionRequest, Operands], tuple[Tensor, Tensor | None]]
 
 
 @runtime_checkable
@@ -50,6 +50,6 @@ class Backend(Protocol):
 class HasShorter(Protocol):
     """A backend that has a shorter way for its commonest calls."""
 
-    def shorter(self, request: AttentionRequest, layout: Layout) -> Run | None:
+    def shorter(self, request: AttentionRequest, layout: Layout) -> RunFunction | None:
         """What runs calls of this kind in place of ``run``, with the same result; None: there is no shorter way."""
         ...

@@ -12,6 +12,7 @@ from torch import Tensor
 from hf_attn_patch.attn import memo
 from hf_attn_patch.attn.request import AttentionRequest, Operands
 from hf_attn_patch.attn.visibility import DENSE, FULL, PACKED, PADDED, Layout
+from hf_attn_patch.compat.torch import recompile_limit
 
 from ._common import cut, cut_bias, rescale_by_sinks
 from ._scores import unseen_of
@@ -50,13 +51,12 @@ def refuses(request: AttentionRequest) -> str | None:
 
 @functools.cache
 def _compiled() -> Callable[..., Any]:
-    import torch._dynamo
     from torch.nn.attention.flex_attention import flex_attention
 
     compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        with torch._dynamo.config.patch(recompile_limit=_SHAPES, accumulated_recompile_limit=_SHAPES):
+        with recompile_limit(_SHAPES):
             return compiled(*args, **kwargs)
 
     return call

@@ -18,17 +18,21 @@ from torch.nn import functional as F
 from hf_attn_patch.attn.crossovers import is_small
 from hf_attn_patch.attn.request import AttentionRequest, Operands
 from hf_attn_patch.attn.visibility import DENSE, FULL, PACKED, Layout, full
+from hf_attn_patch.compat.torch import (
+    cpu_flash_attention_op,
+    cudnn_attention,
+    cudnn_attention_op,
+    efficient_attention_op,
+    flash_attention,
+    flash_attention_op,
+)
 
 from ._blocks import block_of, in_blocks
 from ._common import as_dtype, cut, cut_bias, rescale_by_sinks
 from ._scores import scores_of, unseen_of
 from ._unseen import without_unseen
 
-aten = torch.ops.aten
-# torch's own bindings: a microsecond or two less of Python than the same operators in torch.ops
 _sdpa = F.scaled_dot_product_attention
-_cudnn = torch._scaled_dot_product_cudnn_attention
-_flash = torch._scaled_dot_product_flash_attention
 _CPU_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -159,14 +163,14 @@ def _cudnn_plain(
     causal: bool, q: Tensor, k: Tensor, v: Tensor, request: AttentionRequest, operands: Operands
 ) -> tuple[Tensor, None]:
     q, k, v = _rows(q), _rows(k), _rows(v)
-    return _cudnn(q, k, v, None, request.grad, operands.dropout, causal, False, scale=operands.scale)[0], None
+    return cudnn_attention(q, k, v, None, request.grad, operands.dropout, causal, False, scale=operands.scale)[0], None
 
 
 def _flash_plain(
     causal: bool, q: Tensor, k: Tensor, v: Tensor, request: AttentionRequest, operands: Operands
 ) -> tuple[Tensor, None]:
     q, k, v = _rows(q), _rows(k), _rows(v)
-    return _flash(q, k, v, operands.dropout, causal, False, scale=operands.scale)[0], None
+    return flash_attention(q, k, v, operands.dropout, causal, False, scale=operands.scale)[0], None
 
 
 def _rows(t: Tensor) -> Tensor:
@@ -178,7 +182,7 @@ def _cudnn_scored(q: Tensor, k: Tensor, v: Tensor, operands: Operands) -> Tensor
     scores = scores_of(operands.layout, operands.bias, q.dtype, q.device)
     k, v = scores.clean(k, v)
     q, k, v = _rows(q), _rows(k), _rows(v)
-    out = _cudnn(q, k, v, scores.values, False, operands.dropout, False, False, scale=operands.scale)[0]
+    out = cudnn_attention(q, k, v, scores.values, False, operands.dropout, False, False, scale=operands.scale)[0]
     return out if scores.blind is None else out.masked_fill_(scores.blind, 0)
 
 
@@ -249,7 +253,7 @@ def _cpu_kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bo
         mask = torch.zeros((), dtype=q.dtype).expand(mask.shape).masked_fill(~mask, -torch.inf)
     if mask is not None:
         mask = mask.expand(B, mask.shape[1], Sq, k.shape[2])
-    out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
+    out, lse = cpu_flash_attention_op(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
     return rescale_by_sinks(out, lse, sinks)
 
 
@@ -270,16 +274,12 @@ def _cuda(
     which = kernel(request)
     lse: Tensor | None = None
     if which == "cudnn":
-        out = aten._scaled_dot_product_cudnn_attention(
-            q, k, v, None, request.grad, operands.dropout, causal, False, scale=operands.scale
-        )[0]
+        out = cudnn_attention_op(q, k, v, None, request.grad, operands.dropout, causal, False, scale=operands.scale)[0]
     elif which == "flash":
         D = q.shape[-1]
         if D % 8:
             q, k, v = (F.pad(t, (0, -D % 8)) for t in (q, k, v))
-        out, lse = aten._scaled_dot_product_flash_attention(
-            q, k, v, operands.dropout, causal, False, scale=operands.scale
-        )[:2]
+        out, lse = flash_attention_op(q, k, v, operands.dropout, causal, False, scale=operands.scale)[:2]
         out = out[..., :D]
     else:
         return _efficient(q, k, v, mask, causal, request, operands)
@@ -312,7 +312,7 @@ def _efficient(
     outs = []
     save = request.grad or operands.sinks is not None
     for g, (k_g, v_g, part) in enumerate(zip(_shared(k, G), _shared(v, G), masks, strict=True)):
-        out, lse = aten._scaled_dot_product_efficient_attention(
+        out, lse = efficient_attention_op(
             q[:, g::G], k_g, v_g, part, save, operands.dropout, causal, scale=operands.scale
         )[:2]
         if operands.sinks is not None:

@@ -12,11 +12,10 @@ from torch.nn import functional as F
 
 from hf_attn_patch.attn.request import AttentionRequest, Operands
 from hf_attn_patch.attn.visibility import FULL
+from hf_attn_patch.compat.torch import varlen_attention_op
 
 from ._common import cut, rescale_by_sinks
 from ._varlen import refuses_common, run_varlen
-
-aten = torch.ops.aten
 
 
 def missing() -> str | None:
@@ -47,7 +46,7 @@ def run(q: Tensor, k: Tensor, v: Tensor, request: AttentionRequest, operands: Op
     def kernel(
         q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, max_q: int, max_k: int
     ) -> Tensor:
-        out, lse = aten._flash_attention_forward(
+        out, lse = varlen_attention_op(
             q,
             k,
             v,

@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from hf_attn_patch.compat.torch import compile_module
+from hf_attn_patch.compat.transformers import attention_name
 from hf_attn_patch.hf.attention_function import NAME, attention_forward
 
 from .trainable import layers_of
@@ -32,7 +32,7 @@ def compile_layers(model: Any, *, one_shape: bool) -> int:
     Returns:
         how many layers there are.
     """
-    if model.config._attn_implementation == NAME:
+    if attention_name(model.config) == NAME:
         _register()
         model.set_attn_implementation(UNTRACED)
     layers = layers_of(model)
@@ -42,13 +42,6 @@ def compile_layers(model: Any, *, one_shape: bool) -> int:
         for part in parts:
             compile_module(part, dynamic=False if one_shape else None, recompile_limit=FORMS)
     return len(layers)
-
-
-def any_length(tensor: Tensor) -> None:
-    """The first size of ``tensor`` may change without compiling anew."""
-    import torch._dynamo
-
-    torch._dynamo.maybe_mark_dynamic(tensor, 0)
 
 
 def _register() -> None:

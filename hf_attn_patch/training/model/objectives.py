@@ -13,12 +13,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from hf_attn_patch.compat.torch import any_length
+from hf_attn_patch.compat.transformers import attention_name, whole_blocks
 from hf_attn_patch.errors import TrainingError
 from hf_attn_patch.losses.chunked import Head, LossSums, linear_loss
 from hf_attn_patch.losses.output_head import head_matches, head_of
 from hf_attn_patch.training.data.packing import PackedBatch
 
-from .compiling import any_length, compile_layers
+from .compiling import compile_layers
 from .layerwise import layerwise_loss, tracing
 
 
@@ -47,7 +49,7 @@ class Objective(nn.Module):
 
     @property
     def _no_split_modules(self) -> list[str]:  # what FSDP wraps
-        return list(getattr(self.model, "_no_split_modules", None) or [])
+        return sorted(whole_blocks(self.model))
 
     def tie_weights(self) -> None:
         self.model.tie_weights()
@@ -173,7 +175,7 @@ class CausalObjective(Objective):
                 if float(apart) > 1e-3:  # a NaN is for the loss to report
                     raise TrainingError(
                         f"{type(self.model).__name__} with attn_implementation "
-                        f"{self.model.config._attn_implementation!r} lets packed documents see each other; "
+                        f"{attention_name(self.model.config)!r} lets packed documents see each other; "
                         "use --attn-implementation hf_attn_patch, or --packed false"
                     )
             else:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_attn_patch.compat.transformers import whole_blocks
+
 from .zero import autocast
 
 
@@ -27,8 +29,9 @@ def place_teacher(accelerator: Any, teacher: Any) -> Any:
     mesh = getattr(accelerator, "torch_device_mesh", None)
     names = accelerator.parallelism_config.fsdp_dim_names if mesh is not None else ()
     options = {"mesh": mesh[tuple(names)]} if mesh is not None else {}
+    blocks = whole_blocks(teacher)
     for module in teacher.modules():
-        if type(module).__name__ in teacher._no_split_modules:
+        if type(module).__name__ in blocks:
             fully_shard(module, **options)
     # the root's own weights (embeddings, head) stay whole after its forward: the loss reads the head from there
     fully_shard(teacher, **options)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from hf_attn_patch.compat.transformers import whole_blocks
 from hf_attn_patch.errors import TrainingError
 
 Mode = Literal["full", "attention", "lora"]
@@ -25,8 +26,8 @@ def attention_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:
-    """The layers, as the model's ``_no_split_modules`` names their classes."""
-    kinds = set(getattr(model, "_no_split_modules", None) or ())
+    """The layers, as the model names the classes of its blocks."""
+    kinds = whole_blocks(model)
     # among the ancestors' names, because FSDP2 gives a layer a class of its own
     return [m for m in model.modules() if any(c.__name__ in kinds for c in type(m).__mro__)]
 
@@ -126,9 +127,10 @@ def as_saved(model: nn.Module, dtype: torch.dtype, scale: float) -> Iterator[Non
     adapted = set()
     for module in model.modules():
         base = getattr(module, "base_layer", None)
+        lora: Any = module  # peft's layer, whose attributes torch knows as modules or tensors
         if base is None or "default" not in getattr(module, "lora_A", {}):
             continue
-        a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
+        a, b = lora.lora_A["default"].weight, lora.lora_B["default"].weight
         added = scale * (b.float() @ a.float())
         put(base.weight, base.weight + (added.T if type(base).__name__ == "Conv1D" else added).to(base.weight.dtype))
         put(b, torch.zeros_like(b))
