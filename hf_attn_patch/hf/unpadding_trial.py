@@ -6,7 +6,7 @@ are felt in another, and so is the cache that both leave.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,8 +15,7 @@ from transformers import DynamicCache
 from hf_attn_patch.compat.calls import cache_of
 from hf_attn_patch.compat.transformers import attention_name
 
-if TYPE_CHECKING:
-    from .unpadding import Unpadded
+Unpadded = Any  # unpadding.py's, which imports this file
 
 #: how a padded forward numbers its tokens when it gets no position_ids: by column (Llama, GPT-2, BERT), by counting the
 #: real tokens (OPT), or by counting ids that are not padding, from padding_idx on (RoBERTa)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -21,6 +21,36 @@ MAX_HEAD_DIM = 512
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 SHORT = 1024  # keys: for no more, finding where a mask begins and ends costs more than it saves
 _LOG2E = float(LOG2E.value)
+
+
+class DecodeOperands(NamedTuple):
+    """The arguments of a decoding call in the order of ``launch``; ``grouped_decode`` explains them."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    block_table: torch.Tensor | None
+    first: torch.Tensor | None
+    end: torch.Tensor | None
+    mask: torch.Tensor | None
+    bias: torch.Tensor | None
+    sinks: torch.Tensor | None
+    scale: float
+    causal: bool
+    window: int | None
+    softcap: float | None
+    return_lse: bool
+
+
+class _Sizes(NamedTuple):
+    B: int
+    HQ: int
+    HKV: int
+    Sq: int
+    Sk: int
+    D: int
+    DV: int
+    page: int  # keys of a page; 1 where K and V lie whole
 
 
 @dataclass(slots=True)
@@ -85,7 +115,7 @@ def launch(
     ready = tuple(_contiguous_rows(t) if i not in (6, 7) else t for i, t in enumerate(tensors))
     if any(new is not old for new, old in zip(ready, tensors, strict=True)):
         return launch(*ready, scale, causal, window, softcap, return_lse, tuning)  # type: ignore[call-arg, arg-type]
-    call, strides = _plan(*tensors, scale, causal, window, softcap, return_lse, tuning)
+    call, strides = _plan(DecodeOperands(*tensors, scale, causal, window, softcap, return_lse), tuning)
     if 0 in call.shape:
         return _outputs(call)
     result = _start(call, tensors, pointers, strides)
@@ -142,37 +172,26 @@ def _contiguous_rows(t: torch.Tensor | None) -> torch.Tensor | None:
     return t.contiguous()
 
 
-def _plan(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    block_table: torch.Tensor | None,
-    first: torch.Tensor | None,
-    end: torch.Tensor | None,
-    mask: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-    scale: float,
-    causal: bool,
-    window: int | None,
-    softcap: float | None,
-    return_lse: bool,
-    tuning: Tuning | None,
-) -> tuple[_Call, tuple[int, ...]]:
-    """What to start for such arguments, and the strides, which the decode kernel is specialised on."""
+def _check(o: DecodeOperands) -> _Sizes:
+    """The sizes of a call whose arguments go together.
+
+    Raises:
+        ValueError: they don't; it says which.
+    """
+    q, k, v, table = o.q, o.k, o.v, o.block_table
     B, HQ, Sq, D = q.shape
-    if block_table is None:
+    if table is None:
         _, HKV, Sk, DV = v.shape
         page = 1
         if k.shape != (B, HKV, Sk, D) or v.shape[0] != B:
             raise ValueError(f"q {list(q.shape)}, k {list(k.shape)} and v {list(v.shape)} do not go together")
     else:
         _, page, HKV, DV = v.shape
-        Sk = page * block_table.shape[1]
-        if k.shape != (v.shape[0], page, HKV, D) or block_table.shape[0] != B or end is None:
+        Sk = page * table.shape[1]
+        if k.shape != (v.shape[0], page, HKV, D) or table.shape[0] != B or o.end is None:
             raise ValueError(
                 f"q {list(q.shape)}, k_pages {list(k.shape)}, v_pages {list(v.shape)} and block_table "
-                f"{list(block_table.shape)} do not go together"
+                f"{list(table.shape)} do not go together"
             )
     if HQ % HKV:
         KVGrouping(HQ, HKV)  # raises, and says which numbers would do
@@ -183,65 +202,63 @@ def _plan(
         )
     if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
         raise ValueError(f"q, k and v must share one dtype of fp16, bf16 and fp32, not {q.dtype}, {k.dtype}, {v.dtype}")
-    if window is not None and (not causal or window < 1):
-        raise ValueError(f"window={window} needs causal=True and at least one key")
-    others = {"first": first, "end": end, "sinks": sinks}
+    if o.window is not None and (not o.causal or o.window < 1):
+        raise ValueError(f"window={o.window} needs causal=True and at least one key")
+    others = {"first": o.first, "end": o.end, "sinks": o.sinks}
     for name, t in others.items():
         if t is not None and t.shape != ((HQ if name == "sinks" else B),):
             raise ValueError(f"{name} has the shape {list(t.shape)}, not [{HQ if name == 'sinks' else B}]")
-    others |= {"k": k, "v": v, "block_table": block_table, "mask": mask, "bias": bias}
+    others |= {"k": k, "v": v, "block_table": table, "mask": o.mask, "bias": o.bias}
     if elsewhere := [name for name, t in others.items() if t is not None and t.device != q.device]:
         raise ValueError(f"q is on {q.device}, but {', '.join(elsewhere)} is not: they must share one device")
+    if o.mask is not None and o.mask.dtype != torch.bool:
+        raise ValueError(f"mask must be bool, not {o.mask.dtype}; additive masks are given as bias")
+    return _Sizes(B, HQ, HKV, Sq, Sk, D, DV, page)
 
-    mask_strides: tuple[int, ...] = (0, 0, 0, 0)
-    bias_strides = mask_strides
-    mask_kind = bias_kind = 0
-    if mask is not None:
-        if mask.dtype != torch.bool:
-            raise ValueError(f"mask must be bool, not {mask.dtype}; additive masks are given as bias")
-        mask_strides = mask.expand(B, HQ, Sq, Sk).stride()
-        mask_kind = 1 if (HQ == HKV or mask_strides[1] == 0) and (Sq == 1 or mask_strides[2] == 0) else 2
-    if bias is not None:
-        bias_strides = bias.expand(B, HQ, Sq, Sk).stride()
-        bias_kind = 1 if (HQ == HKV or bias_strides[1] == 0) and (Sq == 1 or bias_strides[2] == 0) else 2
 
-    G = HQ // HKV
-    varlen = first is not None or end is not None
-    span = Sk if window is None else min(Sk, window + Sq - 1)
-    sms = sm_count(q.device)
-    tuning = tuning or choose(q.dtype, D, DV, B * HKV, span, sms, varlen)
-    pdl = tuning.pdl and overlaps(q.device)
+def _scores_like(t: torch.Tensor | None, n: _Sizes) -> tuple[int, tuple[int, ...]]:
+    """How a mask or a bias is read: 0 not at all, 1 once for all queries of a KV head, 2 for each; and its strides."""
+    if t is None:
+        return 0, (0, 0, 0, 0)
+    strides = t.expand(n.B, n.HQ, n.Sq, n.Sk).stride()
+    return (1 if (n.HQ == n.HKV or strides[1] == 0) and (n.Sq == 1 or strides[2] == 0) else 2), strides
+
+
+def _strides(o: DecodeOperands, *scores: tuple[int, ...]) -> tuple[int, ...]:
+    """All strides in the order of the decode kernel's arguments."""
+    table = o.block_table
+    if table is None:
+        kv = (*o.k.stride()[:3], *o.v.stride()[:3])
+    else:
+        (k_b, k_s, k_h, _), (v_b, v_s, v_h, _) = o.k.stride(), o.v.stride()
+        kv = (k_b, k_h, k_s, v_b, v_h, v_s)
+    return (*o.q.stride()[:3], *kv, *scores[0], *scores[1], 0 if table is None else table.stride(0))
+
+
+def _plan(o: DecodeOperands, tuning: Tuning | None) -> tuple[_Call, tuple[int, ...]]:
+    """What to start for such arguments, and the strides, which the decode kernel is specialised on."""
+    n = _check(o)
+    B, HQ, HKV, Sq, Sk, D, DV, page = n
+    mask_kind, mask_strides = _scores_like(o.mask, n)
+    bias_kind, bias_strides = _scores_like(o.bias, n)
+    strides = _strides(o, mask_strides, bias_strides)
+
+    G, window = HQ // HKV, o.window or 0
+    varlen = o.first is not None or o.end is not None
+    span = Sk if o.window is None else min(Sk, window + Sq - 1)
+    sms = sm_count(o.q.device)
+    tuning = tuning or choose(o.q.dtype, D, DV, B * HKV, span, sms, varlen)
     block_m = tuning.block_m or min(64, max(16, power_of_two(G * Sq)))
     m_tiles = max(1, -(-G * Sq // block_m))
     slots = max(1, sms * tuning.per_sm * tuning.waves // m_tiles)
     split, workers = plan(B * HKV, -(-span // tuning.block_n), slots, tuning, varlen)
 
-    paged = 0
-    if block_table is not None:
-        paged = 2 if page % tuning.block_n == 0 and first is None and window is None else 1
-    if block_table is None:
-        kv_strides = (*k.stride()[:3], *v.stride()[:3])
-    else:
-        (k_b, k_s, k_h, _), (v_b, v_s, v_h, _) = k.stride(), v.stride()
-        kv_strides = (k_b, k_h, k_s, v_b, v_h, v_s)
-    strides = (*q.stride()[:3], *kv_strides, *mask_strides, *bias_strides)
-    strides += (0 if block_table is None else block_table.stride(0),)
-    qk_scale, cap = (scale * _LOG2E, 0.0) if softcap is None else (scale / softcap, softcap * _LOG2E)
-    common = {
-        "DV": DV,
-        "BLOCK_N": tuning.block_n,
-        "BLOCK_B": max(16, power_of_two(B)),
-        "WINDOW": window is not None,
-        "HAS_FIRST": first is not None,
-        "HAS_END": end is not None,
-        "HAS_SINKS": sinks is not None,
-        "HAS_LSE": return_lse,
-        "PDL": pdl,
-    }
+    common = _common(o, n, tuning)
+    qk_scale, cap = (o.scale * _LOG2E, 0.0) if o.softcap is None else (o.scale / o.softcap, o.softcap * _LOG2E)
     decode = Launch(
         decode_kernel,
         (workers * m_tiles, 1),
-        (*strides, B, HKV, G, Sq, Sk, page, window or 0, tuning.least, workers, qk_scale, cap),
+        (*strides, B, HKV, G, Sq, Sk, page, window, tuning.least, workers, qk_scale, cap),
         {
             "D": D,
             "BLOCK_M": block_m,
@@ -249,28 +266,59 @@ def _plan(
             "BLOCK_DV": max(16, power_of_two(DV)),
             "M_TILES": m_tiles,
             "SPLIT": split,
-            "CAUSAL": causal and Sq > 1,
-            "SOFTCAP": softcap is not None,
+            "CAUSAL": o.causal and Sq > 1,
+            "SOFTCAP": o.softcap is not None,
             "MASK": mask_kind,
             "BIAS": bias_kind,
-            "PAGED": paged,
+            "PAGED": _paged(o, page, tuning),
             "LAZY_SUM": tuning.lazy_sum,
             "EVICT": tuning.evict,
-            "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
+            "PRECISION": "ieee" if o.q.dtype == torch.float32 else "tf32",
             **common,
         },
-        {"num_warps": tuning.warps, "num_stages": tuning.stages, "maxnreg": tuning.registers, "launch_pdl": pdl},
+        {
+            "num_warps": tuning.warps,
+            "num_stages": tuning.stages,
+            "maxnreg": tuning.registers,
+            "launch_pdl": common["PDL"],
+        },
     )
-    combine = None
-    if split:
-        block_p, block_dv = merge_shape(-(-workers // max(1, B * HKV)) + 1, DV)
-        combine = Launch(
-            combine_kernel,
-            (B * HQ * Sq, -(-DV // block_dv)),
-            (B, HKV, G, Sq, Sk, window or 0, tuning.least, workers),
-            {"BLOCK_P": block_p, "BLOCK_DV": block_dv, **common},
-            {"num_warps": 4, "launch_pdl": pdl},
-        )
+    combine = _combine(n, window, tuning, workers, common) if split else None
     part = workers * 2 * G * Sq * (DV + 1) if split else 0
     out_strides = (Sq * HQ * DV, DV, HQ * DV, 1)  # [B, Sq, HQ, Dv] in memory
-    return _Call((B, HQ, Sq, DV), out_strides, part, return_lse, q.dtype, q.device, decode, combine), strides
+    return _Call((B, HQ, Sq, DV), out_strides, part, o.return_lse, o.q.dtype, o.q.device, decode, combine), strides
+
+
+def _paged(o: DecodeOperands, page: int, tuning: Tuning) -> int:
+    """0: K and V lie whole; 1: in pages; 2: in pages of which each holds whole tiles."""
+    if o.block_table is None:
+        return 0
+    return 2 if page % tuning.block_n == 0 and o.first is None and o.window is None else 1
+
+
+def _common(o: DecodeOperands, n: _Sizes, tuning: Tuning) -> dict[str, Any]:
+    """The constants that both kernels are compiled with."""
+    return {
+        "DV": n.DV,
+        "BLOCK_N": tuning.block_n,
+        "BLOCK_B": max(16, power_of_two(n.B)),
+        "WINDOW": o.window is not None,
+        "HAS_FIRST": o.first is not None,
+        "HAS_END": o.end is not None,
+        "HAS_SINKS": o.sinks is not None,
+        "HAS_LSE": o.return_lse,
+        "PDL": tuning.pdl and overlaps(o.q.device),
+    }
+
+
+def _combine(n: _Sizes, window: int, tuning: Tuning, workers: int, common: dict[str, Any]) -> Launch:
+    """What merges the partial results of ``workers``."""
+    B, HQ, HKV, Sq, Sk, _, DV, _ = n
+    block_p, block_dv = merge_shape(-(-workers // max(1, B * HKV)) + 1, DV)
+    return Launch(
+        combine_kernel,
+        (B * HQ * Sq, -(-DV // block_dv)),
+        (B, HKV, HQ // HKV, Sq, Sk, window, tuning.least, workers),
+        {"BLOCK_P": block_p, "BLOCK_DV": block_dv, **common},
+        {"num_warps": 4, "launch_pdl": common["PDL"]},
+    )
