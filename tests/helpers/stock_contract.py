@@ -139,7 +139,13 @@ def _keywords(stock_class: type, our_class: type, calls: list[tuple[int, set[str
 
 def _overridden(stock_class: type, our_class: type) -> list[str]:
     """Private methods and flags of ours that no longer stand in for anything."""
-    names = [n for n in _own(our_class) if (n.startswith("_") and not n.startswith("__")) or n == "post_init"]
+    written: set[str] = set()  # in the source: transformers notes things down on the class itself
+    for tree in _trees(our_class):
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef):
+                written |= {n.name for n in node.body if isinstance(n, ast.FunctionDef)}
+                written |= {t.id for n in node.body if isinstance(n, ast.Assign) for t in n.targets}  # type: ignore[attr-defined]
+    names = {n for n in written if (n.startswith("_") and not n.startswith("__")) or n == "post_init"}
     gone = [n for n in sorted(names) if not hasattr(stock_class, n) and n != "_alibi"]
     return [f"{stock_class.__name__} has no {n!r} for {_text(our_class)} to override" for n in gone]
 
