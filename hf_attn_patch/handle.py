@@ -37,11 +37,6 @@ class Handle:
         self._entered = 0
         self._lock = threading.Lock()
 
-    @property
-    def active(self) -> bool:
-        """Whether it was not undone yet."""
-        return self._undo is not None
-
     def undo(self) -> None:
         """Put things back, if that was not done yet."""
         with self._lock:
@@ -53,7 +48,7 @@ class Handle:
         self.undo()
 
     def __enter__(self: Self) -> Self:
-        if not self.active:
+        if self._undo is None:
             raise RuntimeError("this handle was undone before, and its block would change nothing: make a new one")
         self._entered += 1
         return self

@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 from hf_attn_patch.errors import TrainingError
 
+from .bars import no_progress_bars
+
 logger = logging.getLogger(__name__)
 
 Unit = Literal["auto", "file", "paragraph", "line"]
@@ -28,6 +30,7 @@ def _suffix(path: Path) -> str:
     return next((s for s in reversed(suffixes) if s not in PACKED), "") if suffixes else ""
 
 
+@no_progress_bars()
 def open_documents(
     name: str,
     *,
@@ -177,7 +180,6 @@ def import_datasets() -> Any:
         import datasets
     except ImportError as error:
         raise TrainingError("training reads data with datasets: pip install 'hf-attn-patch[train]'") from error
-    datasets.disable_progress_bars()
     return datasets
 
 

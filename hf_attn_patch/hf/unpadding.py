@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache
 from hf_attn_patch.compat.cache_keyword import NAMES as CACHE_NAMES
 from hf_attn_patch.compat.calls import Arguments
 from hf_attn_patch.compat.transformers import attention_name
+from hf_attn_patch.handle import Handle
 
 from .padded_rows import IGNORE, PackedPrefill, Packing, pack_rows
 from .unpadding_trial import NUMBERINGS, calibrate
@@ -34,7 +35,7 @@ TOKENWISE_HEADS = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForTokenClassif
 BORDER_AWARE = {"hf_attn_patch"}
 
 
-class Unpadded:
+class Unpadded(Handle):
     """The handle that :func:`unpadded` returns: a context manager, or ``undo()`` when done."""
 
     def __init__(self, model: PreTrainedModel, drop_padding_targets: bool) -> None:
@@ -52,21 +53,16 @@ class Unpadded:
         self.arguments = Arguments(self.target)
         # thread -> what the forward that runs in it needs afterwards: packing, cache, last logits only?, as a tuple?
         self._pending: dict[int, tuple[Packing, DynamicCache | None, bool, bool]] = {}
-        self._hooks = [
+        hooks = [
             self.target.register_forward_pre_hook(self._before, with_kwargs=True),
             self.target.register_forward_hook(self._after),
         ]
 
-    def undo(self) -> None:
-        """Let the model run on padding again."""
-        for hook in self._hooks:
-            hook.remove()
+        def undo() -> None:
+            for hook in hooks:
+                hook.remove()
 
-    def __enter__(self) -> Unpadded:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.undo()
+        super().__init__(undo)
 
     def _positions(self, given: dict[str, Any], mask: Tensor) -> Tensor:
         """``[B, S]``: what the padded forward would use."""

@@ -27,7 +27,6 @@ def load_config(name: str) -> Any:
 
     import hf_attn_patch  # noqa: F401  (registers the attention and the grouped model families)
 
-    transformers.utils.logging.disable_progress_bar()  # a run shows one bar, its own
     try:
         return transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hf_attn_patch.documents.bars import no_progress_bars
 from hf_attn_patch.documents.tokenizers import load_tokenizer
 from hf_attn_patch.errors import TrainingError
 
@@ -184,12 +185,21 @@ class Run:
         )  # fmt: skip
 
 
+#: what accelerate launch makes of its own option
+_STEPS = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
+
+
 def load_run(options: UptrainOptions) -> Run:
     """Load and check everything that ``options`` name.
 
     Raises:
         TrainingError: something is missing, or does not go with the rest.
     """
+    with no_progress_bars():  # a run shows one bar, its own
+        return _load_run(options)
+
+
+def _load_run(options: UptrainOptions) -> Run:
     accelerator = make_accelerator(options)
     config = load_config(options.model)
     kind = objective_kind(config, options.objective)
@@ -235,14 +245,18 @@ def make_accelerator(options: UptrainOptions) -> Any:
     launched = int(os.environ.get("WORLD_SIZE", 1))
     # several processes without any GPU are meant for the CPU; accelerate would run each of them alone
     cpu = (launched > 1 or zero.is_wanted()) and not torch.accelerator.is_available()
-    os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)  # accelerate launch's; it would win over ours
     # the first phase leaves most weights without a gradient
     unused = accelerate.DistributedDataParallelKwargs(find_unused_parameters=options.layerwise_tokens > 0)
-    accelerator = accelerate.Accelerator(
-        mixed_precision="no" if zero.is_wanted() else precision,  # see zero.py
-        log_with=options.log_with, project_dir=options.output, cpu=cpu,
-        kwargs_handlers=[unused],
-    )  # fmt: skip
+    launchers = os.environ.pop(_STEPS, None)  # it would win over ours
+    try:
+        accelerator = accelerate.Accelerator(
+            mixed_precision="no" if zero.is_wanted() else precision,  # see zero.py
+            log_with=options.log_with, project_dir=options.output, cpu=cpu,
+            kwargs_handlers=[unused],
+        )  # fmt: skip
+    finally:
+        if launchers is not None:
+            os.environ[_STEPS] = launchers
     if launched != accelerator.num_processes:
         raise TrainingError(
             f"{launched} processes were launched, but accelerate sees {accelerator.num_processes}; start them with "

@@ -29,7 +29,8 @@ class StopSignals:
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            # None: a handler that Python did not install, and cannot put back
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def _remember(self, number: int, _frame: FrameType | None) -> None:
         if self.asked and number == signal.SIGINT:

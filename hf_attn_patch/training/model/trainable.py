@@ -66,9 +66,11 @@ def choose_trainable(
         ]
     elif targets != "all-linear":
         names = targets.split(",")
-    torch.manual_seed(seed)  # the adapters start at random: the same ones on every process
+    gpus = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     try:
-        wrapped = peft.get_peft_model(model, peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=names))
+        with torch.random.fork_rng(gpus):
+            torch.manual_seed(seed)  # the adapters start at random: the same ones on every process
+            wrapped = peft.get_peft_model(model, peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=names))
     except ValueError as error:  # no module of these names, or one that can't have an adapter
         raise TrainingError(f"--lora-targets {targets}: {str(error).splitlines()[0]}") from error
     words, head = model.get_input_embeddings().weight, model.get_output_embeddings()
