@@ -132,7 +132,7 @@ def test_of_the_kernel_that_is_called_once_a_member_of_the_group(monkeypatch, dt
         assert mask is None or mask.shape == (*q.shape[:3], k.shape[2])
         return plain(q.float(), k.float(), v.float(), see, bias).to(q.dtype), None
 
-    monkeypatch.setattr(torch_sdpa, "aten", SimpleNamespace(_scaled_dot_product_efficient_attention=kernel))
+    monkeypatch.setattr(torch_sdpa, "efficient_attention_op", kernel)
     B, S = 2, 48
     *inputs, aim = rows(B, HQ, HKV, S, S, 32, dtype)
     aim = aim.abs()  # the group's parts of dV have one sign: their sum grows, and what it loses at each rounding
