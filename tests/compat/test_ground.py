@@ -60,9 +60,12 @@ def test_the_oldest_transformers_is_tested() -> None:
 
 
 def test_env_warns_above_the_newest_that_was_tested(monkeypatch: pytest.MonkeyPatch) -> None:
-    installed = {"torch": f"{TESTED['torch'][1]}.9+cpu", "transformers": "99.1.0", "peft": "0.1.0"}
+    pins = versions("tested.txt")
+    installed = pins | {"torch": f"{TESTED['torch'][1]}.9+cpu", "transformers": "99.1.0", "peft": "0.1.0"}
     version = importlib.metadata.version
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: installed.get(name) or version(name))
+    monkeypatch.setattr(
+        importlib.metadata, "version", lambda name: installed.get(name.replace("-", "_")) or version(name)
+    )
     said = CliRunner().invoke(main, ["env"])
     assert said.exit_code == 0
     (line,) = [line for line in said.stdout.splitlines() if "newer than" in line]
