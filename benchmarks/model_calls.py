@@ -119,7 +119,7 @@ def decode_compiled(model: Any, cache: Cache, inputs: Inputs, position: torch.Te
     """One step under torch.compile with CUDA graphs: the 4-D mask is made outside the graph, as generate does."""
     assert inputs.mask is not None
     S = inputs.ids.shape[1]
-    torch._dynamo.reset()
+    torch.compiler.reset()
     compiled = torch.compile(model.forward, mode="reduce-overhead", fullgraph=True)
     room = cache.layers[0].keys.shape[2]
     valid = torch.nn.functional.pad(inputs.mask, (0, room - S), value=0).bool()

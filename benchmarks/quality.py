@@ -28,6 +28,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from hf_attn_patch.compat.python import stop_workers
+
 if __name__ == "__main__":  # see benchmarks/__init__.py
     sys.path[0] = str(Path(__file__).parents[1])
 
@@ -75,8 +77,8 @@ class Work:
                 write(options.out, self.size, self.records)
                 self.follow(record)
         if options.workers:
-            for process in list(self.pool._processes.values()) if self.pending else ():
-                process.terminate()
+            if self.pending:
+                stop_workers(self.pool)
             self.pool.shutdown(wait=not self.pending, cancel_futures=True)
 
     def submit(self, kind: str, *args: Any) -> None:

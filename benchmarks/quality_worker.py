@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import time
 from collections.abc import Callable
@@ -16,6 +15,8 @@ from transformers import LlamaForCausalLM
 
 from benchmarks.code_lm import Corpus, Recipe, Size, autocast, corpus, forward, held_out_loss, train
 from benchmarks.quality_methods import METHODS, RECIPES, convert, varied
+from hf_attn_patch.compat.python import process_number
+from hf_attn_patch.compat.torch import one_graph_a_shape, recompile_limit_at_least, uncompile
 
 DATA_SEED = 1000  # of the uptraining text; the base model's is its own seed
 
@@ -33,9 +34,9 @@ class Bench:
         self.size, self.cache, self.device = size, cache, torch.device(device)
         self.compiled = compiled
         torch.set_float32_matmul_precision("high")
-        torch._dynamo.config.recompile_limit = 64
+        recompile_limit_at_least(64)
         os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "4")  # in each of several workers
-        torch._dynamo.config.automatic_dynamic_shapes = False  # few shapes, each worth a graph of its own
+        one_graph_a_shape()  # few shapes, each worth a graph of its own
         if self.device.type == "cpu":
             torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
         self.data: Corpus = corpus(size, cache, log=lambda text: print(text, flush=True)).to(self.device)
@@ -70,7 +71,7 @@ class Bench:
 
     def uncompile(self, model: LlamaForCausalLM) -> None:
         for layer in model.model.layers:
-            layer._compiled_call_impl = None
+            uncompile(layer)
 
     def loss(self, model: LlamaForCausalLM) -> float:
         return held_out_loss(model, self.data.held_out, self.size.seq)
@@ -146,8 +147,7 @@ def begin(size: Size, cache: Path, device: str, compiled: bool) -> None:
     """In each worker: a GPU of its own where there are several."""
     global _bench
     if device == "cuda":
-        number = (multiprocessing.current_process()._identity or (1,))[0] - 1
-        device = f"cuda:{number % torch.cuda.device_count()}"
+        device = f"cuda:{process_number() % torch.cuda.device_count()}"
         torch.cuda.set_device(device)
     _bench = Bench(size, cache, device, compiled)
 

@@ -70,9 +70,9 @@ def prepare(work: Path, shape: str) -> None:
         bpe = tokenizers.ByteLevelBPETokenizer()
         texts = (json.loads(line)["text"] for line in text.open())
         bpe.train_from_iterator(itertools.islice(texts, 300), vocab_size=1000, special_tokens=["<eos>"])
-        PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<eos>", pad_token="<eos>").save_pretrained(
-            model
-        )
+        PreTrainedTokenizerFast(
+            tokenizer_object=tokenizers.Tokenizer.from_str(bpe.to_str()), eos_token="<eos>", pad_token="<eos>"
+        ).save_pretrained(model)
         torch.manual_seed(0)
         with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
             made = LlamaForCausalLM(LlamaConfig(**SHAPES[shape], bos_token_id=None, eos_token_id=0))

@@ -210,9 +210,9 @@ def make_model(folder: Path, text: Path, size: Size) -> None:
         some = [json.loads(line)["text"] for line, _ in zip(file, range(400), strict=False)]
     bpe = tokenizers.ByteLevelBPETokenizer()
     bpe.train_from_iterator(some, vocab_size=size.vocabulary, special_tokens=["<eos>"], show_progress=False)
-    PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<eos>", pad_token="<eos>").save_pretrained(
-        folder
-    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer.from_str(bpe.to_str()), eos_token="<eos>", pad_token="<eos>"
+    ).save_pretrained(folder)
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=size.vocabulary, hidden_size=size.width, intermediate_size=size.width * 8 // 3 // 8 * 8,

@@ -33,7 +33,9 @@ def make_t5(folder: Path, text: Path, width: int) -> None:
     bpe = tokenizers.ByteLevelBPETokenizer()
     special = ["<pad>", "</s>", *(f"<extra_id_{i}>" for i in range(20))]
     bpe.train_from_iterator(some, vocab_size=1024, special_tokens=special, show_progress=False)
-    words = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="</s>", pad_token="<pad>")
+    words = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer.from_str(bpe.to_str()), eos_token="</s>", pad_token="<pad>"
+    )
     words.save_pretrained(folder)
     torch.manual_seed(0)
     config = T5Config(

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import MistralConfig, MistralModel
+from transformers import AutoModel, MistralConfig, MistralModel
 
 import hf_attn_patch
 from hf_attn_patch.compat.cache_keyword import keyword_of
@@ -133,8 +133,8 @@ class Forecaster(nn.Module):
             sliding_window=context, max_position_embeddings=8760, pad_token_id=None, bos_token_id=None,
             eos_token_id=None,
         )  # fmt: skip
-        config._attn_implementation = attention
-        self.embed, self.body, self.head = nn.Linear(6, width), MistralModel(config), nn.Linear(width, HORIZON)
+        body: MistralModel = AutoModel.from_config(config, attn_implementation=attention)
+        self.embed, self.body, self.head = nn.Linear(6, width), body, nn.Linear(width, HORIZON)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
@@ -283,7 +283,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Tensor]:
             window = data.x[:, -context:]
             latency = {}
             for attention in ("eager", "hf_attn_patch"):
-                model.body.config._attn_implementation = attention
+                model.body.set_attn_implementation(attention)
                 latency[attention] = timed(lambda m=model, w=window: m(w), args.device)[0] * 1e3
             latency["cached"] = timed(model.cached_step(window), args.device, repeats=8)[0] * 1e3
             error = float(errors[f"{name} {kind}"].mean())

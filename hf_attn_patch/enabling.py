@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_attn_patch.compat.transformers import attention_name, goes_through_interface, set_attention_name
 from hf_attn_patch.errors import AttentionError
 
 from .attn.backends.registry import backend as backend_named
@@ -70,12 +71,12 @@ def enable(
     kinds = {type(module.config) for module in model.modules() if isinstance(module, PreTrainedModel)}
     for module in model.modules():
         # up to 5.19 the call above misses stacks that hold a copy of their parent's config (the T5 family)
-        if isinstance(module, PreTrainedModel) and module.config._attn_implementation != NAME:
+        if isinstance(module, PreTrainedModel) and attention_name(module.config) != NAME:
             module.set_attn_implementation(NAME)
         # an EncoderDecoderModel gives its parts new configs, and their layers keep the old ones
         config = getattr(module, "config", None)
-        if isinstance(config, PreTrainedConfig) and type(config) in kinds and config._attn_implementation != NAME:
-            config._attn_implementation = NAME
+        if isinstance(config, PreTrainedConfig) and type(config) in kinds and attention_name(config) != NAME:
+            set_attention_name(config, NAME)
         if backend is None:
             module.__dict__.pop(BACKEND_ATTRIBUTE, None)
         else:
@@ -105,7 +106,7 @@ def refuse_outside(model: torch.nn.Module) -> None:
             type(module).__name__
             for module in model.modules()
             if isinstance(module, PreTrainedModel)
-            and not module._can_set_attn_implementation()
+            and not goes_through_interface(module)
             and not type(module.config).__module__.startswith(__package__)  # stock parts of a grouped model
         }
     )

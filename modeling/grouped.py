@@ -22,10 +22,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
+from hf_attn_patch.compat.model_classes import (
+    AttentionNameView,
+    InsideInterface,
+    attention_name,
+    initialise_again,
+    map_checkpoint_names,
+    set_attention_name,
+)
 from hf_attn_patch.errors import GroupingError
 from hf_attn_patch.grouping import KVGrouping
 
@@ -143,7 +150,7 @@ class GroupedModel:
             module.__class__ = grouped
             if isinstance(module, GroupedAttention):
                 module.group(self.config)  # type: ignore[attr-defined]
-                module._is_hf_initialized = False  # type: ignore[attr-defined]
+                initialise_again(module)
         super().post_init()  # type: ignore[misc]
 
     @classmethod
@@ -155,7 +162,7 @@ class GroupedModel:
         return False
 
 
-class GroupedModelOutsideInterface(GroupedModel):
+class GroupedModelOutsideInterface(InsideInterface, GroupedModel):
     """For families whose stock attention is not called through transformers' interface, but whose grouped one is."""
 
     _supports_sdpa = True
@@ -166,10 +173,10 @@ class GroupedModelOutsideInterface(GroupedModel):
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         # the stock parts look their attention class up by name and know only their own names
-        wanted = self.get_correct_attn_implementation(config._attn_implementation, True)  # type: ignore[attr-defined]
-        config._attn_implementation = "eager"
+        wanted = self.get_correct_attn_implementation(attention_name(config), True)  # type: ignore[attr-defined]
+        set_attention_name(config, "eager")
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-        config._attn_implementation = wanted
+        set_attention_name(config, wanted)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """``generate_batch`` begins here.
@@ -183,11 +190,6 @@ class GroupedModelOutsideInterface(GroupedModel):
                 "the family does not hand paged caches to its layers: call generate instead of generate_batch"
             )
         return super().init_continuous_batching(*args, **kwargs)  # type: ignore[misc]
-
-    @classmethod
-    def _can_set_attn_implementation(cls) -> bool:
-        # transformers looks for its interface in the source of the class's module, where ours is not
-        return True
 
 
 def of_layer(kv_heads: int | list[int], attention: Any) -> int:
@@ -243,7 +245,7 @@ def attend(
     Returns:
         [B, Sq, HQ * D] and the weights [B, HQ, Sq, Sk], or None from an implementation that never has them.
     """
-    function = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, grouped_eager)
+    function = ALL_ATTENTION_FUNCTIONS.get_interface(attention_name(module.config), grouped_eager)
     out, weights = function(module, query, key, value, mask, **kwargs)
     return out.flatten(2), weights
 
@@ -267,7 +269,7 @@ EAGER = "grouped_eager"
 AttentionInterface.register(EAGER, grouped_eager)
 
 
-class ConfigView:
+class ConfigView(AttentionNameView):
     """The model's config as a stock attention module sees it: "eager" reads as :data:`EAGER`.
 
     A stock forward passes its own file's eager function to the interface, and that one cannot group. The name is the
@@ -280,9 +282,8 @@ class ConfigView:
     def __init__(self, config: Any) -> None:
         object.__setattr__(self, "_config", config)
 
-    @property
-    def _attn_implementation(self) -> str | None:
-        name: str | None = self._config._attn_implementation
+    def seen_attention_name(self) -> str | None:
+        name = attention_name(self._config)
         return EAGER if name == "eager" else name
 
     def __getattr__(self, name: str) -> Any:
@@ -325,6 +326,4 @@ def eager_with_bias(
 def share_checkpoint_names(*classes: type) -> None:
     """Let grouped classes read the older weight names that transformers maps for the stock class of the same name."""
     for cls in classes:
-        mapping = get_checkpoint_conversion_mapping(cls.__name__.removeprefix("Grouped"))
-        if mapping is not None:
-            register_checkpoint_conversion_mapping(cls.__name__, mapping, overwrite=True)
+        map_checkpoint_names(cls, cls.__name__.removeprefix("Grouped"))

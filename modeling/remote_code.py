@@ -17,7 +17,7 @@ def code_files(model_type: str) -> dict[str, str]:
     """The files that ``model_type`` needs, name -> text: the family's own and all that it imports from here.
 
     >>> sorted(code_files("gqa_gpt2"))
-    ['errors.py', 'gpt2.py', 'grouped.py', 'grouping.py']
+    ['errors.py', 'gpt2.py', 'grouped.py', 'grouping.py', 'model_classes.py']
     """
     here = __name__.rpartition(".")[0]
     wanted, files = [f"{here}.{zoo.file_of(model_type)}"], {}

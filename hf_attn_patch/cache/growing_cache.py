@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache, GenerationMixin, PretrainedConfig
 from transformers.cache_utils import Cache
 
+from hf_attn_patch.compat.transformers import PREPARE_CACHE, prepare_cache_method
 from hf_attn_patch.handle import Asked, Handle, of_each
 
 from .layers import GrowingLayer, GrowingMixin, GrowingSlidingWindowLayer, growing, new_layer
@@ -133,12 +134,9 @@ class GrowingCache(DynamicCache):
                 layer.trim()
 
 
-_PREPARE = "_prepare_cache_for_generation"
-
-
 @dataclass(eq=False)
 class _PrepareGrowing:
-    """Stands before a model's ``_prepare_cache_for_generation`` and makes the cache that it creates a growing one.
+    """Stands before the method by which a model's ``generate`` makes a cache, and makes that a growing one.
 
     The cross-attention cache is written once, so it is left at its exact size. An object, and not a bound function:
     copies and pickles of the model take it along.
@@ -200,10 +198,10 @@ def ask_for_growing(model: torch.nn.Module, owner: Any, growth: float = 1.25) ->
         raise TypeError(f"{type(model).__name__} cannot generate, so it has no use for a growing cache")
     standing = []
     for module in generators:
-        own = module.__dict__.get(_PREPARE)
+        own = module.__dict__.get(PREPARE_CACHE)
         if not isinstance(own, _PrepareGrowing):
-            own = _PrepareGrowing(module, own or getattr(type(module), _PREPARE), own is not None)
-            module.__dict__[_PREPARE] = own
+            own = _PrepareGrowing(module, own or prepare_cache_method(module), own is not None)
+            module.__dict__[PREPARE_CACHE] = own
         own.asked.ask(owner, growth)
         standing.append(own)
     return of_each(standing, functools.partial(_withdraw, owner=owner))
@@ -212,7 +210,7 @@ def ask_for_growing(model: torch.nn.Module, owner: Any, growth: float = 1.25) ->
 def withdraw_growing(model: torch.nn.Module, owner: Any) -> None:
     """Undo :func:`ask_for_growing`."""
     for module in model.modules():
-        if isinstance(own := module.__dict__.get(_PREPARE), _PrepareGrowing):
+        if isinstance(own := module.__dict__.get(PREPARE_CACHE), _PrepareGrowing):
             _withdraw(own, owner)
 
 
@@ -220,8 +218,8 @@ def _withdraw(standing: _PrepareGrowing, owner: Any) -> None:
     """A model has its own method back once nobody asks any more (and nothing else stands before ours)."""
     own = standing.model.__dict__
     standing.asked.withdraw(owner)
-    if not standing.asked and own.get(_PREPARE) is standing:
+    if not standing.asked and own.get(PREPARE_CACHE) is standing:
         if standing.bound:
-            own[_PREPARE] = standing.inner
+            own[PREPARE_CACHE] = standing.inner
         else:
-            del own[_PREPARE]
+            del own[PREPARE_CACHE]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from argparse import Action, ArgumentParser
 from concurrent.futures import ProcessPoolExecutor
 
@@ -18,6 +19,13 @@ def actions_of(parser: ArgumentParser) -> list[Action]:
     ['name']
     """
     return parser._actions
+
+
+@known("python", "how multiprocessing counts processes (Process._identity)")
+def process_number() -> int:
+    """Which of its parent's children this process is, from 0 on; 0 in the first process of all."""
+    identity: tuple[int, ...] = multiprocessing.current_process()._identity  # type: ignore[attr-defined]
+    return identity[-1] - 1 if identity else 0
 
 
 @known("python", "where a ProcessPoolExecutor keeps its processes (_processes)")

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 from .ground import changed, known
+
+#: the method by which ``generate`` makes the cache of a call (transformers 5.17 to 5.24)
+PREPARE_CACHE = "_prepare_cache_for_generation"
 
 
 @known("transformers", "where a config keeps its attention implementation (PreTrainedConfig._attn_implementation)")
@@ -17,7 +21,7 @@ def attention_name(config: Any) -> str | None:
 
 
 @known("transformers", "where a config keeps its attention implementation (PreTrainedConfig._attn_implementation)")
-def set_attention_name(config: Any, name: str) -> None:
+def set_attention_name(config: Any, name: str | None) -> None:
     """Ask for another implementation in this config alone, without the checks of ``set_attn_implementation``."""
     config._attn_implementation  # noqa: B018 - gone: an error, not a new attribute that nobody reads
     config._attn_implementation = name
@@ -125,6 +129,34 @@ def config_class_names() -> dict[str, str]:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
     return CONFIG_MAPPING_NAMES  # type: ignore[no-any-return]
+
+
+@known("transformers", f"GenerationMixin.{PREPARE_CACHE}")
+def prepare_cache_method(model: Any) -> Callable[..., Any]:
+    """The method of a model's class by which ``generate`` makes the cache of a call, unbound."""
+    return getattr(type(model), PREPARE_CACHE)  # type: ignore[no-any-return]
+
+
+@known("transformers", "the table of config classes (CONFIG_MAPPING)")
+def add_config_class(model_type: str, name: str, module: Any) -> None:
+    """Let ``AutoConfig`` find the config class ``name`` of a new model type in ``module``, once it is asked for."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    config_class_names()[model_type] = name
+    CONFIG_MAPPING._modules[model_type] = module
+
+
+@known("transformers", "the tables of the Auto classes (auto_factory._LazyAutoMapping)")
+def add_like(file: str, stock: str, model_type: str, module: Any, rename: Callable[[Any], Any]) -> None:
+    """Give each table in one of ``transformers.models.auto``'s files an entry for a new model type wherever it has one
+    for a stock type: the stock entry renamed, to be found in ``module``."""
+    from transformers.models.auto.auto_factory import _LazyAutoMapping
+
+    for table in list(vars(importlib.import_module(f"transformers.models.auto.{file}")).values()):
+        if isinstance(table, _LazyAutoMapping) and stock in table._model_mapping:
+            table._model_mapping[model_type] = rename(table._model_mapping[stock])
+            table._reverse_config_mapping[table._config_mapping[model_type]] = model_type
+            table._modules[model_type] = module
 
 
 @known("accelerate", "where it keeps a module's hook (_hf_hook)")

@@ -8,9 +8,13 @@ is imported when the first of its names is asked for.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
+
+from hf_attn_patch.compat.ground import CompatError
+from hf_attn_patch.compat.transformers import add_config_class, add_like, config_class_names
 
 from .registration import when_imported
 
@@ -68,9 +72,17 @@ def file_of(model_type: str) -> str:
 
 def register() -> None:
     """Enter every family into ``AutoConfig`` and the ``AutoModel...`` classes, once those are imported."""
-    when_imported("transformers.models.auto.configuration_auto", _register_configs)
+    when_imported("transformers.models.auto.configuration_auto", partial(_enter, _register_configs))
     for name in TABLES:
-        when_imported(f"transformers.models.auto.{name}", partial(_extend_tables, name))
+        when_imported(f"transformers.models.auto.{name}", partial(_enter, partial(_extend_tables, name)))
+
+
+def _enter(action: Callable[[], None]) -> None:
+    """Where transformers keeps its tables elsewhere, the Auto classes do not know us, and no import fails."""
+    try:
+        action()
+    except CompatError as error:
+        warnings.warn(f"AutoModel does not know the grouped families: {error}", RuntimeWarning, stacklevel=2)
 
 
 class _FamilyFile:
@@ -87,36 +99,22 @@ class _FamilyFile:
 
 def _types() -> Iterator[tuple[str, str, _FamilyFile]]:
     """(stock model type, ours, our file) of every family that this transformers has."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-
+    known = config_class_names()
     for file, stock_types in FAMILIES.items():
         for stock in stock_types:
-            if stock in CONFIG_MAPPING_NAMES:
+            if stock in known:
                 yield stock, PREFIX + stock, _FamilyFile(file)
 
 
 def _register_configs() -> None:
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
-
     for stock, ours, file in list(_types()):
-        CONFIG_MAPPING_NAMES[ours] = f"Grouped{CONFIG_MAPPING_NAMES[stock]}"
-        CONFIG_MAPPING._modules[ours] = file
+        add_config_class(ours, f"Grouped{config_class_names()[stock]}", file)
 
 
 def _extend_tables(name: str) -> None:
     """Give each table of one of transformers' files an entry for our types wherever it has one for the stock type."""
-    from transformers.models.auto.auto_factory import _LazyAutoMapping
-
-    tables = list(vars(importlib.import_module(f"transformers.models.auto.{name}")).values())
-    for table in tables:
-        if not isinstance(table, _LazyAutoMapping):
-            continue
-        for stock, ours, file in _types():
-            if stock in table._model_mapping:
-                names = table._model_mapping[stock]
-                table._model_mapping[ours] = _grouped(names) if TABLES[name] else names
-                table._reverse_config_mapping[table._config_mapping[ours]] = ours
-                table._modules[ours] = file
+    for stock, ours, file in _types():
+        add_like(name, stock, ours, file, _grouped if TABLES[name] else lambda names: names)
 
 
 def _grouped(names: str | tuple[str, ...]) -> str | tuple[str, ...]:

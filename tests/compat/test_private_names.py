@@ -25,7 +25,17 @@ COMPAT = ROOT / "hf_attn_patch" / "compat"
 #: documented, in spite of the underscore: collections.namedtuple
 DOCUMENTED = {"_replace", "_asdict", "_fields", "_make"}
 #: what a model class of one's own defines by transformers' documentation, and may call on super()
-SUBCLASSES_DEFINE = {"_init_weights", "_no_split_modules", "_tied_weights_keys", "_keys_to_ignore_on_load_unexpected"}
+SUBCLASSES_DEFINE = {
+    "_init_weights",
+    "_no_split_modules",
+    "_tied_weights_keys",
+    "_keys_to_ignore_on_load_unexpected",
+    "_supports_sdpa",
+    "_supports_flash_attn",
+    "_supports_flex_attn",
+    "_supports_attention_backend",
+    "_can_compile_fullgraph",
+}
 #: what functions are made of: reading it reads somebody's code
 OF_FUNCTIONS = {"__closure__", "__code__", "__globals__", "__wrapped__", "cell_contents", "co_freevars", "co_consts"}
 #: without an underscore, and yet no public interface
@@ -43,75 +53,17 @@ MODULES = {
 }
 ATTRIBUTES = {"layer_index_to_group_indices", "launch_pdl", "packed_metadata", "launch_enter_hook", "launch_exit_hook"}
 
+#: what a class that is mixed into transformers' own would take over by defining it
+STOCK = {
+    name
+    for stock in (transformers.PreTrainedModel, transformers.PreTrainedConfig, transformers.GenerationMixin)
+    for name in dir(stock)
+    if not hasattr(torch.nn.Module, name)
+} - SUBCLASSES_DEFINE
+STOCK |= {"_attn_implementation"}  # which instances have
 #: what is still to be moved: file -> names
 DEBT: dict[str, set[str]] = {
-    "benchmarks/model_calls.py": {"_dynamo"},
-    "benchmarks/quality.py": {"_processes"},
-    "benchmarks/quality_worker.py": {"_compiled_call_impl", "_dynamo", "_identity"},
-    "benchmarks/uptrain.py": {"_tokenizer"},
-    "conversion/calibration/layers.py": {"_from_config"},
-    "conversion/loadcheck.py": {"_model_mapping", "transformers.models.auto.modeling_auto"},
-    "conversion/loading.py": {"_model_mapping"},
-    "examples/demo.py": {"_tokenizer"},
-    "examples/encoder_decoder.py": {"_tokenizer"},
-    "examples/hourly_forecast.py": {"_attn_implementation"},
-    "hf_attn_patch/attn/backends/_scores.py": {"_version"},
-    "hf_attn_patch/attn/backends/flex.py": {"_dynamo", "torch._dynamo"},
-    "hf_attn_patch/attn/backends/torch_sdpa.py": {
-        "_scaled_dot_product_cudnn_attention",
-        "_scaled_dot_product_efficient_attention",
-        "_scaled_dot_product_flash_attention",
-        "_scaled_dot_product_flash_attention_for_cpu",
-    },
-    "hf_attn_patch/attn/backends/torch_varlen.py": {"_flash_attention_forward"},
-    "hf_attn_patch/cache/growing_cache.py": {"_prepare_cache_for_generation"},
     "hf_attn_patch/hf/call_visibility.py": {"_version"},
-    "hf_attn_patch/decoding/cuda_graphs.py": {
-        "_attn_implementation",
-        "_forward_hooks",
-        "_forward_pre_hooks",
-        "_hf_hook",
-    },
-    "hf_attn_patch/attn/kernels/launcher.py": {
-        "launch_enter_hook",
-        "launch_exit_hook",
-        "launch_pdl",
-        "packed_metadata",
-        "triton.compiler",
-        "triton.knobs",
-    },
-    "hf_attn_patch/hf/mask_function.py": {
-        "__closure__",
-        "__code__",
-        "_attn_implementation",
-        "_can_set_attn_implementation",
-        "cell_contents",
-        "co_freevars",
-    },
-    "hf_attn_patch/enabling.py": {"_attn_implementation", "_can_set_attn_implementation", "_global_mapping"},
-    "hf_attn_patch/training/model/compiling.py": {"_attn_implementation", "_dynamo", "torch._dynamo"},
-    "hf_attn_patch/training/model/objectives.py": {"_attn_implementation", "_no_split_modules"},
-    "hf_attn_patch/training/options.py": {"_actions"},
-    "hf_attn_patch/training/model/teacher.py": {"_no_split_modules"},
-    "hf_attn_patch/training/model/trainable.py": {"_no_split_modules"},
-    "hf_attn_patch/hf/unpadding.py": {"_attn_implementation"},
-    "hf_attn_patch/hf/auto_classes.py": {
-        "_config_mapping",
-        "_model_mapping",
-        "_modules",
-        "_reverse_config_mapping",
-        "transformers.models.auto.auto_factory",
-        "transformers.models.auto.auto_factory._LazyAutoMapping",
-        "transformers.models.auto.configuration_auto",
-    },
-    "modeling/attention.py": {"_qkv_same_embed_dim"},
-    "modeling/gpt2.py": {"_upcast_and_reordered_attn"},
-    "modeling/grouped.py": {"_attn_implementation", "_is_hf_initialized", "transformers.conversion_mapping"},
-    "modeling/remote_code.py": {
-        "_model_mapping",
-        "transformers.models.auto.configuration_auto",
-        "transformers.models.auto.modeling_auto",
-    },
 }
 
 
@@ -174,11 +126,24 @@ def touched(tree: ast.AST, ours: set[str], others: set[str]) -> Iterator[tuple[i
                 own = _is_own(base) and name in ours
                 if not own and not (on_super and name in SUBCLASSES_DEFINE) and (name not in ours or name in foreign):
                     yield node.lineno, name
+        elif isinstance(node, ast.ClassDef):
+            yield from ((node.lineno, name) for name in _overridden(node) & STOCK)
         elif isinstance(node, (ast.Import, ast.ImportFrom)):
             yield from ((node.lineno, name) for name in _imported(node))
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in no_names:
             private = is_private(node.value) and node.value not in ours - foreign
             yield from [(node.lineno, node.value)] * (private or node.value in OF_FUNCTIONS)
+
+
+def _overridden(node: ast.ClassDef) -> set[str]:
+    """The private names that a class defines for its instances, and may take over from a class of others so."""
+    names = {part.name for part in node.body if isinstance(part, (ast.FunctionDef, ast.AsyncFunctionDef))}
+    for part in node.body:
+        targets = (
+            part.targets if isinstance(part, ast.Assign) else [part.target] if isinstance(part, ast.AnnAssign) else []
+        )
+        names |= {target.id for target in targets if isinstance(target, ast.Name)}
+    return {name for name in names if is_private(name)}
 
 
 def _imported(node: ast.Import | ast.ImportFrom) -> Iterator[str]:
@@ -231,6 +196,9 @@ SEEN = {
     "other._ours": set(),
     "request._replace(x=1)": set(),
     "super()._init_weights(module)": set(),
+    "class C:\n    def _attn_implementation(self): pass": {"_attn_implementation"},
+    "class C(Stock):\n    _no_split_modules = ['Block']\n    _modules = 1": set(),
+    "class C:\n    _auto_class: str = 'AutoModel'": {"_auto_class"},
     "from .layout import _kept": set(),
     "from hf_attn_patch import __version__": set(),
     "setattr(mask, '_hf_attn_layout', 1)": set(),

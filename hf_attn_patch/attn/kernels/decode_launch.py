@@ -7,13 +7,14 @@ from typing import Any, NamedTuple
 
 import torch
 
+from hf_attn_patch.compat.triton import raw_stream
 from hf_attn_patch.grouping import KVGrouping
 
 from .combine_kernel import combine_kernel
 from .decode_kernel import decode_kernel
 from .decode_line import LOG2E
 from .decode_plan import Tuning, choose, merge_shape, overlaps, plan, power_of_two, sm_count
-from .launcher import Launch, raw_stream
+from .launcher import Launch
 from .mask_bounds import mask_bounds
 
 MAX_QUERIES = 16

@@ -14,15 +14,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import triton
-from triton import knobs
-from triton.compiler import CompiledKernel
+
+from hf_attn_patch.compat.triton import CompiledParts, compiled_parts, is_watched
 
 Tensors = Sequence[torch.Tensor | None]
 Pointers = Sequence[int | None]
 
-#: Triton 3.6 starts a kernel by a C function of known arguments; of other versions only ``compiled[grid]`` is used.
-_DIRECT = triton.__version__.startswith("3.6.")
 _compiled: dict[Any, _Compiled] = {}
 
 
@@ -31,15 +28,9 @@ class _Compiled:
 
     __slots__ = ("call", "constants", "function", "kernel", "metadata", "pdl")
 
-    def __init__(self, kernel: Any, constants: tuple[Any, ...]) -> None:
+    def __init__(self, kernel: Any, parts: CompiledParts, constants: tuple[Any, ...]) -> None:
         self.kernel, self.constants = kernel, constants
-        self.function, self.metadata = kernel.function, kernel.packed_metadata
-        run = kernel.run
-        self.call, self.pdl = None, False
-        if _DIRECT and type(run).__name__ == "CudaLauncher":
-            self.pdl = run.launch_pdl
-            if not (run.global_scratch_size or run.profile_scratch_size or run.launch_cooperative_grid):
-                self.call = run.launch
+        self.function, self.metadata, self.call, self.pdl = parts
 
 
 class Launch:
@@ -83,9 +74,9 @@ class Launch:
             self(stream, tensors, pointers)
             return
         kernel = self.kernel[self.grid](*tensors, *self.scalars, **self.constants, **self.options)
-        if isinstance(kernel, CompiledKernel):  # interpreted kernels are not
+        if (parts := compiled_parts(kernel)) is not None:  # interpreted kernels have none
             constants = tuple(self.constants[n] for n in self.kernel.arg_names if n in self.constants)
-            self.compiled = _compiled[key] = _Compiled(kernel, constants)
+            self.compiled = _compiled[key] = _Compiled(kernel, parts, constants)
 
     def __call__(self, stream: int, tensors: Tensors, pointers: Pointers) -> None:
         """Start the kernel on a raw stream of the current device.
@@ -96,7 +87,7 @@ class Launch:
         compiled = self.compiled
         if compiled is None:
             self.kernel[self.grid](*tensors, *self.scalars, **self.constants, **self.options)
-        elif compiled.call is None or _hooked():
+        elif compiled.call is None or is_watched():
             grid = (*self.grid, 1)
             compiled.kernel[grid](*pointers, *self.scalars, *compiled.constants, stream=stream)
         else:
@@ -105,17 +96,3 @@ class Launch:
                 x, y, 1, stream, compiled.function, False, compiled.pdl, None, None, compiled.metadata,
                 None, None, None, *pointers, *self.scalars, *compiled.constants,
             )  # fmt: skip
-
-
-def _hooked() -> bool:
-    """Whether somebody (a profiler) wants to be told of launches."""
-    runtime = knobs.runtime
-    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
-    return bool(
-        (enter is not None and getattr(enter, "calls", True)) or (leave is not None and getattr(leave, "calls", True))
-    )
-
-
-def raw_stream(device: torch.device) -> int:
-    """The current stream of a device, as the driver's handle (0 for what is no GPU)."""
-    return int(triton.runtime.driver.active.get_current_stream(device.index)) if device.type == "cuda" else 0

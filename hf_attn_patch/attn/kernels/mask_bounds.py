@@ -8,8 +8,10 @@ import torch
 import triton
 import triton.language as tl
 
+from hf_attn_patch.compat.triton import raw_stream
+
 from .decode_plan import power_of_two
-from .launcher import Launch, raw_stream
+from .launcher import Launch
 
 
 def mask_bounds(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
