@@ -26,7 +26,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
 from hf_attn_patch.compat.model_classes import (
-    AttentionNameView,
     InsideInterface,
     attention_name,
     initialise_again,
@@ -269,7 +268,7 @@ EAGER = "grouped_eager"
 AttentionInterface.register(EAGER, grouped_eager)
 
 
-class ConfigView(AttentionNameView):
+class ConfigView:
     """The model's config as a stock attention module sees it: "eager" reads as :data:`EAGER`.
 
     A stock forward passes its own file's eager function to the interface, and that one cannot group. The name is the
@@ -282,7 +281,8 @@ class ConfigView(AttentionNameView):
     def __init__(self, config: Any) -> None:
         object.__setattr__(self, "_config", config)
 
-    def seen_attention_name(self) -> str | None:
+    @property
+    def _attn_implementation(self) -> str | None:
         name = attention_name(self._config)
         return EAGER if name == "eager" else name
 

@@ -39,19 +39,6 @@ def initialise_again(module: Any) -> None:
     module._is_hf_initialized = False
 
 
-class AttentionNameView:
-    """Mixin of what stands for a config: ``seen_attention_name`` is the implementation that is read from it."""
-
-    __slots__ = ()
-
-    @property
-    def _attn_implementation(self) -> str | None:
-        return self.seen_attention_name()
-
-    def seen_attention_name(self) -> str | None:
-        raise NotImplementedError
-
-
 class InsideInterface:
     """Mixin of a model class whose attention asks transformers' interface, though its own file does not say so:
     transformers looks for the interface in the source of the class's module."""
