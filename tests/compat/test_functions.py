@@ -155,3 +155,26 @@ def test_every_function_says_what_it_touches() -> None:
         for name, function in vars(module).items():
             if inspect.isfunction(function) and function.__module__ == module.__name__:
                 assert function.__doc__ or name.startswith("_"), f"{module.__name__}.{name}"
+
+
+def test_tritons_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    triton = pytest.importorskip("triton")
+    from hf_attn_patch.compat import triton as of_triton
+
+    assert of_triton.raw_stream(torch.device("cpu")) == 0
+    assert of_triton.compiled_parts(SimpleNamespace()) is None  # interpreted, or named otherwise
+    run = SimpleNamespace(
+        launch=print, launch_pdl=True, global_scratch_size=0, profile_scratch_size=0, launch_cooperative_grid=False
+    )
+    kernel = SimpleNamespace(function=7, packed_metadata=(1,), run=run)
+    monkeypatch.setattr(triton, "__version__", "3.6.0")
+    assert of_triton.compiled_parts(kernel) == (7, (1,), None, False)  # no launcher that is known
+    run.__class__ = type("CudaLauncher", (SimpleNamespace,), {})
+    assert of_triton.compiled_parts(kernel) == (7, (1,), print, True)
+    run.global_scratch_size = 8
+    assert of_triton.compiled_parts(kernel) == (7, (1,), None, True)
+    monkeypatch.setattr(triton, "__version__", "3.9.0")
+    assert of_triton.compiled_parts(kernel) == (7, (1,), None, False)
+    assert not of_triton.is_watched()
+    monkeypatch.setattr(triton.knobs.runtime, "launch_enter_hook", print)
+    assert of_triton.is_watched()
