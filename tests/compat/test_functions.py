@@ -163,13 +163,12 @@ def test_tritons_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
 
     assert of_triton.raw_stream(torch.device("cpu")) == 0
     assert of_triton.compiled_parts(SimpleNamespace()) is None  # interpreted, or named otherwise
-    run = SimpleNamespace(
-        launch=print, launch_pdl=True, global_scratch_size=0, profile_scratch_size=0, launch_cooperative_grid=False
-    )
+    parts = {"launch": print, "launch_pdl": True, "global_scratch_size": 0, "profile_scratch_size": 0}
+    run = SimpleNamespace(**parts, launch_cooperative_grid=False)
     kernel = SimpleNamespace(function=7, packed_metadata=(1,), run=run)
     monkeypatch.setattr(triton, "__version__", "3.6.0")
     assert of_triton.compiled_parts(kernel) == (7, (1,), None, False)  # no launcher that is known
-    run.__class__ = type("CudaLauncher", (SimpleNamespace,), {})
+    run = kernel.run = type("CudaLauncher", (SimpleNamespace,), {})(**parts, launch_cooperative_grid=False)
     assert of_triton.compiled_parts(kernel) == (7, (1,), print, True)
     run.global_scratch_size = 8
     assert of_triton.compiled_parts(kernel) == (7, (1,), None, True)
