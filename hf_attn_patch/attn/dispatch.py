@@ -22,6 +22,7 @@ from .backends.base import RunFunction
 from .backends.registry import BACKENDS as BACKENDS
 from .backends.registry import backend, when_changed
 from .choice import asked_for, changes_between_tasks, traced_for
+from .devices import device_of
 from .ladder import order
 from .request import AttentionRequest, Operands, query_class
 from .visibility import DENSE, FULL, Layout, remembered_full
@@ -31,7 +32,6 @@ logger = logging.getLogger("hf_attn_patch")
 _chosen: dict[tuple[AttentionRequest, str | None], tuple[str, RunFunction]] = {}
 #: while a model is rehearsed (``explaining``): what is told of each call in place of running it
 listening: ContextVar[Callable[..., tuple[Tensor, Tensor | None]] | None] = ContextVar("listening", default=None)
-_capabilities: dict[torch.device, int] = {}
 
 
 def reasons(request: AttentionRequest) -> list[tuple[str, str | None]]:
@@ -83,14 +83,6 @@ def forget() -> None:
 
 
 when_changed(forget)
-
-
-def capability_of(device: torch.device) -> int:
-    known = _capabilities.get(device)
-    if known is None:
-        major, minor = torch.cuda.get_device_capability(device)
-        known = _capabilities[device] = 10 * major + minor
-    return known
 
 
 class Known(NamedTuple):
@@ -249,9 +241,10 @@ def request_of(
     _, HKV, Sk, Dv = v_shape
     no_softcap, no_sinks, no_bias, bias_grad, dropout, grad, weights, deterministic = options
     mask = layout.mask if layout.kind == DENSE else None
+    kind = device_of(device)
     return AttentionRequest(
-        device=device.type,
-        capability=capability_of(device) if device.type == "cuda" else 0,
+        device=kind.device,
+        capability=kind.capability,
         dtype=dtype,
         heads=HQ,
         kv_heads=HKV,
@@ -282,9 +275,10 @@ def request_for(B: int, HQ: int, HKV: int, Sq: int, Sk: int, D: int, device: str
     """The request of a causal call without padding or gradients, on this machine's first device or on one of a type."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     cuda = device == "cuda"
+    kind = device_of(torch.device(device))
     return AttentionRequest(
-        device=device,
-        capability=capability_of(torch.device(device)) if cuda else 0,
+        device=kind.device,
+        capability=kind.capability,
         dtype=torch.bfloat16 if cuda else torch.float32,
         heads=HQ,
         kv_heads=HKV,

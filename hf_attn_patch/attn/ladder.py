@@ -2,7 +2,8 @@
 
 The measurements are those of ``benchmarks/`` on one H200: on Hopper FlashAttention-4, then 3, then cuDNN for prefill
 and training, our own kernel for decoding, cuDNN for masks and biases as scores; on Ampere and Ada FlashAttention-2
-code; on the CPU torch's flash kernel. ``crossovers.py`` has the numbers.
+code, and memory-efficient before; on the CPU torch's flash kernel, and elsewhere torch's own choice. ``crossovers.py``
+has the numbers.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from .request import AttentionRequest
 from .visibility import DENSE, FULL
 
 _CPU = ("torch_sdpa", "reference", "triton_decode", "torch_varlen", "flex", "flash4", "flash3", "flash2")
+_AMD = ("torch_sdpa", "flex", "reference", "torch_varlen", "triton_decode", "flash4", "flash3", "flash2")
 _DECODE = ("triton_decode", "flash3", "torch_sdpa", "flash4", "torch_varlen", "flash2", "flex", "reference")
 _FULL = ("flash4", "flash3", "torch_sdpa", "flash2", "torch_varlen", "flex", "reference", "triton_decode")
 _MASKED = ("flash4", "flash3", "flash2", "torch_varlen", "flex", "torch_sdpa", "reference", "triton_decode")
@@ -25,6 +27,8 @@ def order(request: AttentionRequest) -> tuple[str, ...]:
 
 
 def _ours(request: AttentionRequest) -> tuple[str, ...]:
+    if request.device == "hip":
+        return _AMD
     if request.device != "cuda":
         return _CPU
     if request.q_class < 17 and not request.grad:  # decoding: bytes, not arithmetic

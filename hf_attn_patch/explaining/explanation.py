@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_attn_patch.attn.dispatch import capability_of, reasons
+from hf_attn_patch.attn.devices import Device, device_of
+from hf_attn_patch.attn.dispatch import reasons
 from hf_attn_patch.attn.request import AttentionRequest
 from hf_attn_patch.errors import AttentionError
 from hf_attn_patch.hf.attention_function import BACKEND_ATTRIBUTE
@@ -153,7 +154,8 @@ def explain(
         packed: two documents lie packed in each row, told by ``position_ids``.
         training: the model is in training, with gradients; else in evaluation, without.
         device, dtype: default to the model's; for a config (or a model on meta) to this machine's first accelerator.
-        capability: of another CUDA GPU than this machine's: 75 for a T4, 90 for an H100.
+        capability: of another CUDA GPU than this machine's: 75 for a T4, 90 for an H100. ``device="hip"`` asks for an
+            AMD GPU.
         inputs: what the model is called with, in place of the lengths, for models that take more than text.
 
     Raises:
@@ -176,13 +178,10 @@ def explain(
         q_len = kv_len if training or packed else 1
     _check(batch, q_len, kv_len, packed)
     place = _device(model, device)
-    if capability is None:
-        capability = capability_of(place) if place.type == "cuda" and torch.cuda.is_available() else 0
+    kind = _kind(place, device, capability)
     copied = shadow(model, place, dtype) if isinstance(model, nn.Module) else built(model, place, dtype)
     _switch(copied)
-    heard = rehearse(
-        copied, Rehearsed(place, capability), Situation(batch, q_len, kv_len, padded, packed, training), inputs
-    )
+    heard = rehearse(copied, Rehearsed(place, kind), Situation(batch, q_len, kv_len, padded, packed, training), inputs)
     if not heard.calls:
         whys = "".join(f" ({path}: {reason})" for path, reason in heard.unasked)
         raise AttentionError(
@@ -212,7 +211,24 @@ def _device(model: Any, device: str | torch.device | None) -> torch.device:
     place = torch.device("meta" if device is None else device)
     if place.type == "meta":
         place = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(place.type, place.index or 0) if place.type != "cpu" else place
+    if place.type == "cpu":
+        return place
+    return torch.device("cuda" if place.type == "hip" else place.type, place.index or 0)
+
+
+def _kind(place: torch.device, named: Any, capability: int | None) -> Device:
+    if str(named).startswith("hip"):
+        return Device("hip", 0)
+    if place.type != "cuda":
+        return Device(place.type, 0)
+    if capability is not None:
+        return Device("cuda", capability)
+    if not torch.cuda.is_available():
+        raise AttentionError(
+            "this machine has no CUDA device: say by its capability which GPU is meant, capability=75 for a T4, "
+            "80 for an A100, 89 for an L4, 90 for an H100"
+        )
+    return device_of(place)
 
 
 def _switch(model: nn.Module) -> None:

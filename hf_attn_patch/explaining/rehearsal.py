@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_attn_patch.attn.devices import Device
 from hf_attn_patch.attn.dispatch import listening, request_of
 from hf_attn_patch.attn.request import AttentionRequest
 from hf_attn_patch.attn.visibility import Layout
@@ -40,7 +41,7 @@ class Rehearsed:
     """What a rehearsal heard: ``calls`` of the last forward of every module, and parts that could not be asked."""
 
     device: torch.device
-    capability: int
+    kind: Device
     calls: dict[str, list[HeardCall]] = field(default_factory=dict)
     unasked: list[tuple[str, str]] = field(default_factory=list)
     ran: set[int] = field(default_factory=set)
@@ -81,7 +82,7 @@ class Rehearsed:
         request = request_of(q.shape, v.shape, q.dtype, torch.device("cpu"), layout, tuple(options), False)
         path, module = self._stack[-1] if self._stack else ("", nn.Module())
         owner = next((m for _, m in reversed(self._stack) if isinstance(m, PreTrainedModel)), module)
-        request = request._replace(device=self.device.type, capability=self.capability)
+        request = request._replace(device=self.kind.device, capability=self.kind.capability)
         call = HeardCall(path, module, owner, request, q.shape[2], layout.keys, layout.window, insisted)
         self.calls.setdefault(path, []).append(call)
         out = q.new_empty(*q.shape[:3], v.shape[3])

@@ -78,7 +78,7 @@ class Unseen:
         self._said = torch.stack([t.any() for t in (self.dead, self.low, self.low if blind is None else blind)])
         if peaks.device.type == "cpu":
             self._listen()
-        elif not torch.cuda.is_current_stream_capturing():
+        elif peaks.device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
             self._said = self._said.to("cpu", non_blocking=True)
             self._asked = torch.cuda.Event()
             self._asked.record()

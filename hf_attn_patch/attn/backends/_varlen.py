@@ -19,7 +19,7 @@ Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int], Tensor]
 
 def refuses_common(request: AttentionRequest, largest: int, step: int = 8) -> str | None:
     """What no FlashAttention takes."""
-    if request.device != "cuda":
+    if request.device not in ("cuda", "hip"):
         return "needs a CUDA device"
     if request.tracing:
         return "is not traceable by torch.compile"

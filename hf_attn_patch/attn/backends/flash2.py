@@ -6,9 +6,9 @@ import functools
 import importlib
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from hf_attn_patch.attn.devices import lacks, needs_nvidia, no_wide_flash_backward
 from hf_attn_patch.attn.request import AttentionRequest, Operands
 from hf_attn_patch.attn.visibility import FULL
 
@@ -21,21 +21,28 @@ def _module() -> Any:
     return importlib.import_module("flash_attn")
 
 
-@functools.cache
 def missing() -> str | None:
-    """Why the package cannot run here, or None."""
+    """Why nothing of it can run here, or None."""
+    return absent() or lacks(80)
+
+
+@functools.cache
+def absent() -> str | None:
+    """Why the package cannot be used, or None."""
     if not installed("flash_attn.flash_attn_interface"):
         return "flash-attn is not installed (pip install 'hf-attn-patch[flash2]')"
-    if not torch.cuda.is_available():
-        return "needs a CUDA device"
-    if torch.cuda.get_device_capability() < (8, 0):
-        return "needs an Ampere GPU or newer"
     return None
 
 
 def refuses(request: AttentionRequest) -> str | None:
     """Why not, or None."""
-    if reason := refuses_common(request, 256) or missing():
+    if reason := refuses_common(request, 256):
+        return reason
+    if request.device == "hip":
+        return "FlashAttention-2's build for AMD GPUs was never tried with hf_attn_patch"
+    if reason := needs_nvidia(request, 80) or absent():
+        return reason
+    if request.grad and (reason := no_wide_flash_backward(request, request.head_dim, request.dropout)):
         return reason
     if request.sinks:
         return "FlashAttention-2 has no sinks"

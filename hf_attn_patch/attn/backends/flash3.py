@@ -6,9 +6,9 @@ import functools
 import importlib
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from hf_attn_patch.attn.devices import lacks, needs_nvidia
 from hf_attn_patch.attn.request import AttentionRequest, Operands
 from hf_attn_patch.attn.visibility import FULL
 
@@ -30,13 +30,14 @@ def module() -> Any:
     return _flash3_ops.load()
 
 
-@functools.cache
 def missing() -> str | None:
-    """Why the package cannot run here, or None."""
-    if not torch.cuda.is_available():
-        return "needs a CUDA device"
-    if torch.cuda.get_device_capability()[0] != 9:
-        return "needs a Hopper GPU"
+    """Why nothing of it can run here, or None."""
+    return absent() or lacks(90, 100)
+
+
+@functools.cache
+def absent() -> str | None:
+    """Why the package cannot be used, or None."""
     if module() is None:
         return (
             "flash_attn_interface is not installed (build FlashAttention's hopper folder, or install xformers 0.0.34)"
@@ -46,7 +47,7 @@ def missing() -> str | None:
 
 def refuses(request: AttentionRequest) -> str | None:
     """Why not, or None."""
-    if reason := refuses_common(request, 256) or missing():
+    if reason := refuses_common(request, 256) or needs_nvidia(request, 90, 100) or absent():
         return reason
     for fact, name in ((request.dropout, "dropout"), (request.sinks, "sinks")):
         if fact:

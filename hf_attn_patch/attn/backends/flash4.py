@@ -6,9 +6,9 @@ import functools
 import importlib
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from hf_attn_patch.attn.devices import lacks, needs_nvidia
 from hf_attn_patch.attn.request import AttentionRequest, Operands
 from hf_attn_patch.attn.visibility import FULL
 
@@ -21,21 +21,22 @@ def _module() -> Any:
     return importlib.import_module("flash_attn.cute")
 
 
-@functools.cache
 def missing() -> str | None:
-    """Why the package cannot run here, or None."""
+    """Why nothing of it can run here, or None."""
+    return absent() or lacks(90, 120)
+
+
+@functools.cache
+def absent() -> str | None:
+    """Why the package cannot be used, or None."""
     if not installed("flash_attn.cute"):
         return "flash-attn-4 is not installed (pip install 'hf-attn-patch[flash]')"
-    if not torch.cuda.is_available():
-        return "needs a CUDA device"
-    if torch.cuda.get_device_capability() < (9, 0):
-        return "needs a Hopper GPU or newer"
     return None
 
 
 def refuses(request: AttentionRequest) -> str | None:
     """Why not, or None."""
-    if reason := refuses_common(request, 256) or missing():
+    if reason := refuses_common(request, 256) or needs_nvidia(request, 90, 120) or absent():
         return reason
     if request.dropout:
         return "FlashAttention-4 has no dropout"

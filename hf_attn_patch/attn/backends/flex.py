@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_attn_patch.attn import memo
+from hf_attn_patch.attn.devices import lacks, needs_nvidia, no_bf16
 from hf_attn_patch.attn.request import AttentionRequest, Operands
 from hf_attn_patch.attn.visibility import DENSE, FULL, PACKED, PADDED, Layout
 from hf_attn_patch.compat.torch import recompile_limit
@@ -25,13 +26,15 @@ _SHAPES = 1024
 
 def missing() -> str | None:
     """Why it cannot run here, or None."""
-    return None if torch.cuda.is_available() else "needs a CUDA device"
+    return None if torch.cuda.is_available() and torch.version.hip is not None else lacks(75)
 
 
 def refuses(request: AttentionRequest) -> str | None:
     """Why not, or None."""
-    if request.device != "cuda":
+    if request.device not in ("cuda", "hip"):
         return "needs a CUDA device (its CPU code has no backward)"
+    if request.device == "cuda" and (reason := needs_nvidia(request, 75) or no_bf16(request, request.dtype)):
+        return reason
     if not request.half:
         return f"its dots are not exact in {str(request.dtype).removeprefix('torch.')}"
     if request.dropout:

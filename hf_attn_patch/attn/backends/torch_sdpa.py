@@ -1,6 +1,7 @@
 """PyTorch's own fused kernels: FlashAttention-2 code, cuDNN, memory-efficient (CUDA) and the CPU flash kernel.
 
 The kernels are called through their ATen operators: the choice is ours, not the dispatcher's, and no flag is flipped.
+Other devices (AMD's GPUs, MPS, XPU) take torch's public function, and torch chooses there.
 K and V are never repeated: where a kernel knows no grouping, it is called once per member of the group. The gradients
 of a group are added up in fp32 wherever that is done here.
 """
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_attn_patch.attn.crossovers import is_small
+from hf_attn_patch.attn.devices import needs_nvidia, no_bf16, no_wide_flash_backward
 from hf_attn_patch.attn.request import AttentionRequest, Operands
 from hf_attn_patch.attn.visibility import DENSE, FULL, PACKED, Layout, full
 from hf_attn_patch.compat.torch import (
@@ -37,15 +39,18 @@ _CPU_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def kernel(request: AttentionRequest) -> str | None:
-    """Which of the kernels takes the request: 'cpu', 'cudnn', 'flash', 'efficient'; None if none does."""
+    """Which takes the request: 'cpu', 'cudnn', 'flash', 'efficient', 'public' (torch's choice); None if none does."""
     masked = request.visibility != FULL or request.bias or request.windowed or (request.causal and not request.square)
     if request.device == "cpu":
         return "cpu"
-    if request.device != "cuda" or request.head_dim > 1024:
+    if request.device != "cuda":
+        return "public"
+    if request.head_dim > 1024 or no_bf16(request, request.dtype):
         return None
     same = request.head_dim == request.value_dim
     by_cudnn = same and request.half and request.head_dim <= 128 and request.head_dim % 8 == 0
-    by_cudnn = by_cudnn and request.capability >= 90 and not request.deterministic
+    # older GPUs and small Blackwell ones have it too, where FlashAttention-2 code is what torch itself prefers
+    by_cudnn = by_cudnn and 90 <= request.capability < 120 and not request.deterministic
     if masked or not request.half:
         # cuDNN gives no gradient to what is added, and plans anew for each length: not at each token of a generation
         scored = by_cudnn and request.q_class > 16 and not (request.grad or request.sinks or request.tracing)
@@ -53,7 +58,9 @@ def kernel(request: AttentionRequest) -> str | None:
     trainable = not request.grad or request.q_class > 1  # cuDNN's backward refuses one query with one key
     if by_cudnn and trainable and not is_small(request):
         return "cudnn"
-    return "flash" if same and request.head_dim <= 256 else "efficient"
+    flash = same and request.head_dim <= 256 and needs_nvidia(request, 80) is None
+    wide = request.grad and no_wide_flash_backward(request, request.head_dim, request.dropout)
+    return "flash" if flash and not wide else "efficient"
 
 
 def missing() -> str | None:
@@ -78,6 +85,10 @@ def refuses(request: AttentionRequest) -> str | None:
             return "the CPU flash kernel gives no gradient through sinks"
         return None
     chosen = kernel(request)
+    if reason := no_bf16(request, request.dtype):
+        return reason
+    if chosen == "public" and (request.sinks or request.bias_grad):
+        return f"on {request.device} torch's SDPA gives no log-sum-exp for sinks, and a bias no gradient for certain"
     if chosen is None:
         return f"torch has no fused kernel for {request.dtype} with head_dim {request.head_dim} on {request.device}"
     if request.sinks and (request.grad or request.tracing or chosen == "cudnn"):
@@ -272,6 +283,8 @@ def _cuda(
 ) -> Tensor:
     q, k, v = _rows(q), _rows(k), _rows(v)
     which = kernel(request)
+    if which == "public":
+        return _public(q, k, v, mask, causal, request, operands)
     lse: Tensor | None = None
     if which == "cudnn":
         out = cudnn_attention_op(q, k, v, None, request.grad, operands.dropout, causal, False, scale=operands.scale)[0]
@@ -292,8 +305,51 @@ def _cuda(
 def _efficient(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, request: AttentionRequest, operands: Operands
 ) -> Tensor:
-    """The memory-efficient kernel knows no grouping: one call a member of the group, each on all of K and V as they
-    are. Rows that see nothing are shown everything and zeroed afterwards, so that no kernel meets an empty softmax."""
+    """The memory-efficient kernel knows no grouping."""
+    save = request.grad or operands.sinks is not None
+
+    def kernel(q: Tensor, k: Tensor, v: Tensor, scores: Tensor | None) -> tuple[Tensor, Tensor]:
+        found = efficient_attention_op(
+            q, k, v, scores, save, operands.dropout, causal, scale=operands.scale
+        )
+        return found[0], found[1]
+
+    return _by_member(q, k, v, mask, request, operands, kernel)
+
+
+def _public(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, request: AttentionRequest, operands: Operands
+) -> Tensor:
+    """torch's own function, where torch chooses the kernel. K and V are not repeated there either: for the group it
+    would copy them (on MPS, and everywhere with a mask)."""
+
+    def kernel(q: Tensor, k: Tensor, v: Tensor, scores: Tensor | None) -> tuple[Tensor, None]:
+        return _sdpa(q, k, v, scores, operands.dropout, causal, scale=operands.scale), None
+
+    (B, HQ, Sq, D), HKV = q.shape, k.shape[1]
+    if Sq > 1 or HQ == HKV:
+        return _by_member(q, k, v, mask, request, operands, kernel)
+    if mask is not None and mask.shape[1] == HQ:  # one query: the group as the rows of one head
+        mask = mask.reshape(mask.shape[0], HKV, HQ // HKV, mask.shape[-1])
+    out = _by_member(q.reshape(B, HKV, HQ // HKV, D), k, v, mask, request, operands, kernel)
+    return out.reshape(B, HQ, 1, v.shape[-1])
+
+
+def _by_member(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    request: AttentionRequest,
+    operands: Operands,
+    kernel: Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor | None]],
+) -> Tensor:
+    """One call of ``kernel`` a member of the group, each on all of K and V as they are. Rows that see nothing are shown
+    everything and zeroed afterwards, so that no kernel meets an empty softmax.
+
+    Args:
+        kernel: (q [B, HKV, Sq, D], k, v, scores to add or None) -> (out, log-sum-exp).
+    """
     (B, HQ, Sq, _), HKV, Sk = q.shape, k.shape[1], k.shape[2]
     G = HQ // HKV
     blind: Tensor | None = None
@@ -310,12 +366,10 @@ def _efficient(
         else:
             masks = tuple(part.expand(B, HKV, Sq, Sk) for part in _shared(mask, G))
     outs = []
-    save = request.grad or operands.sinks is not None
     for g, (k_g, v_g, part) in enumerate(zip(_shared(k, G), _shared(v, G), masks, strict=True)):
-        out, lse = efficient_attention_op(
-            q[:, g::G], k_g, v_g, part, save, operands.dropout, causal, scale=operands.scale
-        )[:2]
+        out, lse = kernel(q[:, g::G], k_g, v_g, part)
         if operands.sinks is not None:
+            assert lse is not None
             out = rescale_by_sinks(out, lse[..., :Sq], operands.sinks[g::G])
         outs.append(out)
     out = outs[0] if G == 1 else torch.stack(outs, 2).flatten(1, 2)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from hf_attn_patch.attn.devices import lacks, needs_nvidia, no_wide_flash_backward
 from hf_attn_patch.attn.request import AttentionRequest, Operands
 from hf_attn_patch.attn.visibility import FULL
 from hf_attn_patch.compat.torch import varlen_attention_op
@@ -20,12 +21,14 @@ from ._varlen import refuses_common, run_varlen
 
 def missing() -> str | None:
     """Why it cannot run here, or None."""
-    return None if torch.cuda.is_available() else "needs a CUDA device"
+    return lacks(80)
 
 
 def refuses(request: AttentionRequest) -> str | None:
     """Why not, or None."""
-    if reason := refuses_common(request, 256, 1):
+    if reason := refuses_common(request, 256, 1) or needs_nvidia(request, 80):
+        return reason
+    if request.grad and (reason := no_wide_flash_backward(request, request.head_dim, request.dropout)):
         return reason
     if request.softcap:
         return "torch's FlashAttention has no softcap"

@@ -6,9 +6,10 @@ import importlib.util
 import os
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
+from hf_attn_patch.attn.devices import generation, lacks, needs_nvidia, no_bf16, tile_room
+from hf_attn_patch.attn.kernels.decode_plan import power_of_two
 from hf_attn_patch.attn.request import AttentionRequest, Operands
 from hf_attn_patch.attn.visibility import DENSE, FULL, PACKED, PADDED, Layout
 
@@ -21,7 +22,7 @@ def missing() -> str | None:
     """Why Triton cannot run here, or None."""
     if not _FOUND:
         return "triton is not installed"
-    return None if torch.cuda.is_available() or _interpreted() else "needs a CUDA device"
+    return None if _interpreted() else lacks(70)
 
 
 def _interpreted() -> bool:
@@ -30,8 +31,8 @@ def _interpreted() -> bool:
 
 def refuses(request: AttentionRequest) -> str | None:
     """Why not, or None."""
-    if request.device != "cuda" and not _interpreted():
-        return "needs a CUDA device"
+    if not _interpreted() and (reason := needs_nvidia(request, 70)):
+        return reason
     if request.q_class > 16:
         return "takes at most 16 queries"
     if request.grad:
@@ -46,8 +47,14 @@ def refuses(request: AttentionRequest) -> str | None:
         return "takes a window only where attention is causal"
     if request.dtype.itemsize not in (2, 4):
         return f"takes fp16, bf16 and fp32, not {str(request.dtype).removeprefix('torch.')}"
+    if reason := no_bf16(request, request.dtype):
+        return reason
     if not 8 <= request.head_dim <= 512 or not 8 <= request.value_dim <= 512:
         return f"takes head_dim 8 to 512, not {request.head_dim}/{request.value_dim}"
+    tile = 16 * (power_of_two(request.head_dim) + power_of_two(request.value_dim)) * request.dtype.itemsize
+    if request.device == "cuda" and tile > tile_room(request.capability):
+        widths = f"head_dim {request.head_dim}/{request.value_dim}"
+        return f"its tiles of {widths} need more shared memory than {generation(request.capability)} has"
     return None if _FOUND else "triton is not installed"
 
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from hf_attn_patch.attn.devices import device_of, tile_room
 from hf_attn_patch.compat.triton import raw_stream
 from hf_attn_patch.grouping import KVGrouping
 
@@ -248,7 +249,8 @@ def _plan(o: DecodeOperands, tuning: Tuning | None) -> tuple[_Call, tuple[int, .
     varlen = o.first is not None or o.end is not None
     span = Sk if o.window is None else min(Sk, window + Sq - 1)
     sms = sm_count(o.q.device)
-    tuning = tuning or choose(o.q.dtype, D, DV, B * HKV, span, sms, varlen)
+    room = tile_room(device_of(o.q.device).capability or 90)
+    tuning = tuning or choose(o.q.dtype, D, DV, B * HKV, span, sms, varlen, room)
     block_m = tuning.block_m or min(64, max(16, power_of_two(G * Sq)))
     m_tiles = max(1, -(-G * Sq // block_m))
     slots = max(1, sms * tuning.per_sm * tuning.waves // m_tiles)

@@ -41,7 +41,9 @@ class Tuning:
     registers: int | None = None
 
 
-def choose(dtype: torch.dtype, D: int, DV: int, heads: int, span: int, sms: int, varlen: bool) -> Tuning:
+def choose(
+    dtype: torch.dtype, D: int, DV: int, heads: int, span: int, sms: int, varlen: bool, room: int = 1 << 17
+) -> Tuning:
     """The tuning for a kind of input, by what an H200 showed (``benchmarks/tune_decode.py``).
 
     Keys that do not fill the GPU are cut finer: with little to read, what counts is how long one worker takes.
@@ -54,12 +56,15 @@ def choose(dtype: torch.dtype, D: int, DV: int, heads: int, span: int, sms: int,
         heads: KV heads of all batch rows.
         span: the most keys that a head can have.
         varlen: heads differ in length.
+        room: the largest tile of K and V in bytes, see :func:`hf_attn_patch.attn.devices.tile_room`.
     """
     key_bytes = (power_of_two(D) + power_of_two(DV)) * dtype.itemsize
     block_n = max(16, min(128, power_of_two(32768 // key_bytes)))
+    while block_n > 16 and block_n * key_bytes > room:
+        block_n //= 2
     even = not varlen and heads >= 0.95 * sms * -(-heads // sms)
     wide = 2 * block_n
-    if (even or 8 * heads <= sms) and heads * span >= 6 * wide * sms and wide * key_bytes <= 65536:
+    if (even or 8 * heads <= sms) and heads * span >= 6 * wide * sms and wide * key_bytes <= min(room, 65536):
         return Tuning(block_n=wide, warps=8, per_sm=1, direct=even or None)
     if heads * span > 4 * sms * block_n:
         return Tuning(block_n=block_n, direct=even or None)

@@ -1,0 +1,278 @@
+"""Who runs what on devices that are not here: requests of every compute capability, of AMD's GPUs, MPS and XPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_attn_patch.attn import devices, dispatch
+from hf_attn_patch.attn.backends import flash2, flash3, flash4, torch_sdpa, triton_decode
+from hf_attn_patch.attn.devices import Device, device_of
+from hf_attn_patch.attn.dispatch import BACKENDS, reasons
+from hf_attn_patch.attn.kernels.decode_plan import choose
+from hf_attn_patch.attn.request import AttentionRequest, Operands
+from hf_attn_patch.attn.visibility import DENSE, FULL, PADDED, Layout, full, packed
+
+CAPABILITIES = (70, 72, 75, 80, 86, 87, 89, 90, 100, 103, 110, 120, 121)
+HALF = (torch.float16, torch.bfloat16)
+
+
+def request(capability: int = 0, *, device: str = "cuda", decode: bool = False, **facts: Any) -> AttentionRequest:
+    """8192 tokens of prefill, or one of decoding, 32 query and 8 KV heads of 128 unless told otherwise."""
+    plain = AttentionRequest(
+        device=device, capability=capability, dtype=torch.float16, heads=32, kv_heads=8, head_dim=128, value_dim=128,
+        q_class=1 if decode else 17, work_bits=40, streams=8, rows=4 if decode else 0, square=not decode,
+        visibility=FULL, causal=not decode, windowed=False, softcap=False, sinks=False, bias=False, bias_grad=False,
+        dropout=False, grad=False, weights=False, per_head_mask=False, deterministic=False, tracing=False,
+    )  # fmt: skip
+    return plain._replace(**facts)
+
+
+@pytest.fixture(autouse=True)
+def everything_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    for module in (flash2, flash3, flash4):
+        monkeypatch.setattr(module, "absent", lambda: None)
+
+
+def ladder(asked: AttentionRequest) -> list[str]:
+    return [name for name, reason in reasons(asked) if reason is None]
+
+
+#: backend -> (the least capability, the first that it does not take), in half precision
+RANGES = {
+    "flash4": (90, 120),
+    "flash3": (90, 100),
+    "flash2": (80, 1000),
+    "torch_varlen": (80, 1000),
+    "flex": (75, 1000),
+    "torch_sdpa": (70, 1000),
+    "triton_decode": (70, 1000),
+    "reference": (0, 1000),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_each_backend_says_what_it_refuses(capability: int, backend: str) -> None:
+    least, below = RANGES[backend]
+    asked = request(capability, decode=backend == "triton_decode")
+    reason = dispatch.backend(backend).refuses(asked)
+    assert (reason is None) == (least <= capability < below)
+    if reason is not None:
+        assert f"{capability / 10:.1f}" in reason and devices.generation(capability) in reason
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_bf16_begins_with_ampere(capability: int) -> None:
+    for decode in (False, True):
+        found = ladder(request(capability, decode=decode, dtype=torch.bfloat16))
+        assert (found == ["reference"]) == (capability < 80)
+        if capability < 80:
+            refused = dict(reasons(request(capability, decode=decode, dtype=torch.bfloat16)))
+            assert "use float16" in str(refused["torch_sdpa"])
+
+
+@pytest.mark.parametrize(
+    ("capability", "prefill", "padded", "decoding"),
+    [
+        (70, "torch_sdpa", "torch_sdpa", "triton_decode"),
+        (75, "torch_sdpa", "flex", "triton_decode"),
+        (80, "torch_sdpa", "flash2", "triton_decode"),
+        (89, "torch_sdpa", "flash2", "triton_decode"),
+        (90, "flash4", "flash4", "triton_decode"),
+        (100, "flash4", "flash4", "triton_decode"),
+        (120, "torch_sdpa", "flash2", "triton_decode"),
+    ],
+)
+def test_the_ladder_of_each_generation(capability: int, prefill: str, padded: str, decoding: str) -> None:
+    assert ladder(request(capability))[0] == prefill
+    assert ladder(request(capability, visibility=PADDED))[0] == padded
+    assert ladder(request(capability, decode=True))[0] == decoding
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_which_of_torchs_kernels(capability: int) -> None:
+    wanted = "efficient" if capability < 80 else "cudnn" if 90 <= capability < 120 else "flash"
+    assert torch_sdpa.kernel(request(capability)) == wanted
+    assert torch_sdpa.kernel(request(capability, dtype=torch.float32)) == "efficient"
+    assert torch_sdpa.kernel(request(capability, head_dim=256, value_dim=256)) == (
+        "efficient" if capability < 80 else "flash"
+    )
+    masked = request(capability, visibility=DENSE, grad=True)
+    assert torch_sdpa.kernel(masked) == "efficient"
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize(
+    ("head_dim", "dropout", "small_cards"),
+    [(192, True, True), (224, False, False), (256, False, True), (256, True, False)],
+)
+def test_wide_heads_in_training_where_shared_memory_is_short(
+    capability: int, head_dim: int, dropout: bool, small_cards: bool
+) -> None:
+    asked = request(capability, head_dim=head_dim, value_dim=head_dim, grad=True, dropout=dropout)
+    short = capability in (86, 87, 89, 120, 121)
+    takes = capability >= 80 and (small_cards or not short)
+    assert (flash2.refuses(asked) is None) == takes
+    assert (dispatch.backend("torch_varlen").refuses(asked) is None) == takes
+    assert torch_sdpa.kernel(asked) == ("flash" if takes else "efficient")
+    assert flash2.refuses(asked._replace(grad=False)) is None or capability < 80
+
+
+def test_an_amd_gpu_is_none_of_nvidias(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "_known", {})
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 4))
+    assert device_of(torch.device("cuda", 0)) == Device("hip", 0)
+    for decode in (False, True):
+        for dtype in (*HALF, torch.float32):
+            refused = dict(reasons(request(device="hip", decode=decode, dtype=dtype)))
+            for name in ("flash4", "flash3", "flash2", "torch_varlen", "triton_decode"):
+                assert refused[name] is not None
+            assert refused["torch_sdpa"] is None
+    assert torch_sdpa.kernel(request(device="hip")) == "public"
+    assert ladder(request(device="hip", softcap=True))[0] == "flex"
+
+
+def test_nvidias_capability_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(devices, "_known", {})
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: asked.append(device) or (7, 5))
+    assert [device_of(torch.device("cuda", 1)) for _ in range(2)] == [Device("cuda", 75)] * 2
+    assert asked == [torch.device("cuda", 1)]
+    assert device_of(torch.device("mps")) == Device("mps", 0)
+
+
+@pytest.mark.parametrize("device", ["mps", "xpu", "hpu"])
+def test_other_devices_take_torchs_function(device: str) -> None:
+    for facts in (
+        {},
+        {"decode": True},
+        {"visibility": PADDED},
+        {"visibility": "packed"},
+        {"grad": True},
+        {"bias": True},
+    ):
+        assert ladder(request(device=device, **facts))[0] == "torch_sdpa"
+    for facts in (
+        {"softcap": True},
+        {"sinks": True},
+        {"weights": True},
+        {"bias": True, "bias_grad": True, "grad": True},
+    ):
+        assert ladder(request(device=device, **facts)) == ["reference"]
+
+
+def truth(q: Any, k: Any, v: Any, mask: Any, bias: Any, scale: float) -> torch.Tensor:
+    """Plain attention in float64 on repeated KV heads; rows that see nothing are zero."""
+    G = q.shape[1] // k.shape[1]
+    k, v = (t.repeat_interleave(G, 1).double().nan_to_num() for t in (k, v))
+    scores = q.double() @ k.transpose(-1, -2) * scale
+    if bias is not None:
+        scores = scores + bias
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return torch.softmax(scores, -1).nan_to_num() @ v
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_torchs_function_by_the_group_is_exact(data: st.DataObject) -> None:
+    """The way of MPS and the others, on tensors of the CPU, where every kernel of torch's can be had."""
+    B, HKV, G = (data.draw(st.sampled_from(n)) for n in ((1, 3), (1, 2), (1, 3)))
+    Sq, extra, D, Dv = (data.draw(st.sampled_from(n)) for n in ((1, 2, 17), (0, 5), (8, 12), (8, 20)))
+    kind = data.draw(st.sampled_from(["full", "causal", "window", "padded", "mask", "per head", "bias", "packed"]))
+    grad = data.draw(st.booleans())
+    torch.manual_seed(data.draw(st.integers(0, 99)))
+    HQ, Sk = HKV * G, Sq + extra
+    if kind == "packed":
+        B, extra, Sk = 1, 0, Sq
+    q, k = torch.randn(B, HQ, Sq, D), torch.randn(B, HKV, Sk, D)
+    v, bias = torch.randn(B, HKV, Sk, Dv), None
+    layout = full(Sq, Sk, False, (None, None), B)
+    if kind == "causal":
+        layout = full(Sq, Sk, True, (None, None), B)
+    elif kind == "window":
+        layout = full(Sq, Sk, True, (3, None), B)
+    elif kind == "padded":
+        first = torch.randint(0, Sk, (B,), dtype=torch.int32)
+        layout = Layout(PADDED, B, Sq, Sk, first=first, length=(Sk - first) // 2, stop=Sk)
+        k[0, :, : first[0]] = v[0, :, : first[0]] = torch.nan
+    elif kind in ("mask", "per head"):
+        mask = torch.rand(B, HQ if kind == "per head" else 1, Sq, Sk) < 0.6
+        layout = Layout(DENSE, B, Sq, Sk, mask=mask)
+    elif kind == "bias":
+        bias = torch.randn(1, HQ, Sq, Sk)
+    elif kind == "packed":
+        borders = torch.tensor([0, Sq // 2, Sq])
+        layout = packed(1, Sq, Sk, borders, borders, Sq, Sk, True)
+    options = (softcap := True, sinks := True, bias is None, False, False, grad, False, False)
+    del softcap, sinks
+    asked = dispatch.request_of(q.shape, v.shape, q.dtype, q.device, layout, options, False)._replace(device="mps")
+    assert torch_sdpa.refuses(asked) is None and torch_sdpa.kernel(asked) == "public"
+    inputs = [t.requires_grad_(grad) for t in (q, k, v)]
+    out, _ = torch_sdpa.run(*inputs, asked, Operands(layout, 0.3, bias=bias))
+    seen = Layout(layout.kind, **{n: getattr(layout, n) for n in vars(layout) if n in FIELDS}).dense(q.device)
+    if layout.start:
+        seen = torch.ones(1, 1, Sq, layout.keys, dtype=torch.bool) if seen is None else seen
+        seen = torch.nn.functional.pad(seen, (layout.start, 0), value=False)
+    want = truth(q, k, v, seen, bias, 0.3)
+    torch.testing.assert_close(out.double(), want, atol=2e-6, rtol=2e-5)
+    if grad:
+        loss = torch.randn_like(out)
+        found = torch.autograd.grad((out * loss).sum(), inputs)
+        wanted = torch.autograd.grad((want * loss).sum(), inputs)
+        for f, w in zip(found, wanted, strict=True):
+            torch.testing.assert_close(f, w.nan_to_num(), atol=2e-5, rtol=2e-4)
+
+
+FIELDS = {
+    "batch", "q_len", "kv_len", "causal", "window", "start", "stop", "first", "length", "restrict_queries", "cu_q",
+    "cu_k", "max_q", "max_k", "padding", "mask",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("Sq", [1, 7])
+def test_keys_and_values_are_not_copied_for_the_group(Sq: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    given_keys: list[torch.Tensor] = []
+
+    def spy(q: Any, k: Any, v: Any, *rest: Any, enable_gqa: bool = False, **options: Any) -> torch.Tensor:
+        given_keys.append(k)
+        assert not enable_gqa and q.shape[1] == k.shape[1] == 2
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, *rest, **options)
+
+    monkeypatch.setattr(torch_sdpa, "_sdpa", spy)
+    q, k, v = torch.randn(2, 8, Sq, 16), torch.randn(2, 2, 9, 16), torch.randn(2, 2, 9, 16)
+    layout = full(Sq, 9, False, (None, None), 2)
+    options = (True, True, True, False, False, False, False, False)
+    asked = dispatch.request_of(q.shape, v.shape, q.dtype, q.device, layout, options, False)._replace(device="xpu")
+    torch_sdpa.run(q, k, v, asked, Operands(layout, 0.25))
+    assert len(given_keys) == (1 if Sq == 1 else 4)
+    assert {t.untyped_storage().data_ptr() for t in given_keys} == {k.untyped_storage().data_ptr()}
+
+
+@given(
+    D=st.sampled_from([8, 64, 128, 256, 512]),
+    dtype=st.sampled_from([torch.float16, torch.float32]),
+    heads=st.sampled_from([1, 8, 40, 2560]),
+    span=st.sampled_from([1, 700, 8192, 131072]),
+    varlen=st.booleans(),
+    capability=st.sampled_from(CAPABILITIES),
+)
+def test_a_tile_of_the_decode_kernel_fits_into_shared_memory(
+    D: int, dtype: torch.dtype, heads: int, span: int, varlen: bool, capability: int
+) -> None:
+    asked = request(capability, decode=True, dtype=dtype, head_dim=D, value_dim=D)
+    kib = {70: 96, 72: 96, 75: 64, 80: 163, 86: 99, 87: 163, 89: 99, 120: 99, 121: 99}.get(capability, 227)
+    if triton_decode.refuses(asked) is None:
+        tuning = choose(dtype, D, D, heads, span, 40, varlen, devices.tile_room(capability))
+        tile = tuning.block_n * 2 * D * dtype.itemsize
+        assert tile * (1 if capability < 80 else 2) + 8192 <= kib * 1024  # as Triton's compiler counts it
+    else:
+        assert (D, dtype) == (512, torch.float32) and kib < 163
