@@ -1,9 +1,11 @@
-"""Compile the decode kernels for a Hopper GPU as a call would, on a machine without one: JSON, a line a kernel.
+"""Compile the decode kernels for a GPU as a call would, on a machine without one: JSON, a line a kernel.
 
-A process of its own, because Triton decides at import whether kernels are interpreted. Arguments: names of CASES.
+A process of its own, because Triton decides at import whether kernels are interpreted. Arguments: names of
+CASES; $COMPILE_FOR is the compute capability, 90 (Hopper) unless given.
 """
 
 import json
+import os
 import sys
 from typing import Any
 from unittest import mock
@@ -13,10 +15,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from hf_attn_patch.attn.devices import Device
 from hf_attn_patch.attn.kernels import decode_launch
 from hf_attn_patch.attn.kernels.launcher import Launch
 
-HOPPER, SMS = GPUTarget("cuda", 90, 32), 132
+CAPABILITY = int(os.environ.get("COMPILE_FOR", "90"))
+TARGET, SMS = GPUTarget("cuda", CAPABILITY, 32), 132
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.bool: "i1"}
 
 
@@ -48,6 +52,11 @@ CASES: dict[str, dict[str, Any]] = {
     "head_dim 80": {"D": 80},
     "head_dim 256": {"D": 256, "B": 4},
     "fp32": {"dtype": torch.float32},
+    "fp16": {"B": 1, "dtype": torch.float16},
+    "fp16, one worker a head": {"HKV": 33, "HQ": 33, "B": 64, "dtype": torch.float16},
+    "fp16, padded": {"first": (12,), "end": (12,), "dtype": torch.float16},
+    "fp16, mask": {"Sq": 4, "mask": (12, 1, 4, 8192), "causal": False, "end": (12,), "dtype": torch.float16},
+    "fp16, head_dim 256": {"D": 256, "B": 4, "dtype": torch.float16},
     "pages of 16": {"page": 16, "end": (12,)},
     "pages of 256": {"page": 256, "end": (12,)},
     "pages and a window": {"page": 256, "end": (12,), "window": 300},
@@ -73,7 +82,7 @@ def compiled(launch: Launch, tensors: Any) -> Any:
             signature[name] = "i32" if value < 2**31 else "i64"
             if special and value % 16 == 0:
                 attributes[(i,)] = [["tt.divisibility", 16]]
-    return triton.compile(ASTSource(kernel, signature, constants, attributes), HOPPER, launch.options)
+    return triton.compile(ASTSource(kernel, signature, constants, attributes), TARGET, launch.options)
 
 
 def main() -> None:
@@ -85,7 +94,8 @@ def main() -> None:
     with (
         mock.patch.object(Launch, "first", first),
         mock.patch.object(decode_launch, "sm_count", return_value=SMS),
-        mock.patch.object(decode_launch, "overlaps", return_value=True),
+        mock.patch.object(decode_launch, "overlaps", return_value=CAPABILITY >= 90),
+        mock.patch.object(decode_launch, "device_of", return_value=Device("cuda", CAPABILITY)),
     ):
         for case in sys.argv[1:]:
             started.clear()

@@ -43,3 +43,18 @@ def test_it_compiles_for_hopper(case: str, kernels: dict[tuple[str, str], dict[s
 def test_a_tile_within_one_page_asks_for_one_number(kernels: dict[tuple[str, str], dict[str, int]]) -> None:
     small, large = (kernels[case, "decode_kernel"]["loads"] for case in ("pages of 16", "pages of 256"))
     assert large < small
+
+
+OLDER = ["fp16", "fp16, one worker a head", "fp16, padded", "fp16, mask", "fp16, head_dim 256", "fp32"]
+#: compute capability -> KiB of shared memory that a block can have there
+SMALL = {70: 96, 75: 64, 80: 163, 89: 99}
+
+
+@pytest.mark.parametrize("capability", SMALL)
+def test_its_tiles_fit_into_smaller_gpus(capability: int, tmp_path: Path) -> None:
+    env = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path), "COMPILE_FOR": str(capability)}
+    done = subprocess.run([sys.executable, str(SCRIPT), *OLDER], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {f["case"] for f in found} == set(OLDER)
+    assert all(f["shared"] <= SMALL[capability] * 1024 and f["waits"] == 0 for f in found), found
