@@ -309,9 +309,7 @@ def _efficient(
     save = request.grad or operands.sinks is not None
 
     def kernel(q: Tensor, k: Tensor, v: Tensor, scores: Tensor | None) -> tuple[Tensor, Tensor]:
-        found = efficient_attention_op(
-            q, k, v, scores, save, operands.dropout, causal, scale=operands.scale
-        )
+        found = efficient_attention_op(q, k, v, scores, save, operands.dropout, causal, scale=operands.scale)
         return found[0], found[1]
 
     return _by_member(q, k, v, mask, request, operands, kernel)

@@ -6,7 +6,6 @@ in torch 2.11.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
