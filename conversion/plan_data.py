@@ -9,6 +9,7 @@ from typing import Any
 from .checkpoints.reader import Source
 from .checkpoints.safetensors_header import tensor_nbytes
 from .checkpoints.shards import MARGIN, Shard
+from .families.config import speaks
 from .families.layer import LayerAttention
 from .families.table import Family, Norm, Projection
 from .methods.method import Method
@@ -61,6 +62,11 @@ class Plan:
     shards: tuple[Shard, ...] = ()
     warnings: tuple[str, ...] = ()
     with_code: bool = False  # the result carries the code of its model class
+
+    @property
+    def speaks(self) -> bool:
+        """Whether the source is a causal language model by itself, which can write text of its own."""
+        return speaks(self.source.config, self.family, self.config, self.text_config)
 
     @property
     def bytes_before(self) -> int:

@@ -15,7 +15,7 @@ from hf_attn_patch.hf.auto_classes import PREFIX
 from .checkpoints.dtypes import FLOATS
 from .checkpoints.reader import Source
 from .checkpoints.shards import same_shards, split_shards
-from .families.config import LanguageModel, architectures, read_config
+from .families.config import LanguageModel, architectures, read_config, speaks
 from .families.layer import LayerAttention, norm_tensors
 from .families.table import Norm, Projection, Stack
 from .methods.registry import method_named
@@ -45,8 +45,10 @@ def make_plan(
     Raises:
         ConversionError: the conversion cannot be done.
     """
-    chosen = method_named(method, options or {})
     model = read_config(source.config, str(source.folder / "config.json"))
+    chosen = method_named(
+        method, options or {}, speaks=speaks(source.config, model.family, model.config, model.text_config)
+    )
     model.locate(source.tensors)
     layers = _with_targets(model, kv_heads)
     new_config = copy.deepcopy(source.config)

@@ -15,7 +15,6 @@ import contextlib
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -29,11 +28,12 @@ from hf_attn_patch.conversion.methods.apply import from_heads, to_heads
 from hf_attn_patch.conversion.plan_data import Plan, Unit
 from hf_attn_patch.errors import ConversionError
 
+from .gather import gathered, reads_text
+from .joined import heads_of
 from .layers import Block, LayerStack, caller, load, sides
 from .moments import Moments
 from .pairs import text_pairs
 from .refit import LayerFunction, RefitRecipe, TwoStreams
-from .text import calibration_ids
 
 #: tokens of a sequence at most, where nothing else is asked for
 LENGTH, PAIR_LENGTH, ENCODER_LENGTH = 1024, 512, 128
@@ -46,7 +46,7 @@ class Calibrated:
 
     Args:
         plan: of a model that reads text.
-        calibrate: a text file, JSONL, a folder, or the id of a data set.
+        calibrate: a text file, JSONL, a folder, or the id of a data set; several by shares (:mod:`.gather`).
         calibration_tokens: how many at most.
         calibration_length: of each sequence; by default 1024, of encoder-decoders 512, of encoders what the text's
             paragraphs typically have (at most 128), or what the model can read.
@@ -71,23 +71,25 @@ class Calibrated:
         self.aligned = Aligned(plan, group or "adjacent")
         self.units = {unit.layer.prefix: unit for unit in plan.units}
         self.original = load(plan)
-        tokenizer = tokenizer_of(plan)
+        tokenizer = tokenizer_of(plan) if reads_text(str(calibrate)) else None
         both = bool(plan.config.is_encoder_decoder)
         causal = both or plan.units[0].layer.stack.causal
-        ids, about, notes = calibration_ids(
+        ids, about, notes = gathered(
+            plan,
+            self.original,
             tokenizer,
             str(calibrate),
             tokens=calibration_tokens,
             length=calibration_length,
             longest=longest(plan, PAIR_LENGTH if both else LENGTH if causal else ENCODER_LENGTH, calibration_length),
-            seed=plan.seed,
             whole=not causal,
+            device=self.device,
         )
         if int(ids.max()) >= self.original.get_input_embeddings().num_embeddings:
             raise ConversionError(f"{plan.source.name}: its tokenizer has ids that the model has no embedding for")
         self.half = next(self.original.parameters()).dtype in (torch.float16, torch.bfloat16)
         self.sides = sides(plan, self.original)
-        self.texts = [ids]
+        self.texts, self.ids = [ids], ids
         if both:
             *self.texts, about["pairs"] = text_pairs(ids, tokenizer, plan.config)
         self.record = self.aligned.record | {"calibration": about, "refit": refit, "layers": {}, "notes": notes}
@@ -112,6 +114,13 @@ class Calibrated:
         if self.bar.n == self.bar.total:
             self.bar.close()
         return self.done.pop(prefix)
+
+    def all(self) -> dict[str, AttentionWeights]:
+        """All merged layers, by prefix."""
+        while len(self.done) < len(self.units):
+            self._pass()
+        self.bar.close()
+        return self.done
 
     def _count(self) -> int:
         """How many layers have to be passed: those above the last one that changes need not be."""
@@ -201,7 +210,7 @@ class Calibrated:
                 parameter.data = parameter.data.to(stored).float()
             streams.converted(ours)
             for (unit, _), weights in zip(units, merged, strict=True):
-                self.done[unit.layer.prefix] = self._heads(unit, trained, weights)
+                self.done[unit.layer.prefix] = heads_of(unit, trained, weights)
         self.number += 1
         self.bar.update()
 
@@ -237,10 +246,10 @@ class Calibrated:
             if moment is not None:
                 self.aligned.moments[key] = moment
         weights = to_heads(unit, {name: self.plan.source.read(name) for name in unit.reads})
-        merged = self.aligned(on(weights, self.device))
+        merged = self.aligned(weights.on(self.device))
         for key in (prefix, (prefix, "memory")):
             self.aligned.moments.pop(key, None)
-        return on(merged, torch.device("cpu"))
+        return merged.on("cpu")
 
     def _student(
         self, block: Block, truth: nn.Module, units: list[tuple[Unit, str]], merged: list[AttentionWeights]
@@ -263,21 +272,6 @@ class Calibrated:
         for parameter in out.values():
             parameter.requires_grad_(True)
         return out
-
-    def _heads(self, unit: Unit, trained: dict[str, nn.Parameter], like: AttentionWeights) -> AttentionWeights:
-        layer = unit.layer
-        done = replace(
-            unit,
-            layer=replace(layer, kv_heads=layer.new_kv_heads),
-            projections=layer.stack.written or layer.stack.projections,
-        )
-        found = to_heads(done, {name: trained[name].detach().cpu() for name in unit.writes})
-        return replace(found, layer=like.layer)
-
-
-def calibrated(plan: Plan, **options: Any) -> Calibrated:
-    """Heads are merged by what layers read on a calibration text, and layers fitted to the original's on it."""
-    return Calibrated(plan, **options)
 
 
 def refuse(plan: Plan) -> None:
@@ -318,9 +312,3 @@ def longest(plan: Plan, at_most: int, asked: int | None = None) -> int:
     if asked is not None and (asked < 2 or (limit and asked > limit)):
         raise ConversionError(f"--calibration-length {asked}: give 2 or more" + f", at most {limit}" * bool(limit))
     return min(at_most, max(2, int(limit or at_most) - 2))
-
-
-def on(weights: AttentionWeights, device: torch.device) -> AttentionWeights:
-    values = {f.name: getattr(weights, f.name) for f in fields(weights)}
-    moved: dict[str, Any] = {n: t.to(device) for n, t in values.items() if isinstance(t, Tensor)}
-    return replace(weights, **moved)

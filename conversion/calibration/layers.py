@@ -110,7 +110,7 @@ def caller(arguments: Arguments, device: torch.device, memory: Tensor | None) ->
 
 def sides(plan: Plan, model: Any) -> list[LayerStack]:
     """The stacks of layers of a model, in the order in which text goes through them."""
-    student = _meta_model(plan)
+    student = meta_model(plan)
     found: dict[str, list[tuple[LayerAttention, str]]] = {}
     for layer in plan.layers:
         name = attention_name(model, layer)
@@ -137,7 +137,7 @@ def sides(plan: Plan, model: Any) -> list[LayerStack]:
     ]
 
 
-def _meta_model(plan: Plan) -> nn.Module:
+def meta_model(plan: Plan) -> nn.Module:
     """The converted model without weights."""
     from transformers import CONFIG_MAPPING, AutoModel
 

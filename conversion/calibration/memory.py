@@ -37,6 +37,8 @@ def calibration_memory(plan: Plan) -> int:
     Adam's moments (while heads are merged, matrices in fp64); hidden states of both models; the activations of a batch.
     """
     from .calibrated import ENCODER_LENGTH, LENGTH, PAIR_LENGTH
+    from .choice import TOKENS
+    from .polish import CPU_CHUNK
     from .refit import RefitRecipe
 
     layer, attention, side = map(max, zip(*(_sizes(plan, name) for name in _layers(plan)), strict=True))
@@ -45,7 +47,7 @@ def calibration_memory(plan: Plan) -> int:
     weights = 4 * ((3 if experts else 2) * layer + 8 * attention)
 
     first = plan.units[0].layer
-    tokens = int(plan.options["calibration_tokens"])
+    tokens = int(plan.options["calibration_tokens"] or TOKENS)
     both = bool(plan.config.is_encoder_decoder)
     longest = PAIR_LENGTH if both else LENGTH if first.stack.causal else ENCODER_LENGTH
     batch = max(plan.options["calibration_length"] or longest, min(RefitRecipe.batch_tokens, tokens // 16))
@@ -60,7 +62,9 @@ def calibration_memory(plan: Plan) -> int:
     width, mlp = max(first.width, first.heads * first.head_dim), _mlp(plan, side)
     activations = 4 * batch * (40 * width + (experts * (mlp + 12 * width) if experts else mlp))
     loaded = sum(t.nbytes for name, t in plan.source.tensors.items() if re.search(r"\.experts\.\d+\.", name))
-    return int(SLACK * (loaded + weights + streams + activations))
+    # on held-out text: chunks of logits in fp32, of both models, and what is made of them
+    logits = 8 * 4 * CPU_CHUNK if plan.speaks else 0
+    return int(SLACK * (loaded + weights + streams + max(activations, logits)))
 
 
 def _mlp(plan: Plan, side: int) -> int:

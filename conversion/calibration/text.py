@@ -14,8 +14,12 @@ from torch import Tensor
 
 from hf_attn_patch.errors import ConversionError, TrainingError
 
+from .installed import installed_documents
+
 #: characters read for each token that is wanted: more than a token has, so that a seed can choose among them
 CHARACTERS = 12
+#: what stands for the text of the installed Python (:mod:`.installed`)
+INSTALLED = "python"
 #: fewer tokens say nothing about a layer's inputs
 FEWEST = 16
 
@@ -39,13 +43,16 @@ def read_text(path: Path) -> str:
 
 
 def documents(source: str, seed: int) -> Iterator[str]:
-    """The texts of ``source``: a text file, JSONL or Parquet with a field ``text``, a folder, or the id of a data set.
+    """The texts of ``source``: a text file, JSONL or Parquet with a field ``text``, a folder, the id of a data set,
+    or ``python``: the sources and documents of the installed Python.
 
     Raises:
         ConversionError: there is nothing of the kind.
     """
     path = Path(source).expanduser()
-    if path.is_file() and path.suffix.lower() in (".jsonl", ".json", ".ndjson"):
+    if source == INSTALLED and not path.exists():
+        yield from installed_documents(seed)
+    elif path.is_file() and path.suffix.lower() in (".jsonl", ".json", ".ndjson"):
         try:
             yield from _json_lines(path)
         except TrainingError as error:
@@ -171,8 +178,10 @@ def _stream(tokenizer: Any, texts: list[str], length: int) -> list[list[int]]:
     end = tokenizer.eos_token_id
     piece = 1 << 16  # characters at a time: tokenizers take long over long texts
     for text in texts:
-        for start in range(0, len(text), piece):
-            stream += tokenizer(text[start : start + piece], add_special_tokens=False, verbose=False)["input_ids"]
+        pieces = [text[start : start + piece] for start in range(0, len(text), piece)]
+        if pieces:  # together: fast tokenizers take one each on every processor
+            for part in tokenizer(pieces, add_special_tokens=False, verbose=False)["input_ids"]:
+                stream += part
         stream += [] if end is None else [end]
     return [stream[i : i + length] for i in range(0, len(stream), length)]
 

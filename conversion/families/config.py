@@ -83,6 +83,25 @@ def architectures(raw: Mapping[str, Any]) -> list[str]:
     return names
 
 
+def speaks(raw: Mapping[str, Any], family: Family, config: Any, text_config: Any) -> bool:
+    """Whether a checkpoint is a causal language model by itself, with a head: one that can write text of its own.
+
+    Args:
+        raw: its config.json.
+        config, text_config: as transformers reads it, and the language model's part of it.
+    """
+    (stack, *others) = family.stacks
+    alibi = stack.no_rope_layers == "alibi" and bool(getattr(config, "alibi", False))
+    return (
+        not others
+        and stack.causal
+        and not (stack.cross or alibi or stack.fixed_heads)
+        and not config.is_encoder_decoder
+        and text_config is config
+        and any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures(raw))
+    )
+
+
 def _refuse_quantized(raw: dict[str, Any], where: str) -> None:
     how = raw.get("quantization_config") or raw.get("compression_config")
     if how:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
 
 from .layer import LayerAttention
 from .table import Projection
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 
@@ -34,6 +35,12 @@ class AttentionWeights:
     q_norm: Tensor | None = None
     k_norm: Tensor | None = None
     sinks: Tensor | None = None
+
+    def on(self, device: torch.device | str) -> AttentionWeights:
+        """The same with all tensors on a device."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "layer"}
+        moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in tensors.items() if tensor is not None}
+        return replace(self, **moved)
 
 
 def split(projection: Projection, out: Tensor, heads: int, kv_heads: int, head_dim: int) -> dict[str, Tensor]:

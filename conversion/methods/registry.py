@@ -32,18 +32,38 @@ METHODS: dict[str, Method] = {
         ),
         Method(
             "calibrated",
-            "aligned by what layers read on a calibration text, then fitted to the original layer by layer",
-            "calibration.calibrated:calibrated",
+            "aligned by what layers read on a calibration text, then fitted to the original",
+            "calibration.choice:calibrated",
             scope="layer",
             options=(
-                Option("calibrate", "calibration text: a file, JSONL, Parquet, a folder or a data set's id"),
-                Option("calibration_tokens", "tokens of calibration text  (default 500000)", int, 500_000),
+                Option(
+                    "calibrate",
+                    "calibration text: a file, JSONL, Parquet, a folder, a data set's id, own (what the model writes), "
+                    "python (the installed one's sources and documents), or several by shares: own:1,notes.txt:3  "
+                    "(default for causal language models: own, on a GPU own,python)",
+                ),
+                Option(
+                    "calibration_tokens",
+                    "tokens of calibration text  (default 500000, on a GPU 1048576, own text without one 4096)",
+                    int,
+                ),
                 Option(
                     "calibration_length",
                     "tokens of a calibration sequence  (default 1024, encoder-decoders 512, encoders: a paragraph)",
                     int,
                 ),
-                Option("refit", "fit every layer to the original's after the merge  (default: yes)", bool, True),
+                Option(
+                    "refit",
+                    "fit every layer to the original's after the merge  (default: yes, but for causal language models"
+                    " on a GPU or without a text)",
+                    bool,
+                ),
+                Option(
+                    "polish",
+                    "train the attentions together on so many tokens to say what the original says, at last; causal "
+                    "language models  (default: 4000000 on a GPU, 0 without)",
+                    int,
+                ),
                 GROUP,
                 Option("device", "where layers are fitted, such as cuda or cpu  (default: a GPU if there is one)"),
             ),
@@ -53,16 +73,21 @@ METHODS: dict[str, Method] = {
     )
 }
 
-#: the best that can be done with what is given: ``calibrated`` with a calibration text, ``aligned`` without
+#: the best that can be done with what is given: ``calibrated`` with a calibration text or for a causal language model,
+#: which writes one; ``aligned`` for everything else
 AUTO = "auto"
 #: where no method is named
 DEFAULT = AUTO
 
 
-def method_named(name: str | None, options: Mapping[str, Any]) -> Method:
-    """The method of this name; what ``auto`` is depends on whether there is a calibration text among the options.
+def method_named(name: str | None, options: Mapping[str, Any], speaks: bool = False) -> Method:
+    """The method of this name; what ``auto`` is depends on whether there can be a calibration text.
 
     None: ``auto``.
+
+    Args:
+        options: the method's.
+        speaks: the model can write a calibration text.
 
     Raises:
         ConversionError: there is none.
@@ -70,10 +95,10 @@ def method_named(name: str | None, options: Mapping[str, Any]) -> Method:
     if name is None:
         name = DEFAULT
     if name == AUTO:
-        name = "calibrated" if options.get("calibrate") else "aligned"
+        name = "calibrated" if options.get("calibrate") or speaks else "aligned"
     if name not in METHODS:
         raise ConversionError(f"there is no method {name!r}; choose one of {AUTO}, {', '.join(METHODS)}")
-    if name == "calibrated" and not options.get("calibrate"):
+    if name == "calibrated" and not options.get("calibrate") and not speaks:
         raise ConversionError("method 'calibrated' needs a calibration text: --calibrate TEXT")
     return METHODS[name]
 

@@ -36,8 +36,7 @@ _UNTRAINED = """\
 The merged heads have not been trained together. Mean-pooling in particular changes what the model says until it is
 uptrained (Ainslie et al. 2023, [arXiv 2305.13245](https://arxiv.org/abs/2305.13245))."""
 _CALIBRATED = """\
-Heads were merged by what the layers read on a calibration text{fitted}. As a whole the model has
-not been trained since: see with `hf-attn evaluate` what was lost."""
+Heads were merged by what the layers read on a calibration text{fitted}. See with `hf-attn evaluate` what was lost."""
 
 
 def model_card(plan: Plan, record: dict[str, Any]) -> str:
@@ -62,7 +61,10 @@ def model_card(plan: Plan, record: dict[str, Any]) -> str:
     itemsize = cache_itemsize(plan)
     options = ", ".join(f"{k}={v}" for k, v in plan.options.items() if v is not None)
     exact = plan.method.exact
-    fitted = ", and layers were fitted to the source's on it" if plan.options.get("refit") else ""
+    details = record["details"] or {}
+    fitted = ", and layers were fitted to the source's on it" if details.get("refit") else ""
+    if "polish" in details:
+        fitted += f"; all attentions were then trained together on {details['polish']['tokens']:,} tokens of it"
     name = source.name.rsplit("/", 1)[-1] if is_hub else source.folder.resolve().name
     text = _TEXT.format(
         metadata=data.to_yaml(),

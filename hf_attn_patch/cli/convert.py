@@ -101,7 +101,8 @@ def command_line() -> str:
 @click.option(
     "--method",
     metavar="NAME",
-    help=f"{AUTO} (calibrated with --calibrate, otherwise aligned), {', '.join(METHODS)}.  [default: {AUTO}]",
+    help=f"{AUTO} (calibrated for causal language models and with --calibrate, otherwise aligned), "
+    f"{', '.join(METHODS)}.  [default: {AUTO}]",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="For methods that draw numbers or text.")
 @method_options
@@ -197,6 +198,25 @@ def convert(
         for note in (record["details"] or {}).get("notes", ()):
             click.echo(f"Note: {note}.", err=True)
         click.echo(f"{dst}: {human(plan.bytes_after)} in {len(plan.shards)} file(s), method {plan.method.name}")
+    if not quiet:
+        _tell_what_was_lost(plan, record, Path(dst or ""))
+
+
+def _tell_what_was_lost(plan: Any, record: dict[str, Any], dst: Path) -> None:
+    """The loss before and after on held-out text, on stderr; a warning last where it is much."""
+    from hf_attn_patch.conversion.reports.held_out import measure, told, warning
+
+    found = (record["details"] or {}).get("held_out")
+    if found is None:
+        try:
+            found = measure(plan, dst)
+        except ConversionError as error:
+            click.echo(f"Note: what was lost is not measured: {error}.", err=True)
+    if found is None:
+        return
+    click.echo(told(found), err=True)
+    if text := warning(found, plan.method.name):
+        click.echo(f"Warning: {text}.", err=True)
 
 
 def _under_budget(

@@ -50,7 +50,8 @@ def test_a_conversion_from_end_to_end(src: Path, tmp_path: Path) -> None:
     dst = tmp_path / "dst"
     result = run("convert", src, dst, "--kv-heads", 2)
     assert "256" not in result.stdout
-    assert result.stderr == ""
+    lost, warned = result.stderr.strip().splitlines()  # random weights: mean-pooling loses much
+    assert lost.startswith("loss on") and warned.startswith("Warning")
     assert (dst / "1_Pooling" / "config.json").read_text() == "{}"
     names = {p.name for p in dst.iterdir()}
     assert names == {

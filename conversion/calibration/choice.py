@@ -1,0 +1,117 @@
+"""What the method ``calibrated`` does with a model, by what it is given and where it runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from hf_attn_patch.conversion.loadcheck import device_named
+from hf_attn_patch.conversion.methods.aligned import Aligned
+from hf_attn_patch.conversion.methods.method import Merge
+from hf_attn_patch.conversion.plan_data import Plan
+from hf_attn_patch.errors import ConversionError
+
+from .calibrated import LENGTH, Calibrated, longest, refuse, tokenizer_of
+from .gather import OWN, gathered, reads_text
+from .layers import load
+from .text import INSTALLED
+from .whole import Whole, on_device
+
+#: calibration tokens where the model is trained end to end, is fitted layer by layer, or is only merged
+GPU_TOKENS, TOKENS, MERGE_TOKENS = 1 << 20, 500_000, 1 << 12
+#: of a sequence that a model writes where nothing is fitted
+MERGE_LENGTH = 64
+#: tokens of the last pass end to end on a GPU
+POLISH = 4_000_000
+
+
+def calibrated(
+    plan: Plan,
+    calibrate: str | None = None,
+    calibration_tokens: int | None = None,
+    calibration_length: int | None = None,
+    refit: bool | None = None,
+    polish: int | None = None,
+    group: str | None = None,
+    device: str | None = None,
+) -> Merge:
+    """Heads are merged by what layers read on a calibration text, and attentions fitted to the original's on it.
+
+    Causal language models are taken as a whole (:class:`~.whole.Whole`) where a GPU has room for them, and with text of
+    their own; layer by layer (:class:`~.calibrated.Calibrated`) everything else, and what ``refit`` asks for.
+    """
+    refuse(plan)
+    where = device_named(device)
+    gpu, alone = where.type == "cuda", plan.speaks
+    asked = calibrate is not None
+    if calibrate is None:
+        calibrate = _without_text(plan, gpu)
+    texts = reads_text(calibrate)
+    if polish and not alone:
+        raise ConversionError(f"--polish is for causal language models, and {plan.model_type} is none")
+    if polish is None:
+        polish = POLISH if gpu and alone else 0
+    if refit is None:
+        refit = texts and not (alone and gpu)
+    if calibration_tokens is None:
+        calibration_tokens = GPU_TOKENS if polish else TOKENS if texts or refit else MERGE_TOKENS
+    if calibration_length is None and not (texts or refit or polish):
+        calibration_length = longest(plan, MERGE_LENGTH)
+    if refit or not alone or (texts and not polish):
+        steps = Calibrated(plan, calibrate, calibration_tokens, calibration_length, refit, group, device)
+        return Later(plan, steps, where, polish, group) if alone else steps
+    try:
+        original = on_device(load(plan), where)
+        ids, about, notes = gathered(
+            plan, original, tokenizer_of(plan) if texts else None, calibrate, tokens=calibration_tokens,
+            length=calibration_length, longest=longest(plan, LENGTH, calibration_length), whole=False, device=where,
+        )  # fmt: skip
+    except ConversionError as error:
+        if asked:
+            raise
+        aligned = Aligned(plan, group or "adjacent")
+        aligned.record["notes"].append(f"heads were merged by the weights alone, which keeps far less: {error}")
+        return aligned
+    if not polish:
+        notes.append(
+            f"heads were merged by what layers read on {ids.numel()} tokens that the model wrote, and nothing was"
+            " fitted to the original's after that: a GPU does it in minutes, --calibrate TEXT and --polish TOKENS do it"
+            " here, and keep far more"
+        )
+    return Whole(plan, original, ids, about, notes, polish_tokens=polish, group=group)
+
+
+def _without_text(plan: Plan, gpu: bool) -> str:
+    """The calibration text where none is given: on a GPU half of it the installed Python's, if there is a tokenizer."""
+    if not gpu:
+        return OWN
+    try:
+        tokenizer_of(plan)
+    except ConversionError:
+        return OWN
+    return f"{OWN},{INSTALLED}"
+
+
+class Later:
+    """Layers fitted one after the other; then the whole is measured on held-out text, and polished."""
+
+    def __init__(self, plan: Plan, steps: Calibrated, device: torch.device, polish: int, group: str | None) -> None:
+        self.plan, self.steps, self.device, self.polish, self.group = plan, steps, device, polish, group
+        self.record: dict[str, Any] = steps.record
+        self.whole: Whole | None = None
+
+    def __call__(self, weights: Any) -> Any:
+        if self.whole is None:
+            steps = self.steps
+            start = steps.all()
+            # on the CPU the one that is mapped; a copy would stand in memory as a whole
+            original = steps.original if self.device.type == "cpu" else on_device(steps.original, self.device)
+            self.whole = Whole(
+                self.plan, original, steps.ids, {}, [], polish_tokens=self.polish, group=self.group, start=start
+            )
+            made = self.whole(weights)
+            self.record |= {k: v for k, v in self.whole.record.items() if k in ("held_out", "polish")}
+            self.record["notes"] += self.whole.record["notes"]
+            return made
+        return self.whole(weights)

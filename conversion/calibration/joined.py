@@ -1,0 +1,57 @@
+"""The converted model in memory, beside the original: everything but its attention is the original's own tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_attn_patch.conversion.families.head_layouts import AttentionWeights
+from hf_attn_patch.conversion.methods.apply import from_heads, to_heads
+from hf_attn_patch.conversion.plan_data import Plan, Unit
+
+from .layers import attention_name, meta_model
+
+
+def joined(plan: Plan, original: Any, merged: Mapping[str, AttentionWeights]) -> tuple[Any, dict[str, nn.Parameter]]:
+    """The converted model, with its attentions made of ``merged`` (by layer prefix).
+
+    Args:
+        original: the source as :func:`~.layers.load` gives it, on any device.
+
+    Returns:
+        the model, on the original's device and of its dtype, and the parameters that are its own, by their names in
+        the checkpoint.
+    """
+    student: Any = meta_model(plan)
+    like = next(original.parameters())
+    own: dict[str, nn.Parameter] = {}
+    placed: dict[str, nn.Parameter] = {}
+    for unit in plan.units:
+        inside, prefix = attention_name(student, unit.layer), unit.layer.prefix
+        for name, tensor in from_heads(unit, merged[prefix]).items():
+            own[name] = nn.Parameter(tensor.to(like.device, like.dtype).clone(), requires_grad=False)
+            placed[f"{inside}.{name.removeprefix(prefix)}"] = own[name]
+    known: dict[str, torch.Tensor] = dict(original.named_parameters(remove_duplicate=False))
+    known |= dict(original.named_buffers(remove_duplicate=False)) | placed
+    for path, module in student.named_modules():
+        for kept in (module._parameters, module._buffers):
+            for name, value in kept.items():
+                if value is not None:
+                    kept[name] = known[f"{path}.{name}" if path else name]
+    return student.eval(), own
+
+
+def heads_of(unit: Unit, tensors: Mapping[str, Tensor], like: AttentionWeights) -> AttentionWeights:
+    """The heads in what a unit writes, by the tensors' names in the checkpoint."""
+    layer = unit.layer
+    done = replace(
+        unit,
+        layer=replace(layer, kv_heads=layer.new_kv_heads),
+        projections=layer.stack.written or layer.stack.projections,
+    )
+    found = to_heads(done, {name: tensors[name].detach().float().cpu() for name in unit.writes})
+    return replace(found, layer=like.layer)
