@@ -35,6 +35,7 @@ class Crossovers:
             that torch's own kernels are quicker than FlashAttention-4 with its Python.
         decode_rows: queries that share a KV head (G * Sq), up to which our decoding kernel is the fastest.
         filling_streams: B * HKV from which FlashAttention-4, which splits no KV head, fills the GPU with few queries.
+            On a GPU that was tuned without FlashAttention-4, torch's kernel takes its place in both.
     """
 
     small_work_bits: int = 31
@@ -42,7 +43,8 @@ class Crossovers:
     filling_streams: int = 96
 
 
-#: measured on an H200 (``benchmarks/results``)
+#: the GPU whose numbers are shipped (``benchmarks/results``)
+MEASURED_ON = "NVIDIA H200"
 SHIPPED = Crossovers()
 _forced: ContextVar[Crossovers | None] = ContextVar("hf_attn_patch_crossovers", default=None)
 
@@ -62,6 +64,19 @@ def _of_this_machine() -> Crossovers:
         return SHIPPED
     path = tuning_file(torch.cuda.get_device_name())
     return read(path, torch.cuda.get_device_name()) if path.exists() else SHIPPED
+
+
+def never_tuned() -> str | None:
+    """A sentence where the numbers that count are another GPU's than this machine's; None where they are its own."""
+    if not torch.cuda.is_available():
+        return None
+    gpu = torch.cuda.get_device_name()
+    if MEASURED_ON in gpu or tuning_file(gpu).exists():
+        return None
+    return (
+        f"never tuned for {gpu}: the order of the backends is that of an {MEASURED_ON}; "
+        "`hf-attn bench --tune` measures it here, in about a minute"
+    )
 
 
 @contextmanager

@@ -104,6 +104,11 @@ def lacks(least: int, below: int = 1000) -> str | None:
     return needs_nvidia(device_of(torch.device("cuda", torch.cuda.current_device())), least, below)
 
 
+def half_of(device: torch.device) -> torch.dtype:
+    """The half precision of a GPU: bf16, or fp16 where there is no arithmetic for it."""
+    return torch.float16 if no_bf16(device_of(device), torch.bfloat16) else torch.bfloat16
+
+
 def no_bf16(request: _Asks, dtype: torch.dtype) -> str | None:
     """Why bf16 does not run on a GPU, or None: before Ampere there is no arithmetic for it."""
     if request.device == "cuda" and request.capability < 80 and dtype == torch.bfloat16:

@@ -22,7 +22,7 @@ from .backends.base import RunFunction
 from .backends.registry import BACKENDS as BACKENDS
 from .backends.registry import backend, when_changed
 from .choice import asked_for, changes_between_tasks, traced_for
-from .devices import device_of
+from .devices import device_of, half_of
 from .ladder import order
 from .request import AttentionRequest, Operands, query_class
 from .visibility import DENSE, FULL, Layout, remembered_full
@@ -279,7 +279,7 @@ def request_for(B: int, HQ: int, HKV: int, Sq: int, Sk: int, D: int, device: str
     return AttentionRequest(
         device=kind.device,
         capability=kind.capability,
-        dtype=torch.bfloat16 if cuda else torch.float32,
+        dtype=half_of(torch.device(device)) if cuda else torch.float32,
         heads=HQ,
         kv_heads=HKV,
         head_dim=D,

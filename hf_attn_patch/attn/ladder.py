@@ -8,9 +8,10 @@ has the numbers.
 
 from __future__ import annotations
 
+from .backends import flash4
 from .backends.registry import with_registered
 from .backends.torch_sdpa import kernel
-from .crossovers import has_many_rows, is_small
+from .crossovers import SHIPPED, crossovers, has_many_rows, is_small
 from .request import AttentionRequest
 from .visibility import DENSE, FULL
 
@@ -32,12 +33,18 @@ def _ours(request: AttentionRequest) -> tuple[str, ...]:
     if request.device != "cuda":
         return _CPU
     if request.q_class < 17 and not request.grad:  # decoding: bytes, not arithmetic
-        return _first("flash4", _DECODE) if has_many_rows(request) else _DECODE
+        return _first(rival(request), _DECODE) if has_many_rows(request) else _DECODE
     if request.visibility == FULL and not request.windowed and not request.bias:
         return _first("torch_sdpa", _FULL) if is_small(request) else _FULL
     if (request.bias or request.visibility == DENSE) and kernel(request) == "cudnn":
         return _first("torch_sdpa", _MASKED)
     return _FULL if request.visibility == FULL and not request.windowed else _MASKED
+
+
+def rival(request: AttentionRequest) -> str:
+    """What takes over from our decoding kernel at many rows: FlashAttention-4, or what this GPU was tuned with."""
+    plain = request.visibility == FULL and not (request.windowed or request.bias)
+    return "torch_sdpa" if plain and crossovers() != SHIPPED and flash4.missing() else "flash4"
 
 
 def _first(name: str, names: tuple[str, ...]) -> tuple[str, ...]:

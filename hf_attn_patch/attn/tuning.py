@@ -11,6 +11,7 @@ import torch
 
 from . import crossovers as numbers
 from .crossovers import Crossovers
+from .devices import half_of
 from .dispatch import attend, forget, order, reasons, request_for
 from .visibility import full
 
@@ -24,7 +25,7 @@ TINY = ((1, 4, 2, 1, 64, 32), (1, 4, 2, 32, 32, 32))
 def seconds(backend: str, B: int, HQ: int, HKV: int, Sq: int, Sk: int, D: int) -> float:
     """Seconds a call, host and device, as a model that waits for neither sees them: the median of several rounds."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    dtype = half_of(torch.device(device)) if device == "cuda" else torch.float32
     q = torch.randn(B, HQ, Sq, D, device=device, dtype=dtype)
     k, v = (torch.randn(B, HKV, Sk, D, device=device, dtype=dtype) for _ in "kv")
     layout = full(Sq, Sk, True, (None, None), B)
@@ -45,24 +46,17 @@ def seconds(backend: str, B: int, HQ: int, HKV: int, Sq: int, Sk: int, D: int) -
         return statistics.median(rounds(n) for _ in range(5))
 
 
-def tuned(measure: Measure) -> Crossovers:
-    """The crossovers between our and torch's kernels and FlashAttention-4, by measurement."""
-    small = 0
-    try:
-        with numbers.using(Crossovers(small_work_bits=62)):  # torch's kernel for small work, however much it is
-            forget()
-            for exponent in range(7, 13):
-                S = 2**exponent
-                shape = (1, 32, 8, S, S, 128)
-                if measure("torch_sdpa", *shape) > measure("flash4", *shape):
-                    break
-                small = (32 * S * S * 128).bit_length()
-    finally:
-        forget()
+def tuned(measure: Measure, rival: str = "flash4") -> Crossovers:
+    """The crossovers between our and torch's kernels and FlashAttention-4, by measurement.
+
+    Args:
+        rival: "torch_sdpa" on a GPU without FlashAttention-4: when many queries become its work, and not ours.
+    """
+    small = numbers.SHIPPED.small_work_bits if rival != "flash4" else _small_work(measure)
 
     def ours_is_faster(B: int, Sq: int) -> bool:
         shape = (B, 32, 8, Sq, 4096, 128)
-        return measure("triton_decode", *shape) <= measure("flash4", *shape)
+        return measure("triton_decode", *shape) <= measure(rival, *shape)
 
     rows = 0
     for Sq in (2, 4, 8, 12, 16):  # of 4 query heads each, over enough KV heads to fill any GPU
@@ -75,6 +69,22 @@ def tuned(measure: Measure) -> Crossovers:
             break
         streams = 8 * B
     return Crossovers(small, rows, streams)
+
+
+def _small_work(measure: Measure) -> int:
+    small = 0
+    try:
+        with numbers.using(Crossovers(small_work_bits=62)):  # torch's kernel for small work, however much it is
+            forget()
+            for exponent in range(7, 13):
+                S = 2**exponent
+                shape = (1, 32, 8, S, S, 128)
+                if measure("torch_sdpa", *shape) > measure("flash4", *shape):
+                    break
+                small = (32 * S * S * 128).bit_length()
+    finally:
+        forget()
+    return small
 
 
 def times(shapes: tuple[tuple[int, int, int, int, int, int], ...]) -> list[dict[str, Any]]:

@@ -46,16 +46,17 @@ def _tune(dry_run: bool, as_json: bool) -> None:
 
     if not torch.cuda.is_available():
         raise click.UsageError("there is nothing to tune without a GPU: on a CPU one kernel takes all calls")
-    if missing := flash4.missing() or triton_decode.missing():
+    if missing := triton_decode.missing():
         raise click.UsageError(f"there is nothing to tune here: {missing}")
+    rival = "torch_sdpa" if flash4.missing() else "flash4"
     gpu = torch.cuda.get_device_name()
     path = numbers.tuning_file(gpu)
-    found = tuned(seconds)
+    found = tuned(seconds, rival)
     if not dry_run:
         numbers.write(path, gpu, found)
         numbers._of_this_machine.cache_clear()
         forget()
-    result = {"gpu": gpu, "file": None if dry_run else str(path), **vars(found)}
+    result = {"gpu": gpu, "against": rival, "file": None if dry_run else str(path), **vars(found)}
     if as_json:
         click.echo(json.dumps(result, indent=2))
         return

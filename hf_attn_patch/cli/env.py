@@ -28,7 +28,8 @@ PACKAGES = (
 
 
 def environment() -> dict[str, Any]:
-    """What a bug report needs: {'python', 'platform', 'packages', 'newer_than_tested', 'devices', 'backends'}."""
+    """What a bug report needs: {'python', 'platform', 'packages', 'newer_than_tested', 'devices', 'backends',
+    'never_tuned'}."""
     import torch
 
     from hf_attn_patch.attn.backends.registry import backend, names
@@ -48,6 +49,8 @@ def environment() -> dict[str, Any]:
             f"CUDA {torch.version.cuda}"
         )
     backends = {name: backend(name).missing() for name in names()}
+    from hf_attn_patch.attn.crossovers import never_tuned
+
     return {
         "python": sys.version.split()[0],
         "platform": platform.platform(),
@@ -57,6 +60,7 @@ def environment() -> dict[str, Any]:
         },
         "devices": devices,
         "backends": backends,
+        "never_tuned": never_tuned(),
     }
 
 
@@ -83,6 +87,8 @@ def command(as_json: bool) -> None:
     click.echo("\nBackends")
     for name, missing in found["backends"].items():
         click.echo(f"  {name:<{width}} {'can run here' if missing is None else missing}")
+    if found["never_tuned"]:
+        click.echo(f"\nThe ladder is {found['never_tuned']}.")
     if newer:
         from hf_attn_patch.compat.ground import way_out
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_attn_patch.attn.crossovers import MEASURED_ON, never_tuned
 from hf_attn_patch.attn.devices import Device, device_of
 from hf_attn_patch.attn.dispatch import reasons
 from hf_attn_patch.attn.request import AttentionRequest
@@ -70,11 +71,14 @@ class LayerKind:
 class Explanation:
     """The answer of :func:`explain`: the ``kinds`` of layer, and parts that could not be asked, with the reason.
 
+    ``note`` says where the order of the backends was measured on another GPU.
+
     ``request``, ``reasons``, ``chosen`` and :meth:`rows` are those of the kind that has the most layers.
     """
 
     kinds: tuple[LayerKind, ...]
     unasked: tuple[tuple[str, str], ...] = ()
+    note: str | None = None
 
     @property
     def main(self) -> LayerKind:
@@ -108,7 +112,8 @@ class Explanation:
         return [(lines, list(rows)) for rows, lines in tables.items()]
 
     def _notes(self) -> list[str]:
-        return [f"{path} was not asked: {reason}" for path, reason in self.unasked]
+        notes = [f"{path} was not asked: {reason}" for path, reason in self.unasked]
+        return [*notes, f"The ladder is {self.note}."] if self.note else notes
 
     def __str__(self) -> str:
         width = max((len(name) for kind in self.kinds for name, _ in kind.reasons), default=0)
@@ -187,7 +192,7 @@ def explain(
         raise AttentionError(
             f"no layer of {type(copied).__name__} asked for attention{whys}; ask with inputs= as you call it"
         )
-    return Explanation(tuple(_kinds(heard)), tuple(heard.unasked))
+    return Explanation(tuple(_kinds(heard)), tuple(heard.unasked), _note(kind, capability))
 
 
 def _check(batch: int, q_len: int, kv_len: int, packed: bool) -> None:
@@ -214,6 +219,15 @@ def _device(model: Any, device: str | torch.device | None) -> torch.device:
     if place.type == "cpu":
         return place
     return torch.device("cuda" if place.type == "hip" else place.type, place.index or 0)
+
+
+def _note(kind: Device, capability: int | None) -> str | None:
+    if kind.device == "cuda" and capability is None:
+        return never_tuned()
+    if kind.device in ("cpu", "cuda") and capability in (None, 90):
+        return None
+    where = f"a GPU of compute capability {kind.capability / 10:.1f}" if kind.device == "cuda" else kind.device
+    return f"never tuned for {where}: the order of the backends is that of an {MEASURED_ON}, by what it can run"
 
 
 def _kind(place: torch.device, named: Any, capability: int | None) -> Device:

@@ -96,6 +96,40 @@ def test_tuning_finds_where_the_backends_cross(small: int, rows: int, streams: i
     assert tuned(crossing(small, rows, streams)) == Crossovers(small, rows, streams)
 
 
+@pytest.mark.parametrize(("rows", "streams"), [(32, 128), (16, 32), (48, 256)])
+def test_without_flash_attention_4_torchs_kernel_is_the_rival(
+    rows: int, streams: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure(backend: str, B: int, HQ: int, HKV: int, Sq: int, Sk: int, D: int) -> float:
+        assert backend in ("triton_decode", "torch_sdpa")
+        if backend == "torch_sdpa":
+            return 1.0
+        return 2.0 if HQ // HKV * Sq > rows and B * HKV >= streams else 0.5
+
+    found = tuned(measure, "torch_sdpa")
+    assert found == Crossovers(SHIPPED.small_work_bits, rows, streams)
+    many = request_for(32, 32, 8, 16, 8192, 128)._replace(device="cuda", capability=80, dtype=torch.bfloat16)
+    monkeypatch.setattr("hf_attn_patch.attn.backends.flash4.missing", lambda: "not installed")
+    assert order(many)[:2] == ("flash4", "triton_decode")  # never tuned: what was measured on another GPU
+    with using(found):
+        assert order(many)[0] == "torch_sdpa"
+        assert order(many._replace(visibility="dense"))[:2] == ("flash4", "triton_decode")
+        assert order(many._replace(rows=4))[0] == "triton_decode"
+
+
+def test_it_is_said_when_this_gpu_was_never_tuned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert torch.cuda.is_available() or crossovers.never_tuned() is None
+    monkeypatch.setenv("HF_ATTN_TUNING", str(tmp_path / "numbers.json"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    assert "never tuned for Tesla T4: the order of the backends is that of an NVIDIA H200" in crossovers.never_tuned()
+    write(tmp_path / "numbers.json", "Tesla T4", Crossovers(1, 2, 3))
+    assert crossovers.never_tuned() is None
+    (tmp_path / "numbers.json").unlink()
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: GPU)
+    assert crossovers.never_tuned() is None
+
+
 def test_tuning_where_one_always_wins() -> None:
     never = tuned(crossing(0, 10**9, 0))
     assert never.small_work_bits == 0

@@ -291,7 +291,14 @@ def test_a_device_that_is_not_here() -> None:
     said = explain(tiny_llama(), q_len=1, kv_len=512, padded=True, device="cuda", capability=90, dtype=torch.bfloat16)
     assert (said.request.device, said.request.capability, said.request.dtype) == ("cuda", 90, torch.bfloat16)
     assert said.request.visibility == "dense"
-    assert said.chosen == "triton_decode"
+    assert said.chosen == "triton_decode" and said.note is None
+    turing = explain(tiny_llama(), kv_len=512, q_len=512, device="cuda", capability=75, dtype=torch.float16)
+    assert turing.chosen == "torch_sdpa"
+    assert "never tuned for a GPU of compute capability 7.5: the order of the backends is that of an" in str(turing)
+    bf16 = explain(tiny_llama(), device="cuda", capability=75, dtype=torch.bfloat16)
+    assert "not 7.5; use float16" in str(dict(bf16.reasons)["torch_sdpa"])
+    assert explain(tiny_llama(), device="hip").request.device == "hip"
+    assert explain(tiny_llama(), device="mps").chosen == "torch_sdpa"
 
 
 def test_what_is_no_model() -> None:
