@@ -1,4 +1,4 @@
-"""Pretrained checkpoints as Python packages hold them, written as transformers' own: GGUF, CTranslate2, int8 ONNX."""
+"""Pretrained checkpoints as Python packages hold them, written as transformers' own: GGUF and CTranslate2."""
 
 from __future__ import annotations
 
@@ -103,30 +103,6 @@ def _whisper_modules(side: str, inside: list[str], value: Tensor, what: str) -> 
         for name, part in zip(holds, value.chunk(len(holds)), strict=True):
             if not (name == "k_proj" and what == "bias"):  # Whisper's keys have none; CTranslate2 stores zeros
                 yield f"{layer}.{attention}.{name}", part
-
-
-def onnx_weights(path: Path) -> dict[str, Tensor]:
-    """Weights of a dynamically quantized ONNX graph, fp32: its initializers, and by the name of the tensor that they
-    were quantized from those that it keeps as integers with scale and zero point."""
-    import onnx
-    from onnx import numpy_helper
-
-    graph = onnx.load(str(path)).graph
-    stored = {i.name: numpy_helper.to_array(i) for i in graph.initializer}
-    found = {n: torch.from_numpy(v.astype(np.float32)) for n, v in stored.items() if v.dtype == np.float32}
-    for name, value in stored.items():
-        plain = name.removesuffix("_quantized")
-        if plain != name:
-            scale, zero = stored[plain + "_scale"], stored[plain + "_zero_point"]
-            found[plain] = torch.from_numpy((value.astype(np.float32) - zero.astype(np.float32)) * scale)
-    for node in graph.node:  # names that the exporter made up: a product is named by the module it stands in
-        if node.op_type in ("MatMulInteger", "MatMul", "DynamicQuantizeMatMul"):
-            for given in node.input:
-                if given in stored and given.startswith("onnx::"):
-                    weight = found.get(given.removesuffix("_quantized"))
-                    if weight is not None:
-                        found[node.name.strip("/").replace("/", ".").rsplit(".", 1)[0] + ".weight"] = weight.T
-    return found
 
 
 def save(folder: Path, model_class: Any, config: Any, state: dict[str, Tensor], dtype: torch.dtype) -> None:
