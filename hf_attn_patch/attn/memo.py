@@ -55,38 +55,44 @@ def nobody_asks() -> None:
 
 
 class _Kept:
-    __slots__ = ("captured", "made", "others", "thread", "value", "version", "who")
+    __slots__ = ("captured", "counted", "made", "others", "thread", "value", "version", "who")
 
     def __init__(self, value: Any, tensor: Tensor, others: tuple[Tensor, ...], made: bool) -> None:
         self.value, self.made = value, made
         self.version = _version(tensor)
         self.others = [(weakref.ref(other), _version(other)) for other in others]
+        self.counted = (made or self.version is not None) and all(version is not None for _, version in self.others)
         self.captured = captured(tensor)
         self.who, self.thread = _asking.who, threading.get_ident()
 
     def still_true(self, tensor: Tensor, others: tuple[Tensor, ...]) -> bool:
-        if _version(tensor) != self.version or len(others) != len(self.others):
+        """In every layer, so what can be known once is not asked again."""
+        if self.version is not None and self.version != write_count(tensor):
             return False
-        uncounted = self.version is None and not self.made
-        for other, (reference, version) in zip(others, self.others, strict=True):
-            if reference() is not other or _version(other) != version:
+        if len(others) != len(self.others):
+            return False
+        for other, (reference, version) in zip(others, self.others):  # noqa: B905 - compared just above
+            if reference() is not other or (version is not None and version != write_count(other)):
                 return False
-            uncounted = uncounted or version is None
-        now = captured(tensor)
-        if now != self.captured and (now or not self.made):
-            return False
-        return not (uncounted or (now and not self.made)) or self._same_forward()
+        if tensor.is_cuda:
+            now = captured(tensor)
+            if now != self.captured and (now or not self.made):
+                return False
+            if now and not self.made:
+                return self._same_forward()
+        return self.counted or self._same_forward()
 
     def _same_forward(self) -> bool:
         """Whether this call is the one that asked last, or a later layer of the same model in the same thread."""
-        (config, layer), last = _asking.who, self.who
+        who, last = _asking.who, self.who
         if last is _NOBODY or self.thread != threading.get_ident():
             return False
-        if _asking.who is last:
+        if who is last:
             return True
-        if config is not last[0] or not (isinstance(layer, int) and isinstance(last[1], int) and layer > last[1]):
+        (config, layer), (before, index) = who, last
+        if config is not before or type(layer) is not int or type(index) is not int or layer <= index:
             return False
-        self.who = _asking.who
+        self.who = who
         return True
 
 
@@ -113,8 +119,8 @@ def recall(tensor: Tensor, key: Any, *others: Tensor, in_any_mode: bool = False)
     kept: dict[Any, _Kept] | None = getattr(tensor, attribute, None)
     if kept is None or (found := kept.get(key)) is None:
         return None
-    if found.version is not None and not others and not tensor.is_cuda:  # the commonest, in a third of the time
-        return found.value if found.version == write_count(tensor) and not found.others else None
+    if not others and not found.others and found.version is not None and not tensor.is_cuda:  # the commonest
+        return found.value if found.version == write_count(tensor) else None
     return found.value if found.still_true(tensor, others) else None
 
 
