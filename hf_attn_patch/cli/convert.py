@@ -8,12 +8,15 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from hf_attn_patch.conversion.methods.registry import AUTO, METHODS, all_options
 from hf_attn_patch.errors import ConversionError
+
+if TYPE_CHECKING:
+    from hf_attn_patch.conversion.plan_data import Plan
 
 KVHeads = int | list[int] | dict[str, int | list[int]]
 
@@ -129,33 +132,17 @@ def convert(
     **options: Any,
 ) -> None:  # fmt: skip
     """Convert the checkpoint SRC (a folder or hub id) to fewer KV heads, into the new folder DST."""
-    if kv_heads is not None and kv_budget is not None:
-        raise ConversionError("--kv-heads and --kv-budget both say how many KV heads: give one of them")
-    if kv_heads is None and kv_budget is None:
-        raise ConversionError("say how many KV heads: --kv-heads N (or --kv-budget SHARE with --calibrate TEXT)")
-    if private and not push_to_hub:
-        raise ConversionError("--private is about the repository of --push-to-hub, which is missing")
     given = {name: value for name, value in options.items() if value is not None}
-    if kv_budget is not None and "calibrate" not in given:
-        raise ConversionError("--kv-budget chooses by errors on a calibration text: give --calibrate TEXT")
+    _check_options(kv_heads, kv_budget, calibrated="calibrate" in given, pushed=bool(push_to_hub), private=private)
     wanted = None if kv_heads is None else parse_kv_heads(kv_heads)
     if dst is None and not dry_run:
         raise ConversionError("no destination: give a folder DST, or --dry-run to see what would happen")
 
     from hf_attn_patch.conversion.api import convert as run
     from hf_attn_patch.conversion.api import plan as make
-    from hf_attn_patch.conversion.checkpoints.sizes import human
-    from hf_attn_patch.conversion.checkpoints.writer import check_apart, check_destination
     from hf_attn_patch.conversion.reports.report import plan_dict, plan_text
 
-    if push_to_hub:
-        from hf_attn_patch.conversion.checkpoints.hub import check_repo_id
-
-        check_repo_id(push_to_hub)
-    if dst is not None:
-        if Path(src).exists():
-            check_apart(Path(src), Path(dst))
-        check_destination(Path(dst), overwrite)
+    _check_places(src, dst, overwrite, push_to_hub)
     if wanted is None:
         wanted = _under_budget(src, kv_budget or 0.0, seed, revision, allow_pickle, given, quiet)
     plan = make(
@@ -195,11 +182,45 @@ def convert(
     if as_json:
         click.echo(json.dumps(record, indent=2))
     elif not quiet:
-        for note in (record["details"] or {}).get("notes", ()):
-            click.echo(f"Note: {note}.", err=True)
-        click.echo(f"{dst}: {human(plan.bytes_after)} in {len(plan.shards)} file(s), method {plan.method.name}")
+        _tell(record, plan, str(dst))
     if not quiet:
         _tell_what_was_lost(plan, record, Path(dst or ""))
+
+
+def _check_options(
+    kv_heads: str | None, kv_budget: float | None, *, calibrated: bool, pushed: bool, private: bool
+) -> None:
+    """What goes with what, before anything is read."""
+    if kv_heads is not None and kv_budget is not None:
+        raise ConversionError("--kv-heads and --kv-budget both say how many KV heads: give one of them")
+    if kv_heads is None and kv_budget is None:
+        raise ConversionError("say how many KV heads: --kv-heads N (or --kv-budget SHARE with --calibrate TEXT)")
+    if private and not pushed:
+        raise ConversionError("--private is about the repository of --push-to-hub, which is missing")
+    if kv_budget is not None and not calibrated:
+        raise ConversionError("--kv-budget chooses by errors on a calibration text: give --calibrate TEXT")
+
+
+def _check_places(src: str, dst: str | None, overwrite: bool, repository: str | None) -> None:
+    """Where the result shall go, before any work."""
+    from hf_attn_patch.conversion.checkpoints.hub import check_repo_id
+    from hf_attn_patch.conversion.checkpoints.writer import check_apart, check_destination
+
+    if repository:
+        check_repo_id(repository)
+    if dst is not None:
+        if Path(src).exists():
+            check_apart(Path(src), Path(dst))
+        check_destination(Path(dst), overwrite)
+
+
+def _tell(record: dict[str, Any], plan: Plan, dst: str) -> None:
+    """What was written, in a line."""
+    from hf_attn_patch.conversion.checkpoints.sizes import human
+
+    for note in (record["details"] or {}).get("notes", ()):
+        click.echo(f"Note: {note}.", err=True)
+    click.echo(f"{dst}: {human(plan.bytes_after)} in {len(plan.shards)} file(s), method {plan.method.name}")
 
 
 def _tell_what_was_lost(plan: Any, record: dict[str, Any], dst: Path) -> None:

@@ -42,27 +42,13 @@ def paged_forward(
         raise AttentionError("a paged cache came without cu_seq_lens_q, which say where each request begins")
     numbers = {name: kwargs.pop(name) for name in ("scaling", "sliding_window", "softcap", "sinks")}
     window = numbers.pop("sliding_window") or getattr(module, "sliding_window", None)
-    table, pages = kwargs.get("block_table"), None
+    kwargs |= {"cu_seq_lens_k": cu_seq_lens_k, "max_length_k": max_length_k}
     if cache is None or "kwargs" in inspect.signature(cache.update).parameters:
-        changed = {**kwargs, "cu_seq_lens_k": cu_seq_lens_k, "max_length_k": max_length_k}
-        if cache is not None:
-            key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=changed)
-        cu_k, max_k = changed["cu_seq_lens_k"], changed["max_length_k"]
-        if (table := changed.get("block_table")) is not None:
-            pages = changed["k_cache"], changed["v_cache"], table
+        key, value, pages = _updated(cache, module, key, value, kwargs)
+        cu_k, max_k = kwargs["cu_seq_lens_k"], kwargs["max_length_k"]
     else:
-        if table is None:
-            key, value = cache.update(
-                key_states=key,
-                value_states=value,
-                layer_idx=module.layer_idx,
-                read_index=kwargs["read_index"],
-                write_index=kwargs["write_index"],
-            )
-            key, value = (t.transpose(0, 1)[None] for t in (key, value))
-        else:
-            pages = pages_of(cache, module.layer_idx, table)
-        kind = "sliding_attention" if window and table is None else "full_attention"
+        key, value, pages = _updated_by_index(cache, module, key, value, kwargs)
+        kind = "sliding_attention" if window and pages is None else "full_attention"
         cu_k = cu_seq_lens_k[kind] if isinstance(cu_seq_lens_k, dict) else cu_seq_lens_k
         max_k = kwargs.get("max_seqlen_k", max_length_k)
         max_k = max_k[kind] if isinstance(max_k, dict) else max_k
@@ -89,3 +75,29 @@ def paged_forward(
     scale = numbers.pop("scaling")
     out, _ = attend(query, key, value, layout=layout, scale=scale, **numbers)
     return out.transpose(1, 2).contiguous(), None
+
+
+#: keys and values to attend to, or the pages (k, v, table) where they are read
+Pages = tuple[Any, Any, Any]
+Written = tuple[Tensor, Tensor, Pages | None]
+
+
+def _updated(cache: Any, module: torch.nn.Module, key: Tensor, value: Tensor, kwargs: dict[str, Any]) -> Written:
+    """Newer caches change ``kwargs``; None is a cache that the layer has written."""
+    if cache is not None:
+        key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs)
+    table = kwargs.get("block_table")
+    return key, value, None if table is None else (kwargs["k_cache"], kwargs["v_cache"], table)
+
+
+def _updated_by_index(
+    cache: Any, module: torch.nn.Module, key: Tensor, value: Tensor, kwargs: dict[str, Any]
+) -> Written:
+    """Older caches are told where to read and write."""
+    if (table := kwargs.get("block_table")) is not None:
+        return key, value, pages_of(cache, module.layer_idx, table)
+    read, write = kwargs["read_index"], kwargs["write_index"]
+    key, value = cache.update(
+        key_states=key, value_states=value, layer_idx=module.layer_idx, read_index=read, write_index=write
+    )
+    return key.transpose(0, 1)[None], value.transpose(0, 1)[None], None

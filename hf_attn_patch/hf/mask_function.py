@@ -84,24 +84,7 @@ def build_mask(
     added = causal and bool(kwargs.get("use_vmap"))
     if parts is None or not (may_skip or added or packed_by_caller or static or q_length == 1):
         return _dense(stock, causal and q_length > 1, untouched=parts is None)
-    if isinstance(q_offset, Tensor):
-        q_offset = q_offset.clone() if q_offset.device.type != "cpu" else int(q_offset)  # which moves on
-    if isinstance(kv_offset, Tensor) and kv_offset.device.type == "cpu":
-        kv_offset = int(kv_offset)
-    keys = _valid_keys(attention_mask, kv_length, kv_offset)
-    pattern = Pattern(
-        batch_size,
-        q_length,
-        kv_length,
-        causal=parts["causal"],
-        window=parts["window"],
-        offset=q_offset - kv_offset,
-        kv_offset=kv_offset,
-        chunk=parts.get("chunk"),
-        keys=keys,
-        documents=parts.get("documents"),
-        device=torch.device(device),
-    )
+    pattern = _pattern(stock, parts)
     if q_length == 1:
         with memo.counted():
             mask = _one_query(pattern, static and not may_skip)
@@ -111,6 +94,28 @@ def build_mask(
     # None leaves causality to the module's flag, which not every family sets: only "sees everything" may be None
     says_everything = not causal and getattr(config, "is_causal", None) is not False
     return None if says_everything and pattern.is_plain() else pattern.carrier()
+
+
+def _pattern(stock: dict[str, Any], parts: dict[str, Any]) -> Pattern:
+    """What was asked for (``stock``: by transformers' names) and what the mask function closes over, as one pattern."""
+    q_offset, kv_offset, kv_length = stock["q_offset"], stock["kv_offset"], stock["kv_length"]
+    if isinstance(q_offset, Tensor):
+        q_offset = q_offset.clone() if q_offset.device.type != "cpu" else int(q_offset)  # which moves on
+    if isinstance(kv_offset, Tensor) and kv_offset.device.type == "cpu":
+        kv_offset = int(kv_offset)
+    return Pattern(
+        stock["batch_size"],
+        stock["q_length"],
+        kv_length,
+        causal=parts["causal"],
+        window=parts["window"],
+        offset=q_offset - kv_offset,
+        kv_offset=kv_offset,
+        chunk=parts.get("chunk"),
+        keys=_valid_keys(stock["attention_mask"], kv_length, kv_offset),
+        documents=parts.get("documents"),
+        device=torch.device(stock["device"]),
+    )
 
 
 def _dense(stock: dict[str, Any], causal: bool, untouched: bool) -> Tensor:
