@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_attn_patch.compat.transformers import tied_names
+
 #: CTranslate2's numbers for dtypes
 CT2_DTYPES = {0: np.float32, 1: np.int8, 2: np.int16, 3: np.int32, 4: np.float16}
 
@@ -109,7 +111,7 @@ def save(folder: Path, model_class: Any, config: Any, state: dict[str, Tensor], 
     """Write a checkpoint that transformers loads; every weight must be there."""
     model = model_class(config)
     missing, unknown = model.load_state_dict(state, strict=False)
-    tied = set(model._tied_weights_keys or ())
+    tied = tied_names(model)
     missing = [n for n in missing if n not in tied and not n.endswith("lm_head.weight") and n != "proj_out.weight"]
     if missing or unknown:
         raise ValueError(f"{model_class.__name__}: missing {missing[:4]}, not known {unknown[:4]}")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_attn_patch.compat.torch import own_tensors
 from hf_attn_patch.conversion.families.head_layouts import AttentionWeights
 from hf_attn_patch.conversion.methods.apply import from_heads, to_heads
 from hf_attn_patch.conversion.plan_data import Plan, Unit
@@ -38,7 +39,7 @@ def joined(plan: Plan, original: Any, merged: Mapping[str, AttentionWeights]) ->
     known: dict[str, torch.Tensor] = dict(original.named_parameters(remove_duplicate=False))
     known |= dict(original.named_buffers(remove_duplicate=False)) | placed
     for path, module in student.named_modules():
-        for kept in (module._parameters, module._buffers):
+        for kept in own_tensors(module):
             for name, value in kept.items():
                 if value is not None:
                     kept[name] = known[f"{path}.{name}" if path else name]

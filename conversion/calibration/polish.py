@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from hf_attn_patch.compat.torch import copy_all
 from hf_attn_patch.losses.chunked import Head, linear_loss
 from hf_attn_patch.losses.output_head import head_matches, head_of
 
@@ -201,7 +202,7 @@ class _Step:
             for master, p in zip(self.masters, self.parameters, strict=True):
                 master.grad = None if p.grad is None else p.grad.float()
             self.optimizer.step()
-            torch._foreach_copy_([p.data for p in self.parameters], self.masters)
+            copy_all([p.data for p in self.parameters], self.masters)
 
 
 def _side_stream(device: torch.device) -> torch.cuda.Stream:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -143,6 +143,28 @@ def uncompile(module: torch.nn.Module) -> None:
     """Undo ``module.compile()``."""
     module._compiled_call_impl  # noqa: B018
     module._compiled_call_impl = None
+
+
+@known("torch", "where nn.Module keeps its own tensors (_parameters, _buffers)")
+def own_tensors(module: torch.nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A module's own parameters and buffers, as it keeps them: what is put in replaces one, whatever its device."""
+    return module._parameters, module._buffers
+
+
+def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """``target.copy_(source)`` for all pairs, by one kernel for many where torch has it (2.11 to 2.13).
+
+    >>> x = torch.zeros(2)
+    >>> copy_all([x], [torch.ones(2)])
+    >>> x
+    tensor([1., 1.])
+    """
+    together = getattr(torch, "_foreach_copy_", None)
+    if together is not None:
+        together(list(targets), list(sources))
+        return
+    for target, source in zip(targets, sources, strict=True):
+        target.copy_(source)
 
 
 def missing_operators(names: Iterable[str]) -> list[str]:

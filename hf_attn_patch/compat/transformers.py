@@ -53,6 +53,12 @@ def whole_blocks(model: Any) -> set[str]:
     return set(getattr(model, "_no_split_modules", None) or ())  # a wrapper may pass a model's on
 
 
+@known("transformers", "the names of a model's tied weights (_tied_weights_keys)")
+def tied_names(model: Any) -> set[str]:
+    """The weights that a model shares with others and that its checkpoints leave out."""
+    return set(model._tied_weights_keys or ())
+
+
 @known("transformers", "PreTrainedModel._from_config")
 def model_from_config(model_class: Any, config: Any, **options: Any) -> Any:
     """A model with new weights, as ``AutoModel.from_config`` makes one, of a class that is known."""

@@ -103,6 +103,21 @@ def test_torchs_switches_and_counts() -> None:
     assert torch._dynamo.config.recompile_limit != 77
 
 
+def test_tensors_of_modules_and_copies(monkeypatch: pytest.MonkeyPatch, model: Any) -> None:
+    norm = torch.nn.BatchNorm1d(2)
+    parameters, buffers = of_torch.own_tensors(norm)
+    parameters["weight"] = torch.nn.Parameter(torch.full((2,), 3.0))
+    assert norm.weight.tolist() == [3.0, 3.0] and set(buffers) == {
+        "running_mean", "running_var", "num_batches_tracked"
+    }  # fmt: skip
+    for _ in ("together", "one by one"):
+        targets = [torch.zeros(2), torch.zeros(1, dtype=torch.float64)]
+        of_torch.copy_all(targets, [torch.ones(2), torch.full((1,), 2.0)])
+        assert [t.tolist() for t in targets] == [[1.0, 1.0], [2.0]]
+        monkeypatch.delattr(torch, "_foreach_copy_", raising=False)
+    assert of_transformers.tied_names(model) == {"lm_head.weight"}
+
+
 def test_kernels_that_are_gone_say_so_when_they_are_called() -> None:
     q = torch.randn(1, 2, 3, 8)
     out, _ = of_torch.cpu_flash_attention_op(q, q, q, 0.0, True)
