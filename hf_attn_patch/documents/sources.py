@@ -160,9 +160,15 @@ class EmptyRecords:
         """All records were seen.
 
         Raises:
-            TrainingError: most of them have no text.
+            TrainingError: most of them, or all of a few, have no text.
         """
-        self._refuse_most()
+        if self.seen >= self.ENOUGH:
+            self._refuse_most()
+        if self.seen and self.empty == self.seen:
+            raise TrainingError(
+                f"{self.name} holds no text: none of its {self.seen} records has any in field {self.where}; is it the "
+                "right field?"
+            )
         if self.empty:
             logger.warning("%d of %d records of %s had no text", self.empty, self.seen, self.name)
 

@@ -32,13 +32,13 @@ def truth(q, k, v, scores, dtype):
 def cudnn(monkeypatch):
     """Count the calls of cuDNN."""
     calls = []
-    kernel = torch_sdpa._cudnn
+    kernel = torch_sdpa.cudnn_attention
 
     def counted(*args, **kwargs):
         calls.append(args)
         return kernel(*args, **kwargs)
 
-    monkeypatch.setattr(torch_sdpa, "_cudnn", counted)
+    monkeypatch.setattr(torch_sdpa, "cudnn_attention", counted)
     return calls
 
 

@@ -71,8 +71,6 @@ def run(q: Tensor, k: Tensor, v: Tensor, request: AttentionRequest, operands: Op
     k, v = cut(layout, k, v)
     if operands.bias is not None:
         k, v = unseen_of(layout, operands.bias, k.device).clean(k, v)
-        # the gradient of what is captured is summed where it lies: over heads and rows that takes more than half
-        operands = operands._replace(bias=operands.bias.float() if request.bias_grad else operands.bias)
     elif layout.kind != FULL:
         k, v = without_unseen(layout, None, k, v)
     out, lse = _compiled()(

@@ -105,7 +105,7 @@ def test_a_data_set_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     ("name", "content", "message"),
     [
         ("a.jsonl", b'{"text": "good"}\nno json\n', "line 2 is no JSON"),
-        ("a.jsonl", b'{"content": "good"}\n', "1 of the first 1 records"),
+        ("a.jsonl", b'{"content": "good"}\n', "none of its 1 records"),
         ("a.jsonl", b"", "no text"),
         ("a.jsonl", bytes(range(256)), "is no text"),
         ("a.parquet", b"PAR1 and nothing that a table has", "a.parquet"),
