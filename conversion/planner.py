@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -62,12 +63,27 @@ def make_plan(
         source, model.family, model.model_type, model.config, model.text_config, new_config, tuple(layers), chosen,
         chosen.resolve(options or {}), seed, kv_heads, warnings=tuple(model.warnings), with_code=with_code,
     )  # fmt: skip
+    if _tokenizer_has_code(source):
+        plan.warnings += (
+            "the tokenizer has code of its own (auto_map in tokenizer_config.json), which does not come along: copy "
+            "its .py files into the result, or load the tokenizer from the source",
+        )
     if not any(layer.changes for layer in layers):
         plan.warnings += ("every layer already has that many KV heads: the weights will be copied as they are",)
     _plan_tensors(plan)
     pieces = {name: tensor.nbytes for name, tensor in plan.tensors.items()}
     plan.shards = same_shards(source, pieces) if max_shard_size is None else split_shards(pieces, max_shard_size)
     return plan
+
+
+def _tokenizer_has_code(source: Source) -> bool:
+    path = source.folder / "tokenizer_config.json"
+    if path.name not in source.companions:
+        return False
+    try:
+        return "auto_map" in json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, TypeError, RecursionError):
+        return False  # not what decides a conversion; loading the tokenizer will tell
 
 
 def _add_code(config: dict[str, Any]) -> None:

@@ -217,4 +217,13 @@ def yaml_arguments(path: str) -> list[str]:
     for f in fields(UptrainOptions):  # YAML reads the bare word no as false
         if isinstance(given.get(f.name), bool) and f.type != "bool":
             given[f.name] = "yes" if given[f.name] else "no"
-    return [f"--{name}={value}" for name, value in given.items() if value is not None]
+    return [f"--{name}={_one_value(path, name, value)}" for name, value in given.items() if value is not None]
+
+
+def _one_value(path: str, name: str, value: Any) -> Any:
+    """A YAML value as the command line takes it: names of modules may be a list."""
+    if name == "lora_targets" and isinstance(value, list) and all(isinstance(one, str) for one in value):
+        return ",".join(value)
+    if isinstance(value, (list, dict)):
+        raise TrainingError(f"--config {path}: {name} takes one value, not a {type(value).__name__}")
+    return value

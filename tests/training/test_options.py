@@ -139,3 +139,12 @@ def test_what_is_no_number_of_tokens(text: str) -> None:
     with pytest.raises(TrainingError, match="is not a number of tokens") as refused:
         Count(text)
     assert isinstance(refused.value, argparse.ArgumentTypeError)
+
+
+def test_modules_may_be_a_list_in_yaml(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("model: m\ndataset: d\ntokens: 50M\nlora_targets: [q_proj, v_proj]\n")
+    assert parse_options(["--config", str(file)]).lora_targets == "q_proj,v_proj"
+    file.write_text("model: [m]\ndataset: d\ntokens: 50M\n")
+    with pytest.raises(TrainingError, match="model takes one value, not a list"):
+        parse_options(["--config", str(file)])

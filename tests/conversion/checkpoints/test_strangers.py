@@ -276,3 +276,11 @@ def test_a_stock_index_may_name_a_tied_head_that_is_stored_nowhere(sharded: Path
         (sharded / "model.safetensors.index.json").write_text(json.dumps(index))
         assert run("convert", sharded, sharded.parent / "dst", "--kv-heads", 2, "-q").exit_code == 0
     assert before
+
+
+def test_a_tokenizers_own_code_is_not_dropped_without_a_word(src: Path) -> None:
+    (src / "tokenizer_config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": ["tok.Own", None]}}))
+    done = run("convert", src, src.parent / "dst", "--kv-heads", 2, "--method", "mean")
+    assert done.exit_code == 0 and "tokenizer has code of its own" in done.stderr
+    (src / "tokenizer_config.json").write_text("[")  # not what decides a conversion
+    assert run("convert", src, src.parent / "other", "--kv-heads", 2, "--method", "mean", "-q").exit_code == 0
