@@ -126,7 +126,7 @@ def smollm2(gguf: Path, folder: Path) -> None:
     model = LlamaForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     config = LlamaConfig(**{k: v for k, v in model.config.to_dict().items() if k != "quantization_config"})
     save(folder, LlamaForCausalLM, config, model.state_dict(), torch.bfloat16)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False).save_pretrained(folder)
 
 
 def whisper_checkpoint(raw: bytes, tokenizer: Path, folder: Path) -> None:

@@ -57,7 +57,7 @@ class Bench:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.dtype = "bfloat16" if self.device.type == "cuda" else "float32"
         self.original = load_causal(self.source, self.device, self.dtype, "hf_attn_patch")
-        self.tokenizer = AutoTokenizer.from_pretrained(self.source)
+        self.tokenizer = AutoTokenizer.from_pretrained(self.source, trust_remote_code=False)
         sizes = {} if options.windows is None else {"count": options.windows, "context": options.context}
         self.domains = {name: windows(self.tokenizer, self.texts, name, **sizes) for name in DOMAINS}
 

@@ -6,7 +6,6 @@ the same name, say) are counted, and the last one to let go puts back what was t
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -33,22 +32,22 @@ class Handle:
     """
 
     def __init__(self, undo: Callable[[], None]) -> None:
-        self._undo: Callable[[], None] | None = undo
+        self._left = [undo]  # popped by whoever comes first; no lock, which a copy of a model could not take along
         self._entered = 0
-        self._lock = threading.Lock()
 
     def undo(self) -> None:
         """Put things back, if that was not done yet."""
-        with self._lock:
-            undo, self._undo = self._undo, None
-        if undo is not None:
-            undo()
+        try:
+            undo = self._left.pop()
+        except IndexError:
+            return
+        undo()
 
     def __call__(self) -> None:
         self.undo()
 
     def __enter__(self: Self) -> Self:
-        if self._undo is None:
+        if not self._left:
             raise RuntimeError("this handle was undone before, and its block would change nothing: make a new one")
         self._entered += 1
         return self

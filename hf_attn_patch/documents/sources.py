@@ -166,8 +166,8 @@ class EmptyRecords:
             self._refuse_most()
         if self.seen and self.empty == self.seen:
             raise TrainingError(
-                f"{self.name} holds no text: none of its {self.seen} records has any in field {self.where}; is it the "
-                "right field?"
+                f"{self.name} holds no text to train on: none of its {self.seen} records has any in field "
+                f"{self.where}; is it the right field?"
             )
         if self.empty:
             logger.warning("%d of %d records of %s had no text", self.empty, self.seen, self.name)
