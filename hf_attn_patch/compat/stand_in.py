@@ -12,6 +12,9 @@ It stands on how torch lets tensors be extended: ``_make_wrapper_subclass``, dis
 from __future__ import annotations
 
 import contextlib
+import functools
+import gc
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -123,8 +126,20 @@ def rehearsal(device: torch.device, *, floats: bool = True) -> Iterator[None]:
         floats: those that no weight is in have values. False where a model is made: all its weights are such.
     """
     modes = _Names(device), _Operators(device, floats)
-    with torch.inference_mode(False), torch.random.fork_rng(devices=[]), modes[0], modes[1]:
-        yield
+    try:
+        with torch.inference_mode(False), torch.random.fork_rng(devices=[]), modes[0], modes[1]:
+            yield
+    finally:  # models that keep tensors for the whole process (BEiT's index of positions) must not keep stand-ins
+        for function in _cached_functions(len(sys.modules)):
+            function.cache_clear()
+
+
+@functools.lru_cache(maxsize=1)
+def _cached_functions(modules: int) -> list[Any]:
+    """What modeling files have under functools.lru_cache; looked for anew when there are more ``modules``."""
+    kind = type(_cached_functions)
+    found = [one for one in gc.get_objects() if type(one) is kind]
+    return [function for function in found if ".modeling_" in (function.__module__ or "")]
 
 
 class _Names(TorchFunctionMode):
