@@ -284,3 +284,35 @@ def test_a_tokenizers_own_code_is_not_dropped_without_a_word(src: Path) -> None:
     assert done.exit_code == 0 and "tokenizer has code of its own" in done.stderr
     (src / "tokenizer_config.json").write_text("[")  # not what decides a conversion
     assert run("convert", src, src.parent / "other", "--kv-heads", 2, "--method", "mean", "-q").exit_code == 0
+
+
+def rewrite(src: Path, change: object) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(src / "model.safetensors")
+    change(tensors)
+    save_file(tensors, src / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_a_masks_buffer_is_no_damaged_weight(src: Path) -> None:
+    """Old GPT-NeoX files hold attention.masked_bias, -inf in fp16, which no stock class loads."""
+    name = "model.layers.0.self_attn.masked_bias"
+    rewrite(src, lambda tensors: tensors.update({name: torch.tensor(-torch.inf)}))
+    done = run("convert", src, src.parent / "dst", "--kv-heads", 2, "--method", "mean", "-q")
+    assert done.exit_code == 0, done.output
+
+
+def test_nonfinite_heads_cannot_be_factored_and_the_way_out_is_named(src: Path) -> None:
+    rewrite(src, lambda tensors: tensors["model.layers.0.self_attn.k_proj.weight"].fill_(torch.nan))
+    done = run("convert", src, src.parent / "dst", "--kv-heads", 2, "--method", "aligned", "--allow-nonfinite", "-q")
+    assert isinstance(done.exception, SystemExit | None), done.exception
+    assert done.exit_code == 0 or "--method mean" in done.stderr
+
+
+def test_verifying_another_models_conversion_says_what_differs(src: Path, tmp_path: Path) -> None:
+    from tiny import save_tiny, tiny_llama
+
+    other = save_tiny(tmp_path / "other", tiny_llama(2))
+    assert run("convert", src, src.parent / "dst", "--kv-heads", 4, "--method", "mean", "-q").exit_code == 0
+    done = run("verify", other, src.parent / "dst")
+    assert done.exit_code == 1 and "is NOT the conversion" in done.stdout, done.output
