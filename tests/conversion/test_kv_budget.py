@@ -141,3 +141,19 @@ def test_an_architecture_with_one_number(folder: Path, tmp_path: Path) -> None:
     src = save_tiny(tmp_path / "src", tiny_llama(4))
     with pytest.raises(ConversionError, match="one number of KV heads for all layers"):
         kv_heads_under_budget(src, 0.5, calibrate=str(folder / "text.txt"))
+
+
+def test_ranges_name_layers(tmp_path: Path) -> None:
+    """Layers from 0 on, both ends included; the others stay; what names no layer or one twice is refused."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from hf_attn_patch.conversion import ConversionError, plan
+
+    config = GPT2Config(vocab_size=64, n_embd=32, n_layer=3, n_head=4, n_positions=32)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "src")
+    heads, last = config.n_head, config.n_layer - 1
+    made = plan(tmp_path / "src", {f"{last}": 1}, method="mean")
+    assert [layer.new_kv_heads for layer in made.layers] == [heads] * last + [1]
+    for wrong in ({f"0-{last + 1}": 1}, {"1-0": 1}, {"0": 1, f"0-{last}": 1}, {"0x": 1}):
+        with pytest.raises(ConversionError, match="range"):
+            plan(tmp_path / "src", wrong, method="mean")
