@@ -19,7 +19,7 @@ def lines(records: list[dict[str, Any]]) -> list[str]:
     for model, kv_heads in dict.fromkeys((r["model"], r["kv_heads"]) for r in records):
         mine = [r for r in records if (r["model"], r["kv_heads"]) == (model, kv_heads)]
         domains = list(mine[0]["domains"])
-        keys = list(mine[0].get("passkey", {}))
+        keys = list(dict.fromkeys(k for r in mine for k in r.get("passkey", {})))
         out += [
             "", f"### {model}, {kv_heads} KV heads", "",
             "| row | seed | KV bytes/token | " + " | ".join(domains) + " | KL, mean | "
@@ -30,7 +30,7 @@ def lines(records: list[dict[str, Any]]) -> list[str]:
             first = r["row"] == "source"
             cells = [f"{r['domains'][d]['loss_after']:.3f}" if first else f"{lost(r, d):+.3f}" for d in domains]
             cells.append(f"{sum(r['domains'][d]['kl'] for d in domains) / len(domains):.3f}")
-            cells += [f"{r['passkey'][k]:.0%}" for k in keys]
+            cells += [f"{r['passkey'][k]:.0%}" if k in r.get("passkey", {}) else "not run" for k in keys]
             cells += [f"{r['seconds']:.0f}", f"{r.get('gpu_gb', 0):.1f}"]
             out.append(f"| {r['row']} | {r['seed']} | {r['kv_bytes']} | " + " | ".join(cells) + " |")
     return out

@@ -11,7 +11,7 @@ import torch
 from tiny import tiny_llama
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks import real_methods, real_sources
+from benchmarks import real_methods, real_report, real_sources
 from benchmarks.real_checkpoints import ctranslate2_variables
 from hf_attn_patch.conversion.families.head_layouts import AttentionWeights
 from hf_attn_patch.conversion.families.layer import stack_layers
@@ -86,3 +86,12 @@ def test_a_mix_takes_equal_shares_and_gives_on_what_is_not_there(tmp_path: Path)
         (folder / "texts" / f"{name}.txt").write_text(text)
     found = real_sources.mixed(folder, ("a", "b", "c"), 90)
     assert [found.count(letter) for letter in "abc"] == [10, 40, 40]
+
+
+def test_rows_without_the_long_test_say_so() -> None:
+    domains = {"a": {"loss_before": 2.0, "loss_after": 2.5, "kl": 0.25}}
+    common = {"model": "m", "kv_heads": 1, "kv_bytes": 8, "seconds": 1.0, "domains": domains}
+    with_test = {**common, "row": "with", "seed": 0, "passkey": {"4096": 0.5}}
+    *_, first, second = real_report.lines([with_test, {**common, "row": "without", "seed": 1}])
+    assert first == "| with | 0 | 8 | +0.500 | 0.250 | 50% | 1 | 0.0 |"
+    assert second == "| without | 1 | 8 | +0.500 | 0.250 | not run | 1 | 0.0 |"
