@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -35,9 +35,11 @@ class PolishRecipe:
 
     Attributes:
         tokens: how many are read, all passes over the text together.
-        batch_tokens: of a step, fewer where that would make less than 64 steps.
+        batch_tokens: of a step, fewer where that would make less than ``STEPS`` steps.
         lr: peak learning rate of Adam at a width of 512 or less, in inverse proportion beyond; cosine to zero.
     """
+
+    STEPS: ClassVar[int] = 64
 
     tokens: int
     batch_tokens: int = 4096
@@ -108,7 +110,7 @@ def polish(
         layers: the original's and the converted model's, all in order; without them nothing is recorded.
     """
     device, S = converted.model.device, ids.shape[1]
-    batch = max(1, min(recipe.batch_tokens // S, len(ids), recipe.tokens // (64 * S)))
+    batch = max(1, min(recipe.batch_tokens // S, len(ids), recipe.tokens // (recipe.STEPS * S)))
     steps = max(1, recipe.tokens // (batch * S))
     lr = recipe.lr * min(1.0, 512 / converted.model.config.get_text_config().hidden_size)
     chains = None

@@ -22,6 +22,7 @@ from hf_attn_patch.conversion.methods.apply import to_heads
 from hf_attn_patch.conversion.plan_data import Plan, Unit
 from hf_attn_patch.errors import ConversionError
 
+from .copies import LONGEST, joined_rows, with_copies
 from .joined import heads_of, joined
 from .layers import attention_name, layer_name
 from .moments import Moments
@@ -83,7 +84,8 @@ class Whole:
         began = time.perf_counter()
         start = [p.detach().clone() for p in own.values()]
         recipe = PolishRecipe(self.tokens, batch_tokens=batch * ids.shape[1], seed=self.plan.seed)
-        polish(*speakers, list(own.values()), known, recipe, (self._layers(self.original), self._layers(student)))
+        layers = self._layers(self.original), self._layers(student)
+        polish(*speakers, list(own.values()), self._long(known), recipe, layers)
         self._round(own)
         after = losses(*speakers, held, batch)
         self.record["polish"] = {
@@ -97,6 +99,13 @@ class Whole:
             return merged
         self.record["held_out"] |= after
         return {u.layer.prefix: heads_of(u, own, merged[u.layer.prefix]) for u in self.plan.units}
+
+    def _long(self, ids: Tensor) -> Tensor:
+        """The calibration text as it is polished on: see :mod:`.copies`."""
+        context = getattr(self.plan.text_config, "max_position_embeddings", None) or LONGEST
+        step = self._batch(PolishRecipe.batch_tokens) * ids.shape[1]  # what there is memory for
+        rows = joined_rows(ids, min(LONGEST, context, step, self.tokens // PolishRecipe.STEPS))
+        return with_copies(rows, self.plan.seed)
 
     def _layers(self, model: Any) -> list[nn.Module]:
         """The layers in which there is an attention, in order."""
