@@ -13,13 +13,15 @@ from typing import Any
 
 from hf_attn_patch.errors import ConversionError
 
-from .calibration.calibrated import Calibrated
-from .calibration.layers import sides
+from .calibration.calibrated import Calibrated, refuse
+from .calibration.collect import text_samples
+from .calibration.layers import load, sides
 from .calibration.moments import Moments
 from .checkpoints.hub import resolve
 from .checkpoints.reader import no_reading_errors
 from .families.kv_field import format_numbers
 from .families.layer import LayerAttention
+from .loadcheck import device_named
 from .plan_data import Plan
 from .planner import make_plan
 from .reports.inspection import common_choices
@@ -108,7 +110,14 @@ class _Probe(Calibrated):
     """Sends the text through the original alone, and at each layer tries every number of KV heads."""
 
     def __init__(self, plans: Mapping[int, Plan], options: Mapping[str, Any]) -> None:
-        super().__init__(plans[min(plans)], **options)
+        plan = plans[min(plans)]
+        refuse(plan)
+        device, original = device_named(options["device"]), load(plan)
+        samples = text_samples(
+            plan, original, options["calibrate"], tokens=options["calibration_tokens"],
+            length=options["calibration_length"], device=device,
+        )  # fmt: skip
+        super().__init__(plan, original, samples, refit=False, group=options["group"], device=device)
         self.tried: list[dict[int, float]] = []
         self.plans = plans
         self.blocks = {n: sides(plan, self.original)[0].blocks for n, plan in plans.items()}
@@ -124,6 +133,7 @@ class _Probe(Calibrated):
         block, streams = self._current.blocks[self.number], self.streams
         ((layer, inside),) = block.attentions
         truth, theirs, own = self._open(block)
+        streams.part()
         with Moments(truth.get_submodule(inside), layer) as moments:
             size = streams.original(theirs)
         self._check(size)

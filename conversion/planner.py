@@ -17,7 +17,7 @@ from .checkpoints.dtypes import FLOATS
 from .checkpoints.reader import Source
 from .checkpoints.shards import same_shards, split_shards
 from .families.config import LanguageModel, architectures, read_config, speaks
-from .families.layer import LayerAttention, norm_tensors
+from .families.layer import LayerAttention, norm_tensors, of_one_number
 from .families.table import Norm, Projection, Stack
 from .methods.registry import method_named
 from .plan_data import KVHeads, NewTensor, Plan, Unit
@@ -39,7 +39,8 @@ def make_plan(
     Args:
         source: an opened checkpoint.
         kv_heads: one number for all layers; a list with one per layer; or ``{stack: number or list}`` for models
-            with several attentions, of which those not named stay as they are.
+            with several attentions, of which those not named stay as they are. One number for all leaves out the
+            encoder beside a decoder, which has no cache.
         max_shard_size: bytes of an output file at most (one tensor may be larger); None: shards as in the source.
         with_code: let the result carry its model class's code, for ``trust_remote_code`` without this package.
 
@@ -51,7 +52,7 @@ def make_plan(
         method, options or {}, speaks=speaks(source.config, model.family, model.config, model.text_config)
     )
     model.locate(source.tensors)
-    layers = _with_targets(model, kv_heads)
+    layers = _with_targets(model, kv_heads := _of_caches(model, kv_heads))
     new_config = copy.deepcopy(source.config)
     model.write_kv_heads(new_config, layers)
     if with_code:
@@ -68,6 +69,7 @@ def make_plan(
             "the tokenizer has code of its own (auto_map in tokenizer_config.json), which does not come along: copy "
             "its .py files into the result, or load the tokenizer from the source",
         )
+    plan.warnings += _left_out(model, layers)
     if not any(layer.changes for layer in layers):
         plan.warnings += ("every layer already has that many KV heads: the weights will be copied as they are",)
     _plan_tensors(plan)
@@ -98,6 +100,28 @@ def _add_code(config: dict[str, Any]) -> None:
 
     names = architectures(config)
     config["auto_map"] = auto_map(model_type, names[0] if names else None)
+
+
+def _of_caches(model: LanguageModel, kv_heads: KVHeads) -> KVHeads:
+    """One number for all attentions, by the names of those that it is for: all that have a cache."""
+    stacks = of_one_number(stack for stack, _ in model.stacks)
+    if isinstance(kv_heads, Mapping) or len(stacks) == len(model.stacks):
+        return kv_heads
+    return {stack.name: kv_heads for stack in stacks}
+
+
+def _left_out(model: LanguageModel, layers: Sequence[LayerAttention]) -> tuple[str, ...]:
+    """What to say of attentions without a cache that stay as they are while others change."""
+    if not any(layer.changes and layer.stack.cached for layer in layers):
+        return ()
+    return tuple(
+        f"the {stack.name}'s attention keeps its {layers_[0].kv_heads} KV heads: nothing of it is kept from one step to"
+        f" the next, so fewer would save no cache; --kv-heads {stack.name}=N,... merges them too"
+        for stack, layers_ in model.stacks
+        if not stack.cached
+        and not any(layer.changes for layer in layers if layer.stack is stack)
+        and layers_[0].kv_heads > 1
+    )
 
 
 def _with_targets(model: LanguageModel, kv_heads: KVHeads) -> list[LayerAttention]:

@@ -22,21 +22,16 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from hf_attn_patch.conversion.families.head_layouts import AttentionWeights
-from hf_attn_patch.conversion.loadcheck import device_named
 from hf_attn_patch.conversion.methods.aligned import Aligned
 from hf_attn_patch.conversion.methods.apply import from_heads, to_heads
 from hf_attn_patch.conversion.plan_data import Plan, Unit
 from hf_attn_patch.errors import ConversionError
 
-from .gather import gathered, reads_text
 from .joined import heads_of
-from .layers import Block, LayerStack, caller, load, sides
+from .layers import Block, LayerStack, caller, sides
 from .moments import Moments
-from .pairs import text_pairs
-from .refit import LayerFunction, RefitRecipe, TwoStreams
-
-#: tokens of a sequence at most, where nothing else is asked for
-LENGTH, PAIR_LENGTH, ENCODER_LENGTH = 1024, 512, 128
+from .refit import LayerFunction, RefitRecipe, Rows, TwoStreams
+from .samples import Samples
 
 
 class Calibrated:
@@ -45,61 +40,44 @@ class Calibrated:
     Layers are gone through in the model's order, whichever is asked for first; what came out on the way is kept.
 
     Args:
-        plan: of a model that reads text.
-        calibrate: a text file, JSONL, a folder, or the id of a data set; several by shares (:mod:`.gather`).
-        calibration_tokens: how many at most.
-        calibration_length: of each sequence; by default 1024, of encoder-decoders 512, of encoders what the text's
-            paragraphs typically have (at most 128), or what the model can read.
+        plan: of a model that can be calibrated, see :func:`refuse`.
+        original: the source, as :func:`~.layers.load` gives it.
+        samples: what is calibrated on.
         refit: fit each layer's attention after the merge.
         group: see :class:`~hf_attn_patch.conversion.methods.aligned.Aligned`.
-        device: where layers run; a GPU if there is one.
+        device: where layers run.
     """
 
     def __init__(
         self,
         plan: Plan,
-        calibrate: str | None,
-        calibration_tokens: int = 500_000,
-        calibration_length: int | None = None,
+        original: Any,
+        samples: Samples,
+        *,
         refit: bool = True,
         group: str | None = None,
-        device: str | None = None,
+        device: torch.device,
     ) -> None:
-        refuse(plan)
-        self.plan, self.refit = plan, refit
-        self.device = device_named(device)
+        self.plan, self.original, self.samples, self.refit, self.device = plan, original, samples, refit, device
         self.aligned = Aligned(plan, group or "adjacent")
         self.units = {unit.layer.prefix: unit for unit in plan.units}
-        self.original = load(plan)
-        tokenizer = tokenizer_of(plan) if reads_text(str(calibrate)) else None
-        both = bool(plan.config.is_encoder_decoder)
-        causal = both or plan.units[0].layer.stack.causal
-        ids, about, notes = gathered(
-            plan,
-            self.original,
-            tokenizer,
-            str(calibrate),
-            tokens=calibration_tokens,
-            length=calibration_length,
-            longest=longest(plan, PAIR_LENGTH if both else LENGTH if causal else ENCODER_LENGTH, calibration_length),
-            whole=not causal,
-            device=self.device,
-        )
-        if int(ids.max()) >= self.original.get_input_embeddings().num_embeddings:
-            raise ConversionError(f"{plan.source.name}: its tokenizer has ids that the model has no embedding for")
         self.half = next(self.original.parameters()).dtype in (torch.float16, torch.bfloat16)
         self.sides = sides(plan, self.original)
-        self.texts, self.ids = [ids], ids
-        if both:
-            *self.texts, about["pairs"] = text_pairs(ids, tokenizer, plan.config)
-        self.record = self.aligned.record | {"calibration": about, "refit": refit, "layers": {}, "notes": notes}
+        notes = [*self.aligned.record["notes"], *samples.notes]
+        self.record = self.aligned.record | {
+            "calibration": samples.about, "refit": refit, "layers": {}, "notes": notes
+        }  # fmt: skip
         self.side = self.number = -1
         self.memory: tuple[Tensor | None, Tensor | None] = (None, None)
         self.done: dict[str, AttentionWeights] = {}
         self.bar = tqdm(total=self._count(), desc="calibrating", unit="layer", disable=None)
-        self._next_side()
+        known = samples.memory
+        if known is not None and not any(self._units(block) for block in self.sides[0].blocks):
+            self.side, self.memory = 0, (known, known)  # the encoder is the original's
+            self.bar.update(len(self.sides[0].blocks))
+        self._begin()
         if refit and not self.streams.unseen:
-            notes.append("too little calibration text to fit layers on: heads were merged, and nothing was fitted")
+            notes.append("too few calibration samples to fit layers on: heads were merged, and nothing was fitted")
 
     def autocast(self) -> Any:
         if self.device.type == "cuda":
@@ -131,44 +109,63 @@ class Calibrated:
         """What changes in a layer, and the attention's name in it."""
         return [(self.units[a.prefix], inside) for a, inside in block.attentions if a.prefix in self.units]
 
-    def _next_side(self) -> None:
-        """Begin with the first side, or go on from the encoder to the decoder."""
-        if self.side >= 0:
-            tail, streams = self._current.tail, self.streams
-            ends = []
-            with torch.no_grad():
-                for stream in (streams.theirs, streams.ours):
-                    like: Tensor = next(self._current.blocks[0].original.parameters())
-                    ends.append(torch.cat([tail(x.to("cpu", like.dtype)).to(x) for x in stream.split(16)]))
-            self.memory = (ends[0], ends[1])
+    def _begin(self) -> None:
+        """Begin with the next side: the first, or after an encoder the decoder."""
         self.side, self.number = self.side + 1, 0
         self._look()
+        theirs, ours = self.memory
         self.streams: TwoStreams = TwoStreams(
             self._placed(self._current.hidden),
             RefitRecipe(seed=self.plan.seed),
             device=self.device,
             autocast=self.autocast,
             noise=1e-5 if self.half or self.device.type == "cuda" else 1e-10,
+            kept=self.samples.kept if self.side == len(self.sides) - 1 else None,
+            reads=0 if theirs is None else theirs.shape[1],
+            together=theirs is ours,
         )
+
+    def _finish(self) -> None:
+        """What this side gives to the next."""
+        streams = self.streams
+        theirs = self._end(streams.theirs)
+        self.memory = (theirs, theirs if streams.ours is streams.theirs else self._end(streams.ours))
+
+    def heard(self) -> tuple[Tensor, Tensor]:
+        """What a decoder reads of its encoder, the original's and the converted one's, [N, S, E] each."""
+        while self.side == 0 and self.number < len(self._current.blocks):
+            self._pass()
+        if self.side == 0:
+            self._finish()
+        theirs, ours = self.memory
+        assert theirs is not None and ours is not None
+        return theirs, ours
+
+    @torch.no_grad()
+    def _end(self, stream: Tensor) -> Tensor:
+        """What a side gives to those that read it."""
+        like: Tensor = next(self._current.blocks[0].original.parameters())
+        return torch.cat([self._current.tail(x.to("cpu", like.dtype)).to(x) for x in stream.split(16)])
 
     def _look(self) -> None:
         """See what this side's first layer reads; sequences for which that is not finite are left out."""
         side = self._current
         for _ in range(2):
             theirs, like = self.memory[0], next(side.blocks[0].original.parameters())
-            side.look(self.texts[self.side], None if theirs is None else theirs[:1].to("cpu", like.dtype))
+            side.look(self.samples.inputs[self.side], None if theirs is None else theirs[:1].to("cpu", like.dtype))
             fine = side.hidden.isfinite().flatten(1).all(1)
             if fine.all():
                 return
             if not fine.any():
                 break
             self.record["notes"].append(
-                f"{int((~fine).sum())} of {len(fine)} sequences of calibration text were left out: what the model's"
+                f"{int((~fine).sum())} of {len(fine)} calibration samples were left out: what the model's"
                 " layers read there is not finite"
             )
-            self.texts = [ids[fine] for ids in self.texts]
+            self.samples = self.samples.only(fine)
+            same = self.memory[0] is self.memory[1]
             theirs, ours = ((None if x is None else x[fine.to(x.device)]) for x in self.memory)
-            self.memory = (theirs, ours)
+            self.memory = (theirs, theirs if same else ours)
         raise ConversionError(
             f"{self.plan.source.name}: its embeddings are not finite; nothing can be calibrated on it"
         )
@@ -186,17 +183,21 @@ class Calibrated:
     def _pass(self) -> None:
         """Send both streams through the next layer, and keep its merged attentions if it has any."""
         if self.number == len(self._current.blocks):
-            self._next_side()
+            self._finish()
+            self._begin()
         block, streams = self._current.blocks[self.number], self.streams
         units = self._units(block)
         truth, theirs, own = self._open(block)
         if not units:
+            apart = streams.ours is not streams.theirs
             self._check(streams.original(theirs))
-            streams.converted(own(truth))
+            if apart:
+                streams.converted(own(truth))
         else:
+            streams.part()
             with contextlib.ExitStack() as stack:
                 moments = [stack.enter_context(Moments(truth.get_submodule(name), u.layer)) for u, name in units]
-                size = streams.original(theirs)
+                size = streams.original(self._counting(theirs, moments))
             self._check(size)
             merged = [self._merge(unit, m) for (unit, _), m in zip(units, moments, strict=True)]
             student = self._student(block, truth, units, merged)
@@ -213,6 +214,17 @@ class Calibrated:
                 self.done[unit.layer.prefix] = heads_of(unit, trained, weights)
         self.number += 1
         self.bar.update()
+
+    def _counting(self, layer: LayerFunction, moments: list[Moments]) -> LayerFunction:
+        """``layer``, of whose inputs only those that are more than padding are counted."""
+        kept = self.streams.kept
+
+        def run(hidden: Tensor, rows: Rows) -> Tensor:
+            for found in moments:
+                found.count_only(None if kept is None else kept[rows])
+            return layer(hidden, rows)
+
+        return run
 
     def _open(self, block: Block) -> tuple[nn.Module, LayerFunction, Callable[[nn.Module], LayerFunction]]:
         """The original's layer on the device in fp32; what runs it; and what makes the same of a converted layer."""
@@ -276,6 +288,8 @@ class Calibrated:
 
 def refuse(plan: Plan) -> None:
     """Raise for what cannot be calibrated on text."""
+    if plan.family.reads not in ("text", "sound"):
+        raise ConversionError(f"{plan.model_type} reads {plan.family.reads}; use --method aligned")
     stacks = {unit.layer.stack.name for unit in plan.units}
     cross = any(unit.layer.stack.cross for unit in plan.units)
     if not plan.config.is_encoder_decoder and (len(stacks) > 1 or cross):
@@ -290,25 +304,3 @@ def refuse(plan: Plan) -> None:
     alibi = any(unit.layer.stack.no_rope_layers == "alibi" and unit.layer.fixed_heads for unit in plan.units)
     if alibi or plan.model_type.endswith("bloom"):  # their layers are given slopes that are as long as the batch
         raise ConversionError(f"{plan.model_type} with ALiBi cannot be calibrated; use --method aligned")
-
-
-def tokenizer_of(plan: Plan) -> Any:
-    from hf_attn_patch.documents.tokenizers import load_tokenizer
-    from hf_attn_patch.errors import TrainingError
-
-    try:
-        return load_tokenizer(str(plan.source.folder))
-    except TrainingError as error:
-        raise ConversionError(f"--calibrate: {error}; put the tokenizer's files beside the weights") from None
-
-
-def longest(plan: Plan, at_most: int, asked: int | None = None) -> int:
-    """Tokens of a calibration sequence: what the model can read, and no more than ``at_most``.
-
-    Raises:
-        ConversionError: ``asked`` is more than that, or nothing.
-    """
-    limit = getattr(plan.text_config, "max_position_embeddings", None)
-    if asked is not None and (asked < 2 or (limit and asked > limit)):
-        raise ConversionError(f"--calibration-length {asked}: give 2 or more" + f", at most {limit}" * bool(limit))
-    return min(at_most, max(2, int(limit or at_most) - 2))

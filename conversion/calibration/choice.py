@@ -12,10 +12,12 @@ from hf_attn_patch.conversion.methods.method import Merge
 from hf_attn_patch.conversion.plan_data import Plan
 from hf_attn_patch.errors import ConversionError
 
-from .calibrated import LENGTH, Calibrated, longest, refuse, tokenizer_of
+from .answers import Answered
+from .calibrated import Calibrated, refuse
+from .collect import LENGTH, collected
 from .gather import OWN, gathered, reads_text
 from .layers import load
-from .text import INSTALLED
+from .text import INSTALLED, longest, tokenizer_of
 from .whole import Whole, on_device
 
 #: calibration tokens where the model is trained end to end, is fitted layer by layer, or is only merged
@@ -31,6 +33,7 @@ def calibrated(
     calibrate: str | None = None,
     calibration_tokens: int | None = None,
     calibration_length: int | None = None,
+    calibration_samples: int | None = None,
     refit: bool | None = None,
     polish: int | None = None,
     group: str | None = None,
@@ -48,8 +51,10 @@ def calibrated(
     if calibrate is None:
         calibrate = _without_text(plan, gpu)
     texts = reads_text(calibrate)
-    if polish and not alone:
-        raise ConversionError(f"--polish is for causal language models, and {plan.model_type} is none")
+    if calibration_samples is not None and plan.family.reads == "text":
+        raise ConversionError(f"--calibration-samples counts recordings and pictures, and {plan.model_type} reads text")
+    if polish and not (alone or plan.config.is_encoder_decoder):
+        raise ConversionError(f"--polish is for models that write, and {plan.model_type} does not")
     if polish is None:
         polish = POLISH if gpu and alone else 0
     if refit is None:
@@ -59,8 +64,15 @@ def calibrated(
     if calibration_length is None and not (texts or refit or polish):
         calibration_length = longest(plan, MERGE_LENGTH)
     if refit or not alone or (texts and not polish):
-        steps = Calibrated(plan, calibrate, calibration_tokens, calibration_length, refit, group, device)
-        return Later(plan, steps, where, polish, group) if alone else steps
+        source = load(plan)
+        samples = collected(
+            plan, source, calibrate, tokens=calibration_tokens, length=calibration_length, count=calibration_samples,
+            device=where,
+        )  # fmt: skip
+        steps = Calibrated(plan, source, samples, refit=refit, group=group, device=where)
+        if alone:
+            return Later(plan, steps, where, polish, group)
+        return Answered(steps, polish) if plan.config.is_encoder_decoder else steps
     try:
         original = on_device(load(plan), where)
         ids, about, notes = gathered(
@@ -108,7 +120,14 @@ class Later:
             # on the CPU the one that is mapped; a copy would stand in memory as a whole
             original = steps.original if self.device.type == "cpu" else on_device(steps.original, self.device)
             self.whole = Whole(
-                self.plan, original, steps.ids, {}, [], polish_tokens=self.polish, group=self.group, start=start
+                self.plan,
+                original,
+                steps.samples.inputs[0],
+                {},
+                [],
+                polish_tokens=self.polish,
+                group=self.group,
+                start=start,
             )
             made = self.whole(weights)
             self.record |= {k: v for k, v in self.whole.record.items() if k in ("held_out", "polish")}

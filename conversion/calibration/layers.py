@@ -39,7 +39,8 @@ class LayerStack:
     """A stack of layers that hidden states go through: a model has one, an encoder-decoder two.
 
     Attributes:
-        run: sends ids [B, S] through the original's layers; a decoder also gets what it reads of the encoder.
+        run: sends what is read (ids [B, S], features, pixels) through the original's layers; a decoder also gets what
+            it reads of the encoder.
         tail: what stands between the last layer and what reads this side's output.
         reads: whether this is a decoder that reads an encoder's output.
         hidden: what the first layer reads, [N, S, E]; ``seen``: what every layer reads for the first sequence.
@@ -55,7 +56,7 @@ class LayerStack:
     seen: list[Tensor] = field(default_factory=list)
 
     def look(self, ids: Tensor, memory: Tensor | None = None) -> None:
-        """Fill in what the layers are called with for ``ids`` [N, S].
+        """Fill in what the layers are called with for ``ids`` [N, S], or whatever else the side reads.
 
         Args:
             memory: the encoder's output for the first sequence, [1, S', E].
@@ -132,9 +133,14 @@ def sides(plan: Plan, model: Any) -> list[LayerStack]:
     second = [b for b in blocks.values() if id(b.original) not in inside]
     norm = getattr(encoder, "final_layer_norm", None) or getattr(encoder, "layer_norm", None)
     return [
-        LayerStack(first, lambda ids: encoder(input_ids=ids), norm or (lambda x: x)),
+        LayerStack(first, lambda given: encoder(_as_read(given, encoder)), norm or (lambda x: x)),
         LayerStack(second, lambda ids, memory: decoder(input_ids=ids, encoder_hidden_states=memory), reads=True),
     ]
+
+
+def _as_read(given: Tensor, model: nn.Module) -> Tensor:
+    """Ids as they are; features and pixels in the model's dtype."""
+    return given.to(next(model.parameters()).dtype) if given.is_floating_point() else given
 
 
 def meta_model(plan: Plan) -> nn.Module:
@@ -191,7 +197,7 @@ def load(plan: Plan) -> Any:
         except Exception as error:  # whatever a model's constructor refuses
             text = " ".join(str(error).split())[:300]
             raise ConversionError(f"{plan.source.name} cannot be loaded for calibration: {text}") from None
-    if model.main_input_name != "input_ids":
+    if model.main_input_name != "input_ids" and plan.family.reads == "text":
         raise ConversionError(f"{plan.model_type} reads {model.main_input_name}, no text; use --method aligned")
     model.config.use_cache = False
     return model.eval().requires_grad_(False)

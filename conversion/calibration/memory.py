@@ -36,8 +36,10 @@ def calibration_memory(plan: Plan) -> int:
     a layer of the original and one of the result in fp32, and while its attention is fitted a copy, gradients and
     Adam's moments (while heads are merged, matrices in fp64); hidden states of both models; the activations of a batch.
     """
-    from .calibrated import ENCODER_LENGTH, LENGTH, PAIR_LENGTH
+    if plan.family.reads == "sound":
+        return _of_sound(plan)
     from .choice import TOKENS
+    from .collect import ENCODER_LENGTH, LENGTH, PAIR_LENGTH
     from .polish import CPU_CHUNK
     from .refit import RefitRecipe
 
@@ -65,6 +67,23 @@ def calibration_memory(plan: Plan) -> int:
     # on held-out text: chunks of logits in fp32, of both models, and what is made of them
     logits = 8 * 4 * CPU_CHUNK if plan.speaks else 0
     return int(SLACK * (loaded + weights + streams + max(activations, logits)))
+
+
+def _of_sound(plan: Plan) -> int:
+    """As :func:`calibration_memory`: recordings as features and as the encoder's output, both models in fp32, and the
+    activations of a batch, most of which are keys and values of the encoder's output."""
+    from .refit import RefitRecipe
+    from .sound import COUNT, LENGTH
+
+    config, size = plan.config, _itemsize(plan, plan.units[0].reads[0])
+    count = int(plan.options["calibration_samples"] or COUNT)
+    text = int(plan.options["calibration_length"] or LENGTH)
+    frames, width = int(config.max_source_positions), int(config.d_model)
+    numbers = sum(math.prod(tensor.shape) for tensor in plan.source.tensors.values())
+    heard = count * frames * (2 * 4 * config.num_mel_bins + 2 * size * width)
+    batch = max(1, min(RefitRecipe.batch_tokens // frames, count // 16), 8)
+    activations = 4 * batch * (14 * frames * width + text * (40 * width + 4 * config.vocab_size))
+    return int(SLACK * (3 * 4 * numbers + heard + 4 * size * count * text * width + activations))
 
 
 def _mlp(plan: Plan, side: int) -> int:

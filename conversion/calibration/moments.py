@@ -16,9 +16,11 @@ class Sum:
     def __init__(self) -> None:
         self.sum: Tensor | None = None
         self.rows = self.broken = 0
+        self.kept: Tensor | None = None  # which rows of what is read next count, [B, S]; None: all
 
     def add(self, _module: nn.Module, args: tuple[Any, ...]) -> None:
         x = args[0].detach().flatten(0, -2).float()
+        x = x if self.kept is None else x[self.kept.flatten().to(x.device)]
         fine = x.isfinite().all(-1)
         self.rows, self.broken = self.rows + len(x), self.broken + int((~fine).sum())
         x = torch.cat([x, torch.ones_like(x[:, :1])], 1)[fine]
@@ -63,6 +65,10 @@ class Moments:
     def __exit__(self, *exc: object) -> None:
         for hook in self.hooks:
             hook.remove()
+
+    def count_only(self, kept: Tensor | None) -> None:
+        """Of what is read next, the positions that count, [B, S]: in cross-attention, of the layer's own inputs."""
+        self.read[0][1].kept = kept
 
     def results(self) -> list[tuple[Tensor | None, str | None]]:
         """:meth:`Sum.result` of the layer's inputs, and in cross-attention of the encoder's output."""

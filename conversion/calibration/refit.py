@@ -105,6 +105,9 @@ class TwoStreams:
         hidden: [N, S, E], what the first layer of both reads; kept where it is (on the CPU, for one).
         device: where layers run.
         noise: an error relative to the layer's contribution that is arithmetic, not loss.
+        kept: which positions count, [N, S] bool; None: all.
+        reads: S' of what the layers read beside their own stream, if that is longer.
+        together: the converted model's stream is the original's until :meth:`part`.
 
     Attributes:
         theirs: what the original's next layer reads, ours: what the converted model's does; [N, S, E].
@@ -118,27 +121,45 @@ class TwoStreams:
         device: torch.device,
         autocast: Callable[[], Any] = contextlib.nullcontext,
         noise: float = 1e-10,
+        kept: Tensor | None = None,
+        reads: int = 0,
+        together: bool = False,
     ) -> None:
-        self.theirs, self.ours = hidden, hidden.clone()
+        self.theirs, self.ours = hidden, hidden if together else hidden.clone()
         self.recipe, self.device, self.autocast, self.noise = recipe, device, autocast, noise
+        self.kept = kept
         N, S, E = hidden.shape
-        self.batch = max(1, min(recipe.batch_tokens // S, N // 16))
+        self.batch = max(1, min(recipe.batch_tokens // max(S, reads), N // 16))
         self.lr = recipe.lr * min(1.0, 512 / E)
         # a fit is kept if it helps on sequences that it has not seen
         self.unseen = min(N // 8, 16)
         self.generator = torch.Generator().manual_seed(recipe.seed)
 
+    def part(self) -> None:
+        """From here on the converted model's stream is another one than the original's."""
+        if self.ours is self.theirs:
+            self.ours = self.theirs.clone()
+
+    def squares(self, x: Tensor, rows: Rows) -> tuple[Tensor, int]:
+        """The sum of x^2 [B, S, E] over the positions of ``rows`` that count, and how many numbers that is."""
+        square = x.float().square().sum(-1)
+        if self.kept is None:
+            return square.sum(), x.numel()
+        kept = self.kept[rows if isinstance(rows, slice) else rows.to(self.kept.device)].to(x.device)
+        return (square * kept).sum(), max(1, int(kept.sum())) * x.shape[-1]
+
     @torch.no_grad()
     def original(self, layer: LayerFunction) -> float:
         """Send the original's stream through its next layer; returns the mean square of what the layer adds."""
-        total = 0.0
+        total, count = 0.0, 0
         for rows in self._blocks():
             before = self.theirs[rows].to(self.device)
             with self.autocast():
                 after = layer(before, rows)
-            total += float((after.float() - before.float()).square().mean()) * len(before)
+            square, numbers = self.squares(after.float() - before.float(), rows)
+            total, count = total + float(square), count + numbers
             self.theirs[rows] = after.to(self.theirs)
-        return total / len(self.theirs)
+        return total / count
 
     @torch.no_grad()
     def converted(self, layer: LayerFunction) -> None:
@@ -187,8 +208,8 @@ class TwoStreams:
             x, y = self.ours[rows], self.theirs[rows]
             with self.autocast():
                 out = layer(x.to(self.device), rows)
-            total += float((out.float() - y.to(self.device).float()).square().sum())
-            count += y.numel()
+            square, numbers = self.squares(out.float() - y.to(self.device).float(), rows)
+            total, count = total + float(square), count + numbers
         return total / count / max(size, torch.finfo(torch.float32).tiny)
 
     def _train(self, layer: LayerFunction, parameters: Sequence[nn.Parameter], size: float, lr: float) -> None:
@@ -208,7 +229,8 @@ class TwoStreams:
                 group["lr"] = lr * min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * done))
             with self.autocast():
                 out = layer(self.ours[rows].to(self.device), rows)
-            loss = (out.float() - self.theirs[rows].to(self.device).float()).square().mean() / size
+            square, numbers = self.squares(out.float() - self.theirs[rows].to(self.device).float(), rows)
+            loss = square / (numbers * size)
             gradients = torch.autograd.grad(loss, list(parameters))
             for p, gradient in zip(parameters, gradients, strict=True):
                 p.grad = gradient

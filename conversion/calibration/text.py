@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_attn_patch.conversion.plan_data import Plan
+from hf_attn_patch.documents.tokenizers import load_tokenizer
 from hf_attn_patch.errors import ConversionError, TrainingError
 
 from .installed import installed_documents
@@ -196,3 +198,27 @@ def _windows(tokenizer: Any, text: str, length: int) -> list[list[int]]:
         )["input_ids"]
         rows += cut if cut and isinstance(cut[0], list) else [cut]
     return rows
+
+
+def tokenizer_of(plan: Plan) -> Any:
+    """The checkpoint's tokenizer.
+
+    Raises:
+        ConversionError: it comes without one.
+    """
+    try:
+        return load_tokenizer(str(plan.source.folder))
+    except TrainingError as error:
+        raise ConversionError(f"--calibrate: {error}; put the tokenizer's files beside the weights") from None
+
+
+def longest(plan: Plan, at_most: int, asked: int | None = None) -> int:
+    """Tokens of a calibration sequence: what the model can read, and no more than ``at_most``.
+
+    Raises:
+        ConversionError: ``asked`` is more than that, or nothing.
+    """
+    limit = getattr(plan.text_config, "max_position_embeddings", None)
+    if asked is not None and (asked < 2 or (limit and asked > limit)):
+        raise ConversionError(f"--calibration-length {asked}: give 2 or more" + f", at most {limit}" * bool(limit))
+    return min(at_most, max(2, int(limit or at_most) - 2))

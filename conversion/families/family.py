@@ -80,6 +80,7 @@ class Stack:
     fixed_heads: bool = False  # a query head's index means something (ALiBi slopes, relative bias): never permute
     cross: bool = False  # K and V come from the encoder
     causal: bool = True
+    cached: bool = True  # keys and values are kept from one step to the next; those of an encoder beside a decoder not
     caches_query_heads: bool = False  # the cache holds HQ heads whatever the number of KV heads (Falcon)
     written: tuple[Projection, ...] | None = None  # the layout of the grouped model where it is another
     optional: bool = False  # a model of the family may lack this attention: it has it if layer 0's tensors are there
@@ -95,9 +96,11 @@ class Family:
         prefixes: what may stand before ``stack.layer``; the first under which layer 0 is found is used.
         becomes: the ``model_type`` of the grouped model where the stock config has no field for KV heads (of
             ``hf_attn_patch.modeling``, where the stock class X is GroupedX).
+        reads: what goes into the model.
     """
 
     model_types: tuple[str, ...]
     stacks: tuple[Stack, ...] = (Stack(),)
     prefixes: tuple[str, ...] = ("model.", "")
     becomes: str | None = None
+    reads: Literal["text", "sound", "pictures", "pictures and text"] = "text"

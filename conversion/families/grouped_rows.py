@@ -21,8 +21,8 @@ def _separate(q: str, k: str, v: str) -> tuple[Projection, ...]:
     return (Projection(q, "q"), Projection(k, "k"), Projection(v, "v"))
 
 
-def _grouped(stock: str, *stacks: Stack, prefixes: tuple[str, ...]) -> Family:
-    return Family((stock, PREFIX + stock), stacks, prefixes, becomes=PREFIX + stock)
+def _grouped(stock: str, *stacks: Stack, prefixes: tuple[str, ...], **more: Any) -> Family:
+    return Family((stock, PREFIX + stock), stacks, prefixes, becomes=PREFIX + stock, **more)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +92,7 @@ _T5_ENCODER = replace(
     head_dim="d_kv",
     fixed_heads=True,  # the relative position bias has one number for each head
     causal=False,
+    cached=False,
     optional=True,
 )
 _T5_DECODER = replace(
@@ -101,6 +102,7 @@ _T5_DECODER = replace(
     kv_field=KVField("decoder_kv_heads"),
     num_layers="num_decoder_layers",
     causal=True,
+    cached=True,
 )
 _T5_CROSS = replace(
     _T5_DECODER,
@@ -138,6 +140,7 @@ _BART_ENCODER = replace(
     num_layers="encoder_layers",
     heads="encoder_attention_heads",
     causal=False,
+    cached=False,
 )
 
 _ALIBI = replace(_LAYERED, fixed_heads=True)
@@ -193,7 +196,7 @@ ZOO = [
     _grouped("bart", _BART_DECODER, _BART_CROSS, _BART_ENCODER, prefixes=("model.", "")),
     _grouped("mbart", _BART_DECODER, _BART_CROSS, _BART_ENCODER, prefixes=("model.", "")),
     _grouped("marian", _BART_DECODER, _BART_CROSS, _BART_ENCODER, prefixes=("model.", "")),
-    _grouped("whisper", _BART_DECODER, _BART_CROSS, _BART_ENCODER, prefixes=("model.", "")),
+    _grouped("whisper", _BART_DECODER, _BART_CROSS, _BART_ENCODER, prefixes=("model.", ""), reads="sound"),
     _grouped(
         "vit",
         replace(
@@ -201,10 +204,11 @@ ZOO = [
             projections=_separate("attention.query", "attention.key", "attention.value"),
         ),
         prefixes=("vit.", ""),
+        reads="pictures",
     ),
-    _grouped("clip", _tower("text", True), _tower("vision", False), prefixes=("",)),
+    _grouped("clip", _tower("text", True), _tower("vision", False), prefixes=("",), reads="pictures and text"),
     _grouped("clip_text_model", _CLIP, prefixes=("text_model.", "")),
-    _grouped("clip_vision_model", replace(_CLIP, causal=False), prefixes=("vision_model.", "")),
+    _grouped("clip_vision_model", replace(_CLIP, causal=False), prefixes=("vision_model.", ""), reads="pictures"),
     _grouped(
         "bloom",
         replace(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,6 +70,12 @@ class LayerAttention:
     def count(self, norm: Norm, kv_heads: int) -> int:
         """How many heads' gains a norm has."""
         return self.heads if norm.of == "q" else kv_heads
+
+
+def of_one_number(stacks: Iterable[Stack]) -> list[Stack]:
+    """The attentions that a single number of KV heads is for: those with a cache; all where none or every one has."""
+    found = list(dict.fromkeys(stacks))
+    return [stack for stack in found if stack.cached] or found
 
 
 #: no model is near this; a config that says more would only keep us counting

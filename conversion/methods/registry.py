@@ -53,6 +53,11 @@ METHODS: dict[str, Method] = {
                     int,
                 ),
                 Option(
+                    "calibration_samples",
+                    "recordings or pictures, for models that read them  (default 256)",
+                    int,
+                ),
+                Option(
                     "refit",
                     "fit every layer to the original's after the merge  (default: yes, but for causal language models"
                     " on a GPU or without a text)",

@@ -12,7 +12,7 @@ from hf_attn_patch.conversion.checkpoints.hub import resolve
 from hf_attn_patch.conversion.checkpoints.reader import Source
 from hf_attn_patch.conversion.checkpoints.safetensors_header import DTYPE_BITS
 from hf_attn_patch.conversion.checkpoints.sizes import human
-from hf_attn_patch.conversion.families.layer import LayerAttention
+from hf_attn_patch.conversion.families.layer import LayerAttention, of_one_number
 from hf_attn_patch.conversion.plan_data import Plan
 from hf_attn_patch.conversion.planner import make_plan
 from hf_attn_patch.errors import ConversionError
@@ -81,14 +81,16 @@ def inspect_source(source: Source | str | os.PathLike[str], context: int = 8192)
 
 def common_choices(plan: Plan) -> list[int]:
     """Numbers of KV heads that every layer could be merged to."""
-    smallest = min(layer.kv_heads for layer in plan.layers)
-    return [n for n in reversed(divisors(smallest)) if all(layer.kv_heads % n == 0 for layer in plan.layers)]
+    stacks = of_one_number(layer.stack for layer in plan.layers)
+    now = [layer.kv_heads for layer in plan.layers if layer.stack in stacks]
+    return [n for n in reversed(divisors(min(now))) if all(number % n == 0 for number in now)]
 
 
 def _choice(plan: Plan, kv_heads: int, itemsize: int, context: int) -> dict[str, Any] | None:
     """What ``--kv-heads kv_heads`` would save; None where the architecture cannot have that number."""
-    layers = [replace(layer, new_kv_heads=kv_heads) for layer in plan.layers]
-    for stack in dict.fromkeys(layer.stack for layer in layers):
+    stacks = of_one_number(layer.stack for layer in plan.layers)
+    layers = [replace(layer, new_kv_heads=kv_heads) if layer.stack in stacks else layer for layer in plan.layers]
+    for stack in stacks:
         own = [layer for layer in layers if layer.stack is stack]
         raw = copy.deepcopy(plan.source.config)
         try:
@@ -98,7 +100,7 @@ def _choice(plan: Plan, kv_heads: int, itemsize: int, context: int) -> dict[str,
     now, after = (kv_cache_bytes(layers, itemsize, new=new, tokens=context) for new in (False, True))
     return {
         "kv_heads": kv_heads,
-        "kind": KVGrouping(layers[0].heads, kv_heads).kind,
+        "kind": KVGrouping(next(layer.heads for layer in layers if layer.stack in stacks), kv_heads).kind,
         "kv_bytes_per_token": after // context,
         "kv_bytes_at_context": after,
         "kv_bytes_over_context": [

@@ -62,6 +62,7 @@ def verify(src: StrPath, dst: StrPath, *, revision: str | None = None, allow_pic
         raise ConversionError(f"{record_path} records the unknown method {method!r}")
     if not isinstance(kv_heads, (int, list, dict)):
         raise ConversionError(f"{record_path} records no number of KV heads")
+    kv_heads = _as_it_was(kv_heads, record.get("attention"))
     if isinstance(written := record.get("format", FORMAT), int) and written > FORMAT:
         raise ConversionError(f"{record_path} is of format {written}, and this version reads up to {FORMAT}: update it")
     with no_reading_errors(str(src)):
@@ -83,6 +84,16 @@ def verify(src: StrPath, dst: StrPath, *, revision: str | None = None, allow_pic
         if value is not None and recorded.get(key) != value:
             found.differences.append(f"the source is not the one that was converted ({key} differs)")
     return found
+
+
+def _as_it_was(kv_heads: Any, rows: Any) -> Any:
+    """One number for several attentions, by their names: records of older versions meant encoders too."""
+    if isinstance(kv_heads, dict) or not isinstance(rows, list) or len(rows) < 2:
+        return kv_heads
+    try:
+        return {row["attention"]: row["kv_heads_after"] for row in rows}
+    except (KeyError, TypeError):
+        return kv_heads
 
 
 def compare(plan: Plan, result: Source) -> Verification:

@@ -57,6 +57,10 @@ class Case:
     def seq2seq(self) -> bool:
         return self.kind in ("seq2seq", "speech")
 
+    def all_attentions(self, kv_heads: int) -> Any:
+        """What ``convert`` takes to merge the encoder too, which one number leaves as it is."""
+        return {name.removesuffix("_kv_heads"): kv_heads for name in self.kv_fields} if self.seq2seq else kv_heads
+
     def make_config(self, kv_heads: int | None, **more: Any) -> Any:
         """The stock config, or with ``kv_heads`` ours."""
         kwargs = {**self.config, **more}

@@ -1,5 +1,7 @@
 """``hf-attn convert`` on every grouped family, against arithmetic written out in the helpers and here."""
 
+import json
+
 import pytest
 import torch
 import transformers
@@ -25,7 +27,7 @@ def test_mean_is_the_mean_of_each_groups_heads(case, kv_heads, tmp_path):
     """The converted model is the stock model in which each group's K and V heads have become their mean."""
     stock = case.make(None)
     stock.save_pretrained(tmp_path / "stock")
-    convert(tmp_path / "stock", tmp_path / "new", kv_heads, method="mean")
+    convert(tmp_path / "stock", tmp_path / "new", case.all_attentions(kv_heads), method="mean")
     auto = getattr(transformers, case.auto)
     ours, info = auto.from_pretrained(tmp_path / "new", output_loading_info=True)
     assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
@@ -42,9 +44,9 @@ def test_mean_is_the_mean_of_each_groups_heads(case, kv_heads, tmp_path):
 def test_a_grouped_checkpoint_is_merged_further(case, tmp_path):
     """4 -> 2 -> 1 is 4 -> 1, bit for bit but for the rounding between."""
     case.make(None).save_pretrained(tmp_path / "stock")
-    convert(tmp_path / "stock", tmp_path / "two", 2, method="mean")
-    convert(tmp_path / "two", tmp_path / "one", 1, method="mean")
-    convert(tmp_path / "stock", tmp_path / "straight", 1, method="mean")
+    convert(tmp_path / "stock", tmp_path / "two", case.all_attentions(2), method="mean")
+    convert(tmp_path / "two", tmp_path / "one", case.all_attentions(1), method="mean")
+    convert(tmp_path / "stock", tmp_path / "straight", case.all_attentions(1), method="mean")
     a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "straight"))
     assert a.keys() == b.keys()
     for name, x in a.items():
@@ -60,6 +62,39 @@ def test_conversion_while_loading_is_conversion_then_loading(stock, tmp_path):
     loaded = convert_while_loading(auto, tmp_path / "stock", num_key_value_heads=2, method="mean").eval()
     feed = case.inputs()
     assert torch.equal(output(loaded, feed), output(auto.from_pretrained(tmp_path / "new").eval(), feed))
+
+
+@pytest.mark.parametrize("stock", ["t5", "bart", "marian", "whisper"])
+def test_one_number_leaves_an_encoder_as_it_is(stock, tmp_path):
+    """Its keys and values are not kept, so the same tensors come out as from naming the others; and it is said."""
+    case = next(c for c in CASES if c.stock == stock)
+    case.make(None).save_pretrained(tmp_path / "stock")
+    made = plan(tmp_path / "stock", 2, method="mean")
+    assert [w for w in made.warnings if "encoder" in w and "save no cache" in w and "--kv-heads encoder=N" in w]
+    record = convert(made, tmp_path / "new")
+    convert(tmp_path / "stock", tmp_path / "named", {"decoder": 2, "cross": 2}, method="mean")
+    one, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("new", "named"))
+    assert one == other
+    old = load_file(tmp_path / "stock" / "model.safetensors")
+    new = load_file(tmp_path / "new" / "model.safetensors")
+    inside = [name for name in old if "encoder." in name and "decoder" not in name]
+    assert inside and all(torch.equal(old[name], new[name]) for name in inside)
+    assert verify(tmp_path / "stock", tmp_path / "new").ok
+    # what older versions recorded as one number meant the encoder too
+    convert(tmp_path / "stock", tmp_path / "all", case.all_attentions(2), method="mean")
+    path = tmp_path / "all" / "conversion.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"kv_heads": 2}))
+    assert verify(tmp_path / "stock", tmp_path / "all").ok
+    assert record["kv_heads"] == {"decoder": 2, "cross": 2}
+    # where there is nothing but an encoder, it is what the number is for
+    assert not plan(tmp_path / "stock", {"encoder": 2}, method="mean").warnings
+
+
+def test_an_encoder_alone_is_what_the_number_is_for(tmp_path):
+    config = next(c for c in CASES if c.stock == "t5").make_config(None)
+    transformers.T5EncoderModel(config).save_pretrained(tmp_path / "stock")
+    convert(tmp_path / "stock", tmp_path / "new", 2, method="mean")
+    assert transformers.AutoConfig.from_pretrained(tmp_path / "new").encoder_kv_heads == 2
 
 
 @pytest.mark.parametrize("stock", ["t5", "bart", "whisper"])
@@ -81,7 +116,7 @@ def test_the_decoder_alone_is_converted_as_in_the_paper(stock, tmp_path):
 def test_inspect_and_verify(stock, tmp_path):
     case = next(c for c in CASES if c.stock == stock)
     case.make(None).save_pretrained(tmp_path / "stock")
-    convert(tmp_path / "stock", tmp_path / "new", 2, method="aligned")
+    convert(tmp_path / "stock", tmp_path / "new", case.all_attentions(2), method="aligned")
     assert verify(tmp_path / "stock", tmp_path / "new").ok
     facts = inspect_source(open_source(tmp_path / "new"))
     # 2 layers, K and V, 2 heads of DIM in fp32; Whisper's decoder has two attentions, an encoder caches nothing

@@ -1,0 +1,194 @@
+"""After the layers of an encoder-decoder are fitted: what its decoder says as a whole, measured and taught.
+
+The encoder's outputs stay as they are, so only the decoder runs, over and over. What is lost is told on samples that
+were held out: cross-entropy of the words that were to be said, and KL(original || converted).
+
+Shapes: N samples, T tokens of a decoder, S' positions of an encoder's output, E model width.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from hf_attn_patch.conversion.families.head_layouts import AttentionWeights
+from hf_attn_patch.errors import ConversionError
+from hf_attn_patch.losses.chunked import Head, linear_loss
+from hf_attn_patch.losses.output_head import head_matches, head_of
+
+from .calibrated import Calibrated
+from .joined import heads_of, joined
+from .polish import PolishRecipe
+from .samples import IGNORE, Samples
+
+#: samples held out, on which what was lost is measured, and samples that are measured at a time
+UNSEEN, ROWS = 16, 8
+
+
+class Answerer:
+    """A sequence-to-sequence model's decoder up to its last hidden states, and the head that makes words of them.
+
+    Args:
+        memory: what it reads of the encoder, for all samples [N, S', E].
+        samples: whose last input is the decoder's, with labels.
+    """
+
+    def __init__(self, model: Any, memory: Tensor, samples: Samples) -> None:
+        self.model, self.memory, self.ids = model, memory, samples.inputs[-1]
+        self.decoder, self.head = model.get_decoder(), head_of(model)
+        with torch.no_grad():
+            rows = torch.arange(1)
+            logits = self._whole(rows)[0]
+            if not head_matches(self.hidden(rows)[0], self.head, logits):
+                self.head = Head(None)
+
+    def hidden(self, rows: Tensor) -> Tensor:
+        """[B, T, E] of the samples ``rows``, or logits [B, T, V] where the head cannot be taken apart."""
+        if self.head.weight is None:
+            return self._whole(rows)
+        ids, memory = self._placed(rows)
+        out: Tensor = self.decoder(input_ids=ids, encoder_hidden_states=memory, use_cache=False)[0]
+        return out
+
+    def _placed(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        device, dtype = self.model.device, self.model.dtype
+        return self.ids[rows].to(device), self.memory[rows.to(self.memory.device)].to(device, dtype)
+
+    def _whole(self, rows: Tensor) -> Tensor:
+        from transformers.modeling_outputs import BaseModelOutput
+
+        ids, memory = self._placed(rows)
+        heard = BaseModelOutput(last_hidden_state=memory)
+        logits: Tensor = self.model(encoder_outputs=heard, decoder_input_ids=ids, use_cache=False).logits
+        return logits
+
+
+class Answered:
+    """Layers of an encoder-decoder fitted one after the other; then the decoder is measured as a whole, and taught.
+
+    Args:
+        steps: what fits the layers.
+        polish_tokens: of a decoder's text, that are read to train its attentions together; 0: none.
+    """
+
+    def __init__(self, steps: Calibrated, polish_tokens: int) -> None:
+        self.plan, self.steps, self.tokens = steps.plan, steps, polish_tokens
+        self.record: dict[str, Any] = steps.record
+        self.done: dict[str, AttentionWeights] | None = None
+
+    def __call__(self, weights: AttentionWeights) -> AttentionWeights:
+        """The merged layer; all layers are made when the first is asked for."""
+        if self.done is None:
+            self.done = self._make()
+        return self.done.pop(weights.layer.prefix)
+
+    def _make(self) -> dict[str, AttentionWeights]:
+        steps, device = self.steps, self.steps.device
+        merged = steps.all()
+        (theirs, ours), samples = steps.heard(), steps.samples
+        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+        original = steps.original.to(device, dtype)
+        student, own = joined(self.plan, original, merged)
+        answerers = Answerer(original, theirs, samples), Answerer(student, ours, samples)
+        unseen = min(UNSEEN, len(samples) // 8)
+        held = torch.arange(unseen or len(samples))
+        before = losses(*answerers, samples, held)
+        self.record["held_out"] = {"tokens": before.pop("tokens"), "seen": not unseen} | before
+        trained = {n: p for n, p in own.items() if n in self._decoders()}
+        if not (self.tokens and unseen and trained):
+            return merged
+        began, start = time.perf_counter(), [p.detach().clone() for p in trained.values()]
+        recipe = PolishRecipe(self.tokens, seed=self.plan.seed)
+        teach(*answerers, list(trained.values()), samples, torch.arange(unseen, len(samples)), recipe)
+        for name, p in trained.items():  # what is measured shall be what is stored
+            p.data = p.data.to(self.plan.source.read(name).dtype).to(p.dtype)
+        after = losses(*answerers, samples, held)
+        self.record["polish"] = {
+            "tokens": self.tokens, "kl_before": before["kl"], "kl_after": after["kl"],
+            "seconds": round(time.perf_counter() - began, 1),
+        }  # fmt: skip
+        if not after["kl"] < before["kl"]:
+            for p, value in zip(trained.values(), start, strict=True):
+                p.data.copy_(value)
+            self.record["notes"].append("the last pass end to end did not help on held-out samples and was undone")
+            return merged
+        self.record["held_out"] |= after
+        return {u.layer.prefix: heads_of(u, own, merged[u.layer.prefix]) for u in self.plan.units}
+
+    def _decoders(self) -> set[str]:
+        """The names of what the decoder's attentions write."""
+        return {name for unit in self.plan.units if unit.layer.stack.cached for name in unit.writes}
+
+
+@torch.no_grad()
+def losses(original: Answerer, converted: Answerer, samples: Samples, rows: Tensor) -> dict[str, Any]:
+    """Cross-entropy of both on the labels of ``rows``, and KL(original || converted), in nats a token."""
+    sums, count = torch.zeros(3, dtype=torch.float64), 0
+    for some in rows.split(ROWS):
+        told, said, labels = _paired(original, converted, samples, some)
+        before = linear_loss(told, original.head.detach(), labels)
+        after = linear_loss(
+            said, converted.head.detach(), labels, teacher_hidden=told, teacher_head=original.head, kl_weight=1.0
+        )
+        sums += torch.stack([before.ce, after.ce, after.kl]).double().cpu()
+        count += int((labels != IGNORE).sum())
+    if not count:
+        raise ConversionError("the calibration samples hold no words that a decoder is to say")
+    loss_before, loss_after, kl = (sums / count).tolist()
+    return {"tokens": count, "loss_before": loss_before, "loss_after": loss_after, "kl": kl}
+
+
+def _paired(original: Answerer, converted: Answerer, samples: Samples, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What both have to say at the tokens that have a label: hidden states [n, E] each, and labels [n]."""
+    assert samples.labels is not None
+    labels = samples.labels[rows].to(original.model.device)
+    there = labels != IGNORE
+    with torch.no_grad():
+        told = original.hidden(rows)[there]
+    return told, converted.hidden(rows)[there], labels[there]
+
+
+def teach(
+    original: Answerer, converted: Answerer, parameters: Sequence[nn.Parameter], samples: Samples, rows: Tensor,
+    recipe: PolishRecipe,
+) -> None:  # fmt: skip
+    """Train ``parameters`` of the converted decoder in place on the KL to the original's words.
+
+    They are stepped in fp32 and rounded to their own dtype for each pass.
+    """
+    T = samples.inputs[-1].shape[1]
+    batch = max(1, min(recipe.batch_tokens // T, len(rows) // 8))
+    steps = max(1, round(recipe.tokens / (batch * T)))
+    width = converted.model.config.get_text_config(decoder=True).hidden_size
+    lr, warmup = recipe.lr * min(1.0, 512 / width), max(1, round(recipe.warmup * steps))
+    masters = [p.detach().float().clone() for p in parameters]
+    optimizer = torch.optim.Adam(masters, lr=lr, betas=recipe.betas, fused=masters[0].is_cuda)
+    draw = torch.Generator().manual_seed(recipe.seed)
+    left: list[Tensor] = []
+    for p in parameters:
+        p.requires_grad_(True)
+    for step in tqdm(range(steps), desc="polishing", unit="step", disable=None):
+        if not left:
+            left = list(rows[torch.randperm(len(rows), generator=draw)].split(batch))
+        done = max(0.0, (step - warmup) / max(1, steps - warmup))
+        optimizer.param_groups[0]["lr"] = lr * min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * done))
+        told, said, labels = _paired(original, converted, samples, left.pop())
+        found = linear_loss(
+            said, converted.head.detach(), labels, teacher_hidden=told, teacher_head=original.head, ce_weight=0.0,
+            kl_weight=1.0,
+        )  # fmt: skip
+        gradients = torch.autograd.grad(found.loss / max(1, len(labels)), list(parameters), allow_unused=True)
+        with torch.no_grad():
+            for master, gradient in zip(masters, gradients, strict=True):
+                master.grad = None if gradient is None else gradient.float()
+            optimizer.step()
+            for p, master in zip(parameters, masters, strict=True):
+                p.copy_(master)
+    for p in parameters:
+        p.requires_grad_(False)
