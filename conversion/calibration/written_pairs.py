@@ -46,7 +46,8 @@ def _write(
     """[B, length] at most; what follows an end means nothing."""
     from transformers.modeling_outputs import BaseModelOutput
 
-    ids, new, known = prefix, prefix, {}
+    ids, new = prefix, prefix
+    known: dict[str, Any] = {}
     over = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
     while ids.shape[1] < length and not bool(over.all()):
         said = model(

@@ -40,7 +40,7 @@ METHODS: dict[str, Method] = {
                     "calibrate",
                     "calibration text: a file, JSONL, Parquet, a folder, a data set's id, own (what the model writes), "
                     "python (the installed one's sources and documents), or several by shares: own:1,notes.txt:3  "
-                    "(default for causal language models: own, on a GPU own,python)",
+                    "(default for causal language models: own, on a GPU own,python); for models that hear, recordings",
                 ),
                 Option(
                     "calibration_tokens",
@@ -65,8 +65,8 @@ METHODS: dict[str, Method] = {
                 ),
                 Option(
                     "polish",
-                    "train the attentions together on so many tokens to say what the original says, at last; causal "
-                    "language models  (default: 4000000 on a GPU, 0 without)",
+                    "train the attentions together on so many tokens to say what the original says, at last; models "
+                    "that write  (default: 4000000 on a GPU, 0 without)",
                     int,
                 ),
                 GROUP,
