@@ -124,7 +124,7 @@ def main() -> None:
 #: the README's commands
 OWN = (
     "hf-attn convert YOUR_MODEL converted --kv-heads 8 --calibrate YOUR_TEXT",
-    "accelerate launch examples/uptrain.py --model converted --teacher YOUR_MODEL --dataset YOUR_TEXT"
+    "accelerate launch -q examples/uptrain.py --model converted --teacher YOUR_MODEL --dataset YOUR_TEXT"
     " --tokens 50M --output uptrained",
     'AutoModelForCausalLM.from_pretrained("uptrained", attn_implementation="hf_attn_patch")',
 )

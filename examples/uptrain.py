@@ -1,6 +1,6 @@
 """Uptrain a converted model.
 
-    accelerate launch examples/uptrain.py --model DST --teacher SRC --dataset TEXT --tokens 50M
+    accelerate launch -q examples/uptrain.py --model DST --teacher SRC --dataset TEXT --tokens 50M
 
 Packed documents, cross-entropy and/or distillation, exact resume. The loop below is meant to be read and copied; its
 parts are in hf_attn_patch.training. `--help` lists the options; `--config FILE.yaml` takes them from a file.
@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import set_seed
-from tqdm.auto import tqdm
 
+from hf_attn_patch.documents.bars import progress_bar
 from hf_attn_patch.training import (
     Flops,
     Progress,
@@ -30,6 +30,7 @@ from hf_attn_patch.training import (
     load_checkpoint,
     load_run,
     parse_options,
+    told_to_launcher,
     trained_value,
 )
 
@@ -44,8 +45,9 @@ def uptrain(run: Run) -> Progress:
     options = run.options
     accelerator, data, teacher = run.accelerator, run.data, run.teacher
     model, optimizer = accelerator.prepare(run.objective, run.optimizer)
-    run.check(model)  # that packed documents don't see each other, for one; and compile, if wanted
-    held_out = data.held_out()
+    with progress_bar(desc="preparing", shown=accelerator.is_main_process, leave=False):
+        run.check(model)  # that packed documents don't see each other, for one; and compile, if wanted
+        held_out = data.held_out()
 
     checkpoints = Path(options.output, "checkpoints")
     progress = Progress(settings=options.lasting)
@@ -58,9 +60,9 @@ def uptrain(run: Run) -> Progress:
     flops = [Flops(run.student, causal=causal)]
     flops += [Flops(run.teacher_model, causal=causal, forward_only=True)] if teacher else []
     speed = run.speed = Throughput(run.peak_flops)
-    bar = tqdm(
-        total=total, initial=progress.tokens, unit="tok", unit_scale=True, mininterval=0.5,
-        disable=not accelerator.is_main_process,
+    bar = progress_bar(
+        desc="uptraining", total=total, initial=progress.tokens, unit="tok", unit_scale=True, mininterval=0.5,
+        shown=accelerator.is_main_process,
     )  # fmt: skip
 
     def evaluate() -> None:
@@ -153,7 +155,7 @@ def main(arguments: list[str] | None = None) -> None:
             except torch.OutOfMemoryError as error:
                 raise TrainingError(run.out_of_memory_advice()) from error
     except TrainingError as error:
-        sys.exit(f"uptrain: {error}")
+        sys.exit(told_to_launcher(f"uptrain: {error}"))
     except KeyboardInterrupt:
         sys.exit(130)
 

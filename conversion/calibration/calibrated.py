@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from hf_attn_patch.conversion.families.head_layouts import AttentionWeights
 from hf_attn_patch.conversion.methods.aligned import Aligned
 from hf_attn_patch.conversion.methods.apply import from_heads, to_heads
 from hf_attn_patch.conversion.plan_data import Plan, Unit
+from hf_attn_patch.documents.bars import progress_bar
 from hf_attn_patch.errors import ConversionError
 
 from .joined import heads_of
@@ -70,7 +70,7 @@ class Calibrated:
         self.side = self.number = -1
         self.memory: tuple[Tensor | None, Tensor | None] = (None, None)
         self.done: dict[str, AttentionWeights] = {}
-        self.bar = tqdm(total=self._count(), desc="calibrating", unit="layer", disable=None)
+        self.bar = progress_bar(total=self._count(), desc="calibrating", unit="layer")
         known = samples.memory
         if known is not None and not any(self._units(block) for block in self.sides[0].blocks):
             self.side, self.memory = 0, (known, known)  # the encoder is the original's

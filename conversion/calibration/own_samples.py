@@ -10,12 +10,13 @@ Shapes: N sequences, S tokens of each.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hf_attn_patch.documents.bars import progress_bar
 from hf_attn_patch.errors import ConversionError
 
 #: sequences that are written at a time
@@ -43,13 +44,13 @@ def own_samples(model: Any, tokens: int, length: int, *, seed: int, row_bytes: i
     rows = max(1, tokens // length)
     draw = torch.Generator(device).manual_seed(seed)
     at_once = min(rows, MOST_ROWS, _that_fit(device, row_bytes, _words(model)))
-    with _decoding(model):
-        written = [_write(model, min(at_once, rows - n), length, draw) for n in range(0, rows, at_once)]
+    with _decoding(model), progress_bar(total=rows * length, desc="sampling", unit="tok", unit_scale=True) as bar:
+        written = [_write(model, min(at_once, rows - n), length, draw, bar.update) for n in range(0, rows, at_once)]
     return torch.cat(written).cpu()
 
 
-def _write(model: Any, rows: int, length: int, draw: torch.Generator) -> Tensor:
-    """Sequences [rows, length]."""
+def _write(model: Any, rows: int, length: int, draw: torch.Generator, written: Callable[[int], object]) -> Tensor:
+    """Sequences [rows, length]; ``written`` is told of every step's tokens."""
     from hf_attn_patch import GrowingCache
     from hf_attn_patch.compat.cache_keyword import keyword_of
 
@@ -58,6 +59,7 @@ def _write(model: Any, rows: int, length: int, draw: torch.Generator) -> Tensor:
     given = {keyword_of(type(model).forward): cache, "use_cache": True}
     out = torch.empty(rows, length, dtype=torch.int64, device=model.device)
     out[:, 0] = torch.randint(0, _words(model), (rows,), device=model.device, generator=draw)
+    written(rows)
     for step in range(1, length):
         try:
             said = model(input_ids=out[:, step - 1 : step], **given).logits[:, -1]
@@ -70,6 +72,7 @@ def _write(model: Any, rows: int, length: int, draw: torch.Generator) -> Tensor:
         chances = torch.softmax(said.float(), -1)
         # the largest of p / e with e exponential is a draw from p; nothing waits for the device
         out[:, step] = chances.div_(torch.empty_like(chances).exponential_(generator=draw)).argmax(-1)
+        written(rows)
         if step == 1 and not bool(said.isfinite().all()):
             raise ConversionError("the model's logits are not finite: it cannot write its own calibration text")
     return out

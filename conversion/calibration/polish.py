@@ -17,9 +17,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from hf_attn_patch.compat.torch import copy_all
+from hf_attn_patch.documents.bars import progress_bar
 from hf_attn_patch.losses.chunked import Head, linear_loss
 from hf_attn_patch.losses.output_head import head_matches, head_of
 
@@ -83,7 +83,7 @@ def losses(original: Speaker, converted: Speaker, ids: Tensor, batch: int) -> di
     sums = torch.zeros(3, dtype=torch.float64)
     words = original.model.get_input_embeddings().num_embeddings
     chunk = max(1, CPU_CHUNK // words) if original.model.device.type == "cpu" else None
-    for rows in ids.split(batch):
+    for rows in progress_bar(ids.split(batch), desc="measuring the loss", unit="batch", leave=False):
         block = rows.to(original.model.device)
         told, said, labels = original.hidden(block), converted.hidden(block), _labels(block)
         before = linear_loss(told.flatten(0, 1), original.head.detach(), labels, chunk=chunk)
@@ -122,7 +122,7 @@ def polish(
     batches = _batches(len(ids), batch, recipe.seed)
     for p in parameters:
         p.requires_grad_(True)
-    for step in tqdm(range(steps), desc="polishing", unit="step", disable=None):
+    for step in progress_bar(range(steps), desc="polishing", unit="step"):
         done = max(0.0, (step - warmup) / max(1, steps - warmup))
         rate = lr * min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * done))
         work.run(ids[next(batches)].to(device), rate)

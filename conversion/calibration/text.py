@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hf_attn_patch.conversion.plan_data import Plan
+from hf_attn_patch.documents.bars import progress_bar
 from hf_attn_patch.documents.tokenizers import load_tokenizer
 from hf_attn_patch.errors import ConversionError, TrainingError
 
@@ -118,14 +119,8 @@ def calibration_ids(
     """
     if tokens < FEWEST:
         raise ConversionError(f"--calibration-tokens {tokens}: give at least {FEWEST}")
-    texts: list[str] = []
-    characters = 0
-    for text in documents(source, seed):
-        texts.append(text)
-        characters += len(text)
-        if characters > CHARACTERS * tokens:
-            break
     limit = CHARACTERS * tokens
+    texts = _enough(documents(source, seed), limit)
     if whole:
         length = length or min(longest, typical_length(tokenizer, texts))
         joined = "\n\n".join(texts)[:limit]
@@ -135,7 +130,7 @@ def calibration_ids(
         rows = _stream(tokenizer, [text[:limit] for text in texts], length)
     found = sum(map(len, rows))
     if found < FEWEST:
-        read = min(characters, limit)
+        read = min(sum(map(len, texts)), limit)
         broken = "; are the tokenizer's files beside the weights?" if read > 50 * FEWEST else ""
         raise ConversionError(
             f"--calibrate {source}: {found} tokens of text ({read} characters) are too few to calibrate on{broken}"
@@ -158,6 +153,20 @@ def calibration_ids(
         "ids_sha256": hashlib.sha256(ids.numpy().tobytes()).hexdigest(),
     }
     return ids, about, notes
+
+
+def _enough(texts: Iterator[str], limit: int) -> list[str]:
+    """The first texts, until there are more than ``limit`` characters."""
+    found: list[str] = []
+    characters = 0  # a bar that is hidden does not count
+    with progress_bar(desc="reading text", unit="char", total=limit, unit_scale=True, leave=False) as bar:
+        for text in texts:
+            found.append(text)
+            characters += len(text)
+            bar.update(len(text))
+            if characters > limit:
+                break
+    return found
 
 
 def typical_length(tokenizer: Any, texts: list[str], sample: int = 1000) -> int:

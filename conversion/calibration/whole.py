@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from hf_attn_patch.conversion.families.head_layouts import AttentionWeights
 from hf_attn_patch.conversion.methods.aligned import Aligned
 from hf_attn_patch.conversion.methods.apply import to_heads
 from hf_attn_patch.conversion.plan_data import Plan, Unit
+from hf_attn_patch.documents.bars import progress_bar
 from hf_attn_patch.errors import ConversionError
 
 from .copies import LONGEST, joined_rows, with_copies
@@ -137,12 +137,12 @@ class Whole:
                 for u in self.plan.units
             ]
             body = getattr(model, model.base_model_prefix, model)
-            for block in rows.split(self._batch(16384)):
+            blocks = rows.split(self._batch(16384))
+            for block in progress_bar(blocks, desc="reading calibration text", unit="batch", leave=False):
                 body(input_ids=block.to(model.device), use_cache=False)
         merged = {}
-        for unit, moments in tqdm(
-            list(zip(self.plan.units, taken, strict=True)), desc="merging", unit="layer", disable=None
-        ):
+        pairs = list(zip(self.plan.units, taken, strict=True))
+        for unit, moments in progress_bar(pairs, desc="merging", unit="layer"):
             merged[unit.layer.prefix] = self._merge(unit, moments)
         return merged
 

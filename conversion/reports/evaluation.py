@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from hf_attn_patch.compat.calls import Arguments, cache_of
 from hf_attn_patch.compat.transformers import attention_name
 from hf_attn_patch.conversion.checkpoints.sizes import human
 from hf_attn_patch.conversion.loadcheck import device_named, quiet
+from hf_attn_patch.documents.bars import progress_bar
 from hf_attn_patch.documents.tokenizers import load_tokenizer, require_same_vocabulary
 from hf_attn_patch.errors import ConversionError, TrainingError
 from hf_attn_patch.losses.chunked import Head, linear_loss
@@ -95,7 +95,8 @@ def score(
     """(loss, KL to the source, top-1 agreement, scored tokens) of a causal model on ``ids`` [S]."""
     sums = torch.zeros(3, dtype=torch.float64)
     count, head = 0, Head(None)
-    for begin, end, first in windows(len(ids), context, stride):
+    parts = list(windows(len(ids), context, stride))
+    for begin, end, first in progress_bar(parts, desc=f"evaluating {model.name_or_path}", unit="window"):
         block = ids[begin:end][None].to(model.device)
         rows = slice(first - begin - 1, end - begin - 1)
         logits = model(input_ids=block, use_cache=False).logits[0, rows]
@@ -145,7 +146,7 @@ def load_causal(name: str, device: torch.device, dtype: str, attention: str | No
 
     import hf_attn_patch  # also registers the attention and the grouped model families
 
-    with quiet():
+    with quiet(), progress_bar(desc=f"loading {name}", leave=False):
         try:
             model, info = transformers.AutoModelForCausalLM.from_pretrained(
                 name,
@@ -258,7 +259,7 @@ def evaluate(
     if source is not None and not any(_same(name, source) for name in models):
         models = [source, *models]  # what was lost is seen beside what there was
     found = Evaluations()
-    for name in tqdm(models, desc="evaluating", unit="model", disable=None):
+    for name in models:
         is_source = source is not None and _same(name, source)
         model = truth if is_source else load_causal(name, where, dtype, attention)
         try:

@@ -22,6 +22,7 @@ from hf_attn_patch.conversion.methods.apply import compute_unit, raw_bytes
 from hf_attn_patch.conversion.methods.registry import METHODS
 from hf_attn_patch.conversion.plan_data import Plan
 from hf_attn_patch.conversion.planner import make_plan
+from hf_attn_patch.documents.bars import progress_bar
 from hf_attn_patch.errors import ConversionError
 
 
@@ -116,7 +117,7 @@ def compare(plan: Plan, result: Source) -> Verification:
             found.differences.append(
                 f"tensor {name!r} is {got.dtype} {list(got.shape)} instead of {want.dtype} {list(want.shape)}"
             )
-    for name in plan.tensors:
+    for name in progress_bar(plan.tensors, desc="comparing copied tensors", unit="tensor", leave=False):
         if name in sound and plan.tensors[name].unit is None:
             found.copied += 1
             if not _same_bytes(plan.source, result, name):
@@ -135,7 +136,7 @@ def _compare_units(plan: Plan, result: Source, sound: set[str], found: Verificat
         return
     merge = plan.method.build(plan, plan.options) if plan.units else None
     digests: dict[str, str] = {}
-    for unit in plan.units:
+    for unit in progress_bar(plan.units, desc="merging again", unit="unit", leave=False):
         assert merge is not None
         for name, want in compute_unit(plan, unit, merge, allow_nonfinite=True, digests=digests).items():
             if name not in sound:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hf_attn_patch.conversion.methods.registry import AUTO, METHODS, all_options
+from hf_attn_patch.documents.bars import no_progress, progress_bar
 from hf_attn_patch.errors import ConversionError
 
 if TYPE_CHECKING:
@@ -52,7 +53,8 @@ def user_errors(function: Callable[..., Any]) -> Callable[..., Any]:
                     raise ConversionError(f"{flag} is empty; is a variable unset?")
             if kwargs.get("picture"):
                 check_picture(kwargs["picture"])
-            return function(*args, **kwargs)
+            with no_progress(kwargs.get("quiet", False)):
+                return function(*args, **kwargs)
         except ConversionError as error:
             click.echo(f"Error: {' '.join(str(error).split())}", err=True)
             sys.exit(2)
@@ -164,11 +166,7 @@ def convert(
             click.echo(f"Note: {warning}.", err=True)
         if verbose:
             click.echo(plan_text(plan, workers), err=True)
-    from tqdm import tqdm
-
-    with tqdm(
-        total=plan.bytes_after, unit="B", unit_scale=True, desc="converting", disable=True if quiet else None
-    ) as bar:
+    with progress_bar(total=plan.bytes_after, unit="B", unit_scale=True, desc="converting") as bar:
         record = run(
             plan, dst or "", overwrite=overwrite, resume=resume, workers=workers, allow_nonfinite=allow_nonfinite,
             command=command_line(), progress=bar.update,

@@ -13,6 +13,7 @@ from .data.stream import Position, TokenStream
 from .loop.checkpoints import Progress, load_checkpoint, save_checkpoint
 from .loop.held_out import trained_value
 from .loop.interrupts import StopSignals
+from .loop.launcher import told_to_launcher
 from .loop.meters import Flops, Throughput
 from .loop.output import claimed_output
 from .loop.schedule import Count, learning_rate
@@ -42,5 +43,6 @@ __all__ = [
     "pack",
     "parse_options",
     "save_checkpoint",
+    "told_to_launcher",
     "trained_value",
 ]

@@ -8,7 +8,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from hf_attn_patch.compat.python import actions_of
 from hf_attn_patch.errors import TrainingError
@@ -172,14 +172,15 @@ def parse_options(arguments: Sequence[str] | None = None, description: str | Non
     50000000
 
     Raises:
-        TrainingError: the file has an option that does not exist, or options contradict each other.
-        SystemExit: an option does not exist or can't be read; what is wrong is on stderr.
+        TrainingError: an option does not exist or can't be read, here or in the file, or options contradict each other.
+        SystemExit: after ``--help``.
     """
     from transformers import HfArgumentParser
 
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     # no abbreviations: an option that a later version adds must not change what a script means
     parser = HfArgumentParser(UptrainOptions, description=description, allow_abbrev=False)
+    parser.error = _refuse  # type: ignore[method-assign]
     for action in actions_of(parser):  # HfArgumentParser gives --no_shuffle the words and the default of --shuffle
         if action.nargs == 0 and action.const is False:
             action.help, action.default = f"Short for --{action.dest} false.", argparse.SUPPRESS
@@ -189,10 +190,15 @@ def parse_options(arguments: Sequence[str] | None = None, description: str | Non
         arguments = [*yaml_arguments(path), *arguments]  # what comes later wins
     *found, rest = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
     if rest:
-        parser.error(f"there is no option {' '.join(rest)}; --help lists all")
+        raise TrainingError(f"there is no option {' '.join(rest)}; --help lists all")
     options: UptrainOptions = found[0]
     options.validate()
     return options
+
+
+def _refuse(message: str) -> NoReturn:
+    """In place of argparse's usage of sixty options."""
+    raise TrainingError(message)
 
 
 def yaml_arguments(path: str) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hf_attn_patch.documents.bars import no_progress_bars
+from hf_attn_patch.documents.bars import no_progress_bars, progress_bar
 from hf_attn_patch.documents.tokenizers import load_tokenizer
 from hf_attn_patch.errors import TrainingError
 
@@ -195,7 +195,8 @@ def load_run(options: UptrainOptions) -> Run:
     Raises:
         TrainingError: something is missing, or does not go with the rest.
     """
-    with no_progress_bars():  # a run shows one bar, its own
+    main = not int(os.environ.get("RANK", "0"))
+    with no_progress_bars(), progress_bar(desc="loading", shown=main, leave=False):  # a run shows its own bars alone
         return _load_run(options)
 
 

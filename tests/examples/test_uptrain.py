@@ -71,6 +71,18 @@ def wait_for_checkpoint(process: subprocess.Popen[str], folder: Path) -> None:
         time.sleep(0.02)
 
 
+def wait_for_steps(process: subprocess.Popen[str], log: Path, more: int) -> None:
+    """Until the run has written so many more lines than there were when it began to write."""
+    deadline, before = time.monotonic() + 120, log.stat().st_mtime_ns
+    while log.stat().st_mtime_ns == before:  # a resumed run writes it anew
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.02)
+    begun = len(log.read_text().splitlines())
+    while len(log.read_text().splitlines()) < begun + more:
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.02)
+
+
 def test_killed_and_stopped_runs_end_where_an_uninterrupted_one_does(world):
     whole = start_script("examples/uptrain.py", *arguments(world, "whole"))
     killed = start_script("examples/uptrain.py", *arguments(world, "parts"))
@@ -81,9 +93,7 @@ def test_killed_and_stopped_runs_end_where_an_uninterrupted_one_does(world):
     assert whole.wait() == 0, whole.communicate()[0]
 
     stopped = start_script("examples/uptrain.py", *arguments(world, "parts"), "--resume")
-    for line in stopped.stdout:
-        if "tok/s" in line:
-            break
+    wait_for_steps(stopped, world / "parts" / "training_log.jsonl", 1)
     stopped.send_signal(signal.SIGTERM)
     rest = stopped.communicate()[0]
     assert stopped.returncode == 128 + signal.SIGTERM, rest

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from hf_attn_patch.documents.bars import progress_bar
 from hf_attn_patch.training.data.steps import share_of
 
 
@@ -29,7 +30,8 @@ def evaluate(
     model.eval()
     sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
     batches = [examples[i : i + micro_batch_size] for i in range(0, len(examples), micro_batch_size)]
-    for some in share_of(batches, accelerator.process_index, accelerator.num_processes):
+    own = share_of(batches, accelerator.process_index, accelerator.num_processes)
+    for some in progress_bar(own, desc="evaluating", unit="batch", shown=accelerator.is_main_process, leave=False):
         batch = collate(some or batches[0]).to(accelerator.device)
         part = model(batch, told=None if teacher is None else teacher(batch))
         if some is not None:
