@@ -16,6 +16,7 @@ import torch
 from accelerate.utils import set_seed
 
 from hf_attn_patch.documents.bars import progress_bar
+from hf_attn_patch.errors import HFAttnError
 from hf_attn_patch.training import (
     Flops,
     Progress,
@@ -154,7 +155,7 @@ def main(arguments: list[str] | None = None) -> None:
                 uptrain(run)
             except torch.OutOfMemoryError as error:
                 raise TrainingError(run.out_of_memory_advice()) from error
-    except TrainingError as error:
+    except HFAttnError as error:
         sys.exit(told_to_launcher(f"uptrain: {error}"))
     except KeyboardInterrupt:
         sys.exit(130)

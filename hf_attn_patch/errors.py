@@ -10,9 +10,24 @@
 
 from __future__ import annotations
 
+#: characters of a message at most; what it quotes of a file may be of any length
+LONGEST = 1200
+
 
 class HFAttnError(Exception):
-    """What every error of this package is that a user can cause, and nothing else is."""
+    """What every error of this package is that a user can cause, and nothing else is.
+
+    A message is shortened in its middle beyond :data:`LONGEST` characters.
+
+    >>> len(str(HFAttnError(f"layer_types is {['full_attention'] * 10_000}, which no model has"))) <= LONGEST
+    True
+    """
+
+    def __init__(self, message: object = "", *more: object) -> None:
+        text = message
+        if isinstance(message, str) and len(message) > LONGEST:
+            text = f"{message[: LONGEST // 2]} ... {message[-LONGEST // 2 + 10 :]}"
+        super().__init__(text, *more)
 
 
 class AttentionError(HFAttnError, ValueError):

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from hf_attn_patch.conversion.families.head_layouts import AttentionWeights
+from hf_attn_patch.documents.bars import progress_bar
 from hf_attn_patch.errors import ConversionError
 from hf_attn_patch.losses.chunked import Head, linear_loss
 from hf_attn_patch.losses.output_head import head_matches, head_of
@@ -173,7 +173,7 @@ def teach(
     left: list[Tensor] = []
     for p in parameters:
         p.requires_grad_(True)
-    for step in tqdm(range(steps), desc="polishing", unit="step", disable=None):
+    for step in progress_bar(range(steps), desc="polishing", unit="step"):
         if not left:
             left = list(rows[torch.randperm(len(rows), generator=draw)].split(batch))
         done = max(0.0, (step - warmup) / max(1, steps - warmup))

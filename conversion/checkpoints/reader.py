@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_attn_patch.documents.stranger_json import CONFIG_BYTES, check_config_limits, parse_json_object, read_small
 from hf_attn_patch.errors import ConversionError
 
-from .config_limits import check_config_limits
-from .safetensors_header import LFS_POINTER, parse_index, parse_json_object, read_header, refuse_lfs_pointer
+from .safetensors_header import LFS_POINTER, parse_index, read_header, refuse_lfs_pointer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLE_SINGLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
-#: the longest that are read, several times what the largest models have
-CONFIG_BYTES, INDEX_BYTES = 4_000_000, 40_000_000
+#: the longest index that is read, several times what the largest models have
+INDEX_BYTES = 40_000_000
 
 #: what comes along: tokenizer, generation config, chat template, processor, licence
 COMPANION_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".vocab", ".bpe", ".spm")
@@ -136,13 +136,13 @@ def open_source(
         if any(folder.glob("*.gguf")):
             raise ConversionError(f"{folder} holds GGUF files; convert the safetensors checkpoint they were made from")
         raise ConversionError(f"{folder} has no config.json")
-    config = parse_json_object(_read_small(config_path, CONFIG_BYTES), str(config_path))
+    config = parse_json_object(read_small(config_path, CONFIG_BYTES), str(config_path))
     check_config_limits(config, str(config_path))
     source = Source(folder, name or str(folder), revision, config, companions=companions_of(folder))
     if (folder / SINGLE).exists() or (folder / SINGLE).is_symlink():
         _add_safetensors(source, [SINGLE], None)
     elif (folder / INDEX).exists() or (folder / INDEX).is_symlink():
-        weight_map = parse_index(_read_small(inside(folder, INDEX), INDEX_BYTES), str(folder / INDEX))
+        weight_map = parse_index(read_small(inside(folder, INDEX), INDEX_BYTES), str(folder / INDEX))
         _add_safetensors(source, sorted(set(weight_map.values())), weight_map)
     elif (folder / PICKLE_SINGLE).exists() or (folder / PICKLE_INDEX).exists():
         if not allow_pickle:
@@ -178,12 +178,6 @@ def inside(folder: Path, name: str) -> Path:
     return path
 
 
-def _read_small(path: Path, limit: int) -> bytes:
-    if path.stat().st_size > limit:
-        raise ConversionError(f"{path} is too large to be what its name says (over {limit:,} bytes)")
-    return path.read_bytes()
-
-
 def _add_safetensors(source: Source, names: list[str], weight_map: dict[str, str] | None) -> None:
     for number, name in enumerate(names):
         path = inside(source.folder, name)
@@ -216,9 +210,7 @@ def _add_pickles(source: Source) -> None:
     folder, names = source.folder, [PICKLE_SINGLE]
     if not (folder / PICKLE_SINGLE).exists():
         names = sorted(
-            set(
-                parse_index(_read_small(inside(folder, PICKLE_INDEX), INDEX_BYTES), str(folder / PICKLE_INDEX)).values()
-            )
+            set(parse_index(read_small(inside(folder, PICKLE_INDEX), INDEX_BYTES), str(folder / PICKLE_INDEX)).values())
         )
     for number, name in enumerate(names):
         path = inside(folder, name)

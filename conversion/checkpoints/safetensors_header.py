@@ -10,27 +10,22 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from hf_attn_patch.documents.stranger_json import parse_json_object
 from hf_attn_patch.errors import ConversionError
 
 #: a header of 100,000 tensors, more than any one file has, takes about 10 MB; safetensors' own limit of 100 MB would
 #: let a stranger's file ask for gigabytes of Python objects
 MAX_HEADER_BYTES = 16_000_000
 
-#: of one JSON file: each takes some 64 bytes or more of memory, however few of the file
-MAX_CONTAINERS = 1_000_000
-
 #: how the text begins that git without git-lfs leaves in the place of a large file
 LFS_POINTER = b"version "
 
 #: torch's own limit
 MAX_DIMENSIONS = 64
-
-#: no config, index or header is nested nearly as deep
-MAX_DEPTH = 50
 
 #: bits of one element, by the format's names
 DTYPE_BITS = {
@@ -72,35 +67,6 @@ def tensor_nbytes(dtype: str, shape: tuple[int, ...]) -> int:
     return (math.prod(shape) * DTYPE_BITS[dtype] + 7) // 8
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in out:
-            raise ValueError(f"the name {key!r} stands twice")
-        out[key] = value
-    return out
-
-
-def parse_json_object(raw: bytes, what: str) -> dict[str, Any]:
-    """``raw`` as a JSON object; :class:`ConversionError` that names ``what`` for anything else."""
-    if raw.count(b"[") + raw.count(b"{") > MAX_CONTAINERS:
-        raise ConversionError(f"{what} holds over {MAX_CONTAINERS:,} lists and objects, far more than any model's")
-    try:
-        value = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_duplicates)
-    except (ValueError, RecursionError) as error:
-        raise ConversionError(f"{what} is not valid JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise ConversionError(f"{what} is not a JSON object but a {type(value).__name__}")
-    if b"\\ud" in raw.lower() and any(map(_is_broken, _texts(value))):
-        raise ConversionError(f"{what} holds half a character (a lone surrogate), which no file can be written with")
-    level: list[Any] = [value]
-    for _ in range(MAX_DEPTH):
-        level = [v for c in level for v in (c.values() if isinstance(c, dict) else c) if isinstance(v, (dict, list))]
-        if not level:
-            return value
-    raise ConversionError(f"{what} is nested more than {MAX_DEPTH} deep")
-
-
 def refuse_lfs_pointer(raw: bytes, what: str) -> None:
     """Name such a text as what it is.
 
@@ -109,24 +75,6 @@ def refuse_lfs_pointer(raw: bytes, what: str) -> None:
     """
     if raw.startswith(LFS_POINTER):
         raise ConversionError(f"{what} is a git-LFS pointer, not the file itself: run `git lfs pull` in its folder")
-
-
-def _texts(value: Any) -> Iterator[str]:
-    """Every string in parsed JSON, keys included."""
-    left = [value]
-    while left:
-        one = left.pop()
-        if isinstance(one, str):
-            yield one
-        elif isinstance(one, dict):
-            yield from one
-            left.extend(one.values())
-        elif isinstance(one, list):
-            left.extend(one)
-
-
-def _is_broken(text: str) -> bool:
-    return any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def parse_header(raw: bytes, file_size: int, what: str) -> Header:

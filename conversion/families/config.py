@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from hf_attn_patch.conversion.checkpoints.config_limits import check_config_limits
+from hf_attn_patch.documents.stranger_json import check_config_limits
 from hf_attn_patch.errors import ConversionError
 
 from .layer import LayerAttention, stack_layers

@@ -97,6 +97,22 @@ def positive(config: Any, name: str, where: str) -> int:
     return value
 
 
+def whole(config: Any, name: str) -> int | None:
+    """A config attribute that may be absent, and is a whole number of at least 0 where it is not."""
+    value = getattr(config, name, None)
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 62):
+        raise ConversionError(f"config.json gives no usable {name}: {value!r}")
+    return value
+
+
+def _layer_list(config: Any, name: str, kind: type) -> list[Any] | None:
+    """A config attribute that may be absent, and is a list of ``kind``, one for each layer, where it is not."""
+    value = getattr(config, name, None)
+    if value is not None and not (isinstance(value, (list, tuple)) and all(isinstance(one, kind) for one in value)):
+        raise ConversionError(f"config.json gives no usable {name}: {value!r}")
+    return None if value is None else list(value)
+
+
 def stack_layers(stack: Stack, config: Any, where: str) -> list[LayerAttention]:
     """Every layer of a stack as the config describes it, nothing changed yet (prefixes without the model's own)."""
     heads, width = positive(config, stack.heads, where), positive(config, stack.width, where)
@@ -143,13 +159,13 @@ def stack_layers(stack: Stack, config: Any, where: str) -> list[LayerAttention]:
 
 def _keeps(config: Any, layer: int, num_layers: int) -> int | None:
     """How many tokens a layer's cache holds at most, as transformers' DynamicCache reads it from a config."""
-    if layer >= num_layers - (getattr(config, "num_kv_shared_layers", None) or 0):
+    if layer >= num_layers - (whole(config, "num_kv_shared_layers") or 0):
         return 0  # Gemma 3n, Gemma 4: the last layers read the cache of an earlier one
     sizes = {
-        "sliding_attention": getattr(config, "sliding_window", None),
-        "chunked_attention": getattr(config, "attention_chunk_size", None),
+        "sliding_attention": whole(config, "sliding_window"),
+        "chunked_attention": whole(config, "attention_chunk_size"),
     }
-    types = getattr(config, "layer_types", None)
+    types = _layer_list(config, "layer_types", str)
     if types is None:  # one kind of layer
         return sizes["sliding_attention"] or sizes["chunked_attention"]
     return sizes.get(types[layer]) if layer < len(types) else None
@@ -162,20 +178,23 @@ def _rope(stack: Stack, config: Any, layer: int, head_dim: int) -> tuple[RopeKin
     if stack.no_rope_layers == "alibi" and getattr(config, "alibi", False):
         return "none", 0
     if stack.no_rope_layers == "layer_types":  # Cohere 2: only the sliding layers rotate
-        types = getattr(config, "layer_types", None)
+        types = _layer_list(config, "layer_types", str)
         if types and layer < len(types) and types[layer] != "sliding_attention":
             return "none", 0
     if stack.no_rope_layers == "no_rope_layers":  # SmolLM 3: 1 where RoPE is used, 0 where it is not
-        used = getattr(config, "no_rope_layers", None)
+        used = _layer_list(config, "no_rope_layers", int)
         if used and layer < len(used) and not used[layer]:
             return "none", 0
     if stack.rotary_dim is not None:
-        return stack.rope, int(getattr(config, stack.rotary_dim, None) or head_dim)
+        return stack.rope, whole(config, stack.rotary_dim) or head_dim
     parameters = getattr(config, "rope_parameters", None)
     fraction = parameters.get("partial_rotary_factor") if isinstance(parameters, Mapping) else None
     if fraction is None:
         fraction = getattr(config, "partial_rotary_factor", None)
-    return stack.rope, int(head_dim * (stack.rotary_fraction if fraction is None else fraction))
+    fraction = stack.rotary_fraction if fraction is None else fraction
+    if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 <= fraction <= 1:
+        raise ConversionError(f"config.json gives no usable partial_rotary_factor: {fraction!r}")
+    return stack.rope, int(head_dim * fraction)
 
 
 def norm_tensors(layer: LayerAttention, norm: Norm, kv_heads: int) -> dict[str, tuple[int, ...]]:

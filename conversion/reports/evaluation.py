@@ -19,7 +19,8 @@ from hf_attn_patch.compat.transformers import attention_name
 from hf_attn_patch.conversion.checkpoints.sizes import human
 from hf_attn_patch.conversion.loadcheck import device_named, quiet
 from hf_attn_patch.documents.bars import progress_bar
-from hf_attn_patch.documents.tokenizers import load_tokenizer, require_same_vocabulary
+from hf_attn_patch.documents.stranger_json import check_model_folder
+from hf_attn_patch.documents.tokenizers import first_line, load_tokenizer, require_same_vocabulary
 from hf_attn_patch.errors import ConversionError, TrainingError
 from hf_attn_patch.losses.chunked import Head, linear_loss
 
@@ -146,6 +147,7 @@ def load_causal(name: str, device: torch.device, dtype: str, attention: str | No
 
     import hf_attn_patch  # also registers the attention and the grouped model families
 
+    check_model_folder(name)
     with quiet(), progress_bar(desc=f"loading {name}", leave=False):
         try:
             model, info = transformers.AutoModelForCausalLM.from_pretrained(
@@ -156,8 +158,8 @@ def load_causal(name: str, device: torch.device, dtype: str, attention: str | No
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # told below, with what is missing
             )
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            text = " ".join(str(error).split())[:200]
+        except Exception as error:  # of the model's constructor, torch or safetensors, from whatever the files hold
+            text = first_line(error)
             raise ConversionError(f"{name} is no causal language model that can be loaded: {text}") from None
     refuse_incomplete(name, model, info)
     if attention is None:

@@ -15,7 +15,6 @@ from hf_attn_patch.conversion.api import StrPath
 from hf_attn_patch.conversion.checkpoints.dtypes import has_nonfinite
 from hf_attn_patch.conversion.checkpoints.hub import resolve
 from hf_attn_patch.conversion.checkpoints.reader import Source, no_reading_errors, open_source
-from hf_attn_patch.conversion.checkpoints.safetensors_header import parse_json_object
 from hf_attn_patch.conversion.checkpoints.writer import CHUNK
 from hf_attn_patch.conversion.execute import FORMAT, Opened, config_sha256, heads_sha256
 from hf_attn_patch.conversion.methods.apply import compute_unit, raw_bytes
@@ -23,6 +22,7 @@ from hf_attn_patch.conversion.methods.registry import METHODS
 from hf_attn_patch.conversion.plan_data import Plan
 from hf_attn_patch.conversion.planner import make_plan
 from hf_attn_patch.documents.bars import progress_bar
+from hf_attn_patch.documents.stranger_json import CONFIG_BYTES, parse_json_object, read_small
 from hf_attn_patch.errors import ConversionError
 
 
@@ -55,7 +55,7 @@ def verify(src: StrPath, dst: StrPath, *, revision: str | None = None, allow_pic
     if not record_path.is_file():
         raise ConversionError(f"{folder} has no conversion.json, so it does not say how it was made")
     with no_reading_errors(str(folder)):
-        record = parse_json_object(record_path.read_bytes(), str(record_path))
+        record = parse_json_object(read_small(record_path, 10 * CONFIG_BYTES), str(record_path))
         result = open_source(folder)
     source = resolve(src, revision=revision, allow_pickle=allow_pickle)
     method, kv_heads, options = record.get("method"), record.get("kv_heads"), record.get("options")
@@ -63,6 +63,9 @@ def verify(src: StrPath, dst: StrPath, *, revision: str | None = None, allow_pic
         raise ConversionError(f"{record_path} records the unknown method {method!r}")
     if not isinstance(kv_heads, (int, list, dict)):
         raise ConversionError(f"{record_path} records no number of KV heads")
+    seed = record.get("seed") or 0
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise ConversionError(f"{record_path} records the seed {seed!r}, which is no number")
     kv_heads = _as_it_was(kv_heads, record.get("attention"))
     if isinstance(written := record.get("format", FORMAT), int) and written > FORMAT:
         raise ConversionError(f"{record_path} is of format {written}, and this version reads up to {FORMAT}: update it")
@@ -72,7 +75,7 @@ def verify(src: StrPath, dst: StrPath, *, revision: str | None = None, allow_pic
                 source,
                 kv_heads,
                 method=method,
-                seed=int(record.get("seed") or 0),
+                seed=seed,
                 options=options,
                 with_code=bool(record.get("with_code")),
             )

@@ -56,10 +56,19 @@ def user_errors(function: Callable[..., Any]) -> Callable[..., Any]:
             with no_progress(kwargs.get("quiet", False)):
                 return function(*args, **kwargs)
         except ConversionError as error:
-            click.echo(f"Error: {' '.join(str(error).split())}", err=True)
+            click.echo(f"Error: {printable(str(error))}", err=True)
             sys.exit(2)
 
     return wrapper
+
+
+def printable(text: str) -> str:
+    """One line that a terminal shows as it is, whatever a file's names hold.
+
+    >>> print(printable("no tensor \\x1b[2J\\n in x"))
+    no tensor \\x1b[2J in x
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
 
 
 def check_picture(name: str) -> None:

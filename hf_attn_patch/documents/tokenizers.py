@@ -18,9 +18,23 @@ def load_tokenizer(name: str) -> Any:
     import transformers
 
     try:
-        return transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise TrainingError(f"{name} has no tokenizer that can be loaded ({str(error).splitlines()[0]})") from error
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        ids = tokenizer(SAMPLE, verbose=False)["input_ids"]
+    except Exception as error:  # of transformers, tokenizers or sentencepiece, from whatever the files hold
+        raise TrainingError(f"{name} has no tokenizer that can be loaded ({first_line(error)})") from error
+    if not all(isinstance(id, (int, type(None))) for id in (*ids, tokenizer.eos_token_id, tokenizer.bos_token_id)):
+        raise TrainingError(f"{name} has a tokenizer whose ids are no numbers")
+    return tokenizer
+
+
+def first_line(error: Exception) -> str:
+    """What went wrong in a library, in short; the kind of error too where it says next to nothing.
+
+    >>> first_line(KeyError("id")), first_line(ValueError("no such file\\nand a long story"))
+    ("KeyError: 'id'", 'no such file')
+    """
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")[:300]
+    return line if isinstance(error, (OSError, ValueError)) and line else f"{type(error).__name__}: {line}"
 
 
 def require_same_vocabulary(student: Any, teacher: Any, student_config: Any, teacher_config: Any) -> None:

@@ -6,7 +6,8 @@ from typing import Any, Literal, cast
 
 import torch
 
-from hf_attn_patch.documents.tokenizers import load_tokenizer, require_same_vocabulary
+from hf_attn_patch.documents.stranger_json import check_model_folder
+from hf_attn_patch.documents.tokenizers import first_line, load_tokenizer, require_same_vocabulary
 from hf_attn_patch.errors import TrainingError
 
 from .model.objectives import CausalObjective, LossWeights, Objective
@@ -28,9 +29,14 @@ def load_config(name: str) -> Any:
     import hf_attn_patch  # noqa: F401  (registers the attention and the grouped model families)
 
     try:
-        return transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise TrainingError(f"{name} is no model that can be loaded: {str(error).splitlines()[0]}") from error
+        check_model_folder(name)
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # a config class refuses what it does not like with whatever it runs into
+        raise TrainingError(f"{name} is no model that can be loaded: {first_line(error)}") from error
+    names = getattr(config, "architectures", None) or []
+    if not isinstance(names, list) or not all(isinstance(one, str) for one in names):
+        raise TrainingError(f"{name} is no model that can be loaded: its architectures are {names!r}")
+    return config
 
 
 def objective_kind(config: Any, wanted: str = "auto") -> Kind:
@@ -61,8 +67,8 @@ def load_model(name: str, config: Any, kind: Kind, *, attention: str, dtype: tor
         return auto.from_pretrained(
             name, config=config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
         )
-    except (OSError, ValueError, ImportError) as error:
-        raise TrainingError(f"{name} can't be loaded for the {kind} objective: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # of the model's constructor, torch or safetensors, from whatever the files hold
+        raise TrainingError(f"{name} can't be loaded for the {kind} objective: {first_line(error)}") from error
 
 
 def make_objective(model: Any, kind: Kind, options: UptrainOptions) -> Objective:

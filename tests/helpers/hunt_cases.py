@@ -46,8 +46,12 @@ class Case:
         return self.folder / name
 
     def damage_json(self, path: Path, keys: tuple[str, ...] = ()) -> None:
-        value = json.loads(path.read_text()) if path.exists() else {}
-        path.write_bytes(dumped(self.draw, mutate_json(self.draw, value, keys)))
+        try:
+            value = json.loads(path.read_text()) if path.exists() else {}
+        except (ValueError, RecursionError):  # it was damaged before
+            path.write_bytes(mutate_bytes(self.draw, path.read_bytes()))
+        else:
+            path.write_bytes(dumped(self.draw, mutate_json(self.draw, value, keys)))
 
     def command(self, *arguments: object, codes: tuple[int, ...] = (0, 2)) -> None:
         """``hf-attn ARGUMENTS``, with paths below this folder."""
@@ -325,7 +329,9 @@ def _training_model(model: str) -> None:
 
 
 KINDS = {
-    "configs": Kind(configs, 24), "headers": Kind(headers, 20), "indices": Kind(indices, 12), "journals": Kind(journals, 10),
-    "records": Kind(records, 8), "pickles": Kind(pickles, 8), "tokenizers": Kind(tokenizers, 8), "loaded": Kind(loaded, 8),
-    "texts": Kind(texts, 14),
+    kind.prepare.__name__: kind
+    for kind in (
+        Kind(configs, 24), Kind(headers, 20), Kind(indices, 12), Kind(journals, 10), Kind(records, 8), Kind(pickles, 8),
+        Kind(tokenizers, 8), Kind(loaded, 8), Kind(texts, 14),
+    )
 }  # fmt: skip

@@ -48,7 +48,7 @@ def odd_value(draw: random.Random, like: Any = None, depth: int = 0) -> Any:
         if isinstance(like, list):
             return draw.choice((like[:-1], like * 2, like[::-1], [like], dict(enumerate(like)), like[:1] * 300))
         if isinstance(like, dict):
-            return draw.choice(({}, [like], list(like.items()), {**like, "": like}, {k: None for k in like}))
+            return draw.choice(({}, [like], list(like.items()), {**like, "": like}, dict.fromkeys(like)))
     if kind < 5:
         return draw.choice(_NUMBERS)
     if kind < 6:
@@ -142,8 +142,8 @@ def mutate_bytes(draw: random.Random, raw: bytes, most: int = 8, within: int | N
             out[at] ^= 1 << draw.randrange(8)
         elif kind < 5:
             out[at:at] = draw.choice((
-                b"\0", b"\xff\xfe", b"\xef\xbb\xbf", b"\xe2\x80\xa8", b"\xc2\x85", b"\xed\xa0\x80", b"\\ud800", b"{", b"]",
-                b'"', b",", b"9" * 5000, b"[" * 3000, b"1e999", b"\r\n", b"\x1b[31m", b"NaN",
+                b"\0", b"\xff\xfe", b"\xef\xbb\xbf", b"\xe2\x80\xa8", b"\xc2\x85", b"\xed\xa0\x80", b"\\ud800", b"{",
+                b"]", b'"', b",", b"9" * 5000, b"[" * 3000, b"1e999", b"\r\n", b"\x1b[31m", b"NaN",
             ))  # fmt: skip
         elif kind < 6:
             del out[at : at + draw.choice((1, 2, 8, 100, len(out)))]
@@ -189,8 +189,8 @@ def odd_text(draw: random.Random, raw: bytes) -> bytes:
         return mutate_bytes(draw, raw)
     return draw.choice((
         b"", b"\n\n\n", b" ", b"\xef\xbb\xbf" + raw, raw.decode().encode("utf-16"), raw.replace(b"\n", b"\r"),
-        raw.replace(b"\n", b"\xe2\x80\xa8"), raw.replace(b"\n", b"\0"), raw.replace(b" ", b""), b"a" * 300_000, b"\xff" * 999,
-        "é̂𝄞\u202e".encode() * 500, b"<eos><pad>" * 200, b"[" * 50_000, b'{"text": "' + b"x" * 100_000,
+        raw.replace(b"\n", b"\xe2\x80\xa8"), raw.replace(b"\n", b"\0"), raw.replace(b" ", b""), b"a" * 300_000,
+        b"\xff" * 999, "é̂𝄞\u202e".encode() * 500, b"<eos><pad>" * 200, b"[" * 50_000, b'{"text": "' + b"x" * 100_000,
     ))  # fmt: skip
 
 

@@ -19,10 +19,10 @@ from hf_attn_patch.conversion.checkpoints.safetensors_header import (
     build_header,
     parse_header,
     parse_index,
-    parse_json_object,
     read_header,
     tensor_nbytes,
 )
+from hf_attn_patch.documents.stranger_json import parse_json_object
 
 #: what the installed safetensors also knows
 DTYPES = ["F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL", "F8_E4M3"]

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from refusals import change_config, convert, listing, refused, run
 
 from hf_attn_patch.conversion import ConversionError
-from hf_attn_patch.conversion.checkpoints.config_limits import check_config_limits
-from hf_attn_patch.conversion.checkpoints.safetensors_header import MAX_CONTAINERS, parse_header, parse_json_object
+from hf_attn_patch.conversion.checkpoints.safetensors_header import parse_header
+from hf_attn_patch.documents.stranger_json import MAX_CONTAINERS, check_config_limits, parse_json_object
 
 # -- folders ----------------------------------------------------------------------------------------------------------
 
