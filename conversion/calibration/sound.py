@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hf_attn_patch.conversion.plan_data import Plan
 from hf_attn_patch.documents.recordings import Recording, recordings
+from hf_attn_patch.documents.tokenizers import first_line
 from hf_attn_patch.errors import ConversionError, TrainingError
 
 from .gather import OWN, parse_sources
@@ -96,10 +97,10 @@ def extractor_of(plan: Plan) -> Any:
 
     try:
         return AutoFeatureExtractor.from_pretrained(str(plan.source.folder), trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of the extractor's constructor, from whatever its file holds
         raise ConversionError(
             f"--calibrate: {plan.source.name} has no feature extractor that can be loaded"
-            f" ({str(error).splitlines()[0][:120]}); put preprocessor_config.json beside the weights"
+            f" ({first_line(error)}); put preprocessor_config.json beside the weights"
         ) from None
 
 
