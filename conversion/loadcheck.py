@@ -14,6 +14,7 @@ from hf_attn_patch.errors import ConversionError
 
 from .checkpoints.dtypes import torch_dtype
 from .families.config import architectures
+from .families.layer_config import config_object
 from .plan_data import Plan
 
 
@@ -47,9 +48,7 @@ def model_class_of(raw: Mapping[str, Any], config: Any) -> Any:
 
 
 def _check(raw: Mapping[str, Any], tensors: Mapping[str, tuple[str, tuple[int, ...]]], what: str) -> None:
-    from transformers import CONFIG_MAPPING
-
-    config = CONFIG_MAPPING[raw["model_type"]].from_dict(dict(raw))
+    config = config_object(raw)
     model_class = model_class_of(raw, config)
     if model_class is None:
         return  # a class that is not known here: attention was checked, the rest is the owner's

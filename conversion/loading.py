@@ -11,6 +11,7 @@ from hf_attn_patch.errors import ConversionError
 from .api import StrPath
 from .api import plan as make_plan
 from .checkpoints.reader import no_reading_errors
+from .families.layer_config import config_object
 from .methods.apply import compute_unit
 from .plan_data import KVHeads, Plan
 
@@ -50,9 +51,9 @@ def from_pretrained(
     )  # fmt: skip
     with no_reading_errors(made.source.name):
         state = converted_state(made, allow_nonfinite=allow_nonfinite)
-    from transformers import CONFIG_MAPPING, GenerationConfig
+    from transformers import GenerationConfig
 
-    config = CONFIG_MAPPING[made.new_config["model_type"]].from_dict(dict(made.new_config))
+    config = config_object(made.new_config)
     config.name_or_path = made.source.name
     if is_auto_class(model_class):  # an Auto class: without a path it needs to be told the class
         model_class = _concrete(model_class, config)

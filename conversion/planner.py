@@ -16,8 +16,9 @@ from hf_attn_patch.hf.auto_classes import PREFIX
 from .checkpoints.dtypes import FLOATS
 from .checkpoints.reader import Source
 from .checkpoints.shards import same_shards, split_shards
+from .families.accounts import refuse_unaccounted
 from .families.config import LanguageModel, architectures, read_config, speaks
-from .families.layer import LayerAttention, norm_tensors, of_one_number
+from .families.layer import LayerAttention, attribute, norm_tensors, of_one_number
 from .families.table import Norm, Projection, Stack
 from .methods.registry import method_named
 from .plan_data import KVHeads, NewTensor, Plan, Unit
@@ -60,6 +61,8 @@ def make_plan(
     for layer in layers:
         _check_layer(source, layer)
     _check_layer_count(source, model)
+    if chosen.scope == "layer":
+        refuse_unaccounted({name: t.shape for name, t in source.tensors.items()}, layers, chosen.name)
     plan = ReadablePlan(
         source, model.family, model.model_type, model.config, model.text_config, new_config, tuple(layers), chosen,
         chosen.resolve(options or {}), seed, kv_heads, warnings=tuple(model.warnings), with_code=with_code,
@@ -91,6 +94,17 @@ def _tokenizer_has_code(source: Source) -> bool:
 def _add_code(config: dict[str, Any]) -> None:
     """Say in a result's config.json where its code is."""
     model_type = str(config.get("model_type"))
+    inside = [
+        str(part["model_type"])
+        for part in config.values()
+        if isinstance(part, dict) and str(part.get("model_type")).startswith(PREFIX)
+    ]
+    if not model_type.startswith(PREFIX) and inside:
+        raise ConversionError(
+            f"--with-code cannot help here: the language model inside this {model_type} becomes {inside[0]}, and "
+            f"transformers' own {model_type} asks no code of a checkpoint for its parts. Where the result is loaded, "
+            "hf_attn_patch must be installed and imported; leave the option out"
+        )
     if not model_type.startswith(PREFIX):
         raise ConversionError(
             f"--with-code is for models that need code of hf_attn_patch; the result is a plain {model_type}, which "
@@ -136,7 +150,12 @@ def _with_targets(model: LanguageModel, kv_heads: KVHeads) -> list[LayerAttentio
     out = []
     for stack, layers in model.stacks:
         target = wanted.get(stack.name)
-        numbers = [layer.kv_heads for layer in layers] if target is None else _per_layer(target, len(layers), stack)
+        if target is None:
+            numbers = [layer.kv_heads for layer in layers]
+        elif isinstance(target, int):
+            numbers = [stack.kv_field.wanted(model.text_config, target, layer.index) for layer in layers]
+        else:
+            numbers = _per_layer(target, len(layers), stack)
         for layer, number in zip(layers, numbers, strict=True):
             out.append(_with_target(layer, number))
     return out
@@ -147,27 +166,30 @@ def _of_ranges(wanted: Mapping[str, Any], model: LanguageModel) -> list[int]:
     if len(model.stacks) > 1:
         names = ", ".join(stack.name for stack, _ in model.stacks)
         raise ConversionError(f"ranges of layers are for models with one attention, and {model.model_type} has {names}")
-    numbers: list[Any] = [layer.kv_heads for layer in model.stacks[0][1]]
+    layers = model.stacks[0][1]
+    numbers: dict[int, Any] = {layer.index: layer.kv_heads for layer in layers}  # hybrids: of some layers
     given: set[int] = set()
     for name, number in wanted.items():
         match = re.fullmatch(r"(\d+)(?:-(\d+))?", name)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
-        if not match or first > last or last >= len(numbers):
-            raise ConversionError(f"{name!r} is no range of the layers 0 to {len(numbers) - 1}; write 10-20=4")
-        if given & set(range(first, last + 1)):
+        if not match or first > last or last > max(numbers):
+            raise ConversionError(f"{name!r} is no range of the layers 0 to {max(numbers)}; write 10-20=4")
+        named = set(range(first, last + 1))
+        if given & named:
             raise ConversionError(f"the range {name} names a layer that another range named already")
-        given |= set(range(first, last + 1))
-        numbers[first : last + 1] = [number] * (last + 1 - first)
-    return numbers
+        if not named & set(numbers):
+            raise ConversionError(f"no layer of {name} has attention; those that have: {', '.join(map(str, numbers))}")
+        given |= named
+        numbers.update(dict.fromkeys(named & set(numbers), number))
+    return list(numbers.values())
 
 
-def _per_layer(target: int | Sequence[int], num_layers: int, stack: Stack) -> list[int]:
-    if isinstance(target, int):
-        return [target] * num_layers
+def _per_layer(target: Sequence[int], num_layers: int, stack: Stack) -> list[int]:
     numbers = list(target)
     if len(numbers) != num_layers:
         raise ConversionError(
-            f"{len(numbers)} numbers of KV heads for {num_layers} layers ({stack.name}); give one per layer"
+            f"{len(numbers)} numbers of KV heads for {num_layers} layers{' with attention' * stack.sparse} "
+            f"({stack.name}); give one per layer"
         )
     return numbers
 
@@ -217,18 +239,25 @@ def projection_shape(layer: LayerAttention, projection: Projection, kv_heads: in
 
 def has_norm(source: Source, layer: LayerAttention, norm: Norm) -> bool:
     """Whether this checkpoint uses the norm at all (cohere, stablelm: an option of the config)."""
-    return any(name in source.tensors for name in norm_tensors(layer, norm, layer.kv_heads))
+    names = norm_tensors(layer, norm, layer.kv_heads)
+    if norm.or_shared and any(
+        name in source.tensors and source.tensors[name].shape == (layer.head_dim,) for name in names
+    ):
+        return False
+    return any(name in source.tensors for name in names)
 
 
 def _check_layer(source: Source, layer: LayerAttention) -> None:
     """Every attention tensor of a layer against the config's numbers."""
     why = f"{layer.heads} heads, {layer.kv_heads} KV heads of {layer.head_dim}, width {layer.width}"
     for projection in layer.stack.projections:
+        if projection.optional and layer.name(projection.module) not in source.tensors:
+            continue
         _expect(source, layer.name(projection.module), projection_shape(layer, projection, layer.kv_heads), why)
         bias = layer.name(projection.module, "bias")
         if bias in source.tensors:
             _expect(source, bias, (layer.rows(projection, layer.kv_heads),), why)
-    rows, columns = layer.width, layer.heads * layer.head_dim
+    rows, columns = layer.width, layer.heads * layer.value_dim
     shape = (columns, rows) if layer.stack.output_transposed else (rows, columns)
     _expect(source, layer.name(layer.stack.output), shape, why)
     if layer.name(layer.stack.output, "bias") in source.tensors:
@@ -243,11 +272,12 @@ def _check_layer(source: Source, layer: LayerAttention) -> None:
 
 def _check_layer_count(source: Source, model: LanguageModel) -> None:
     """A layer that the config does not know of would keep its old heads."""
-    for _, layers in model.stacks:
-        extra = model.prefix + layers[0].stack.layer.format(i=len(layers))
+    for stack, _ in model.stacks:
+        count = attribute(model.text_config, stack.num_layers)
+        extra = model.prefix + stack.layer.format(i=count)
         for name in source.tensors:
             if name.startswith(extra):
-                raise ConversionError(f"config.json says {len(layers)} layers, but {source.name} has tensor {name!r}")
+                raise ConversionError(f"config.json says {count} layers, but {source.name} has tensor {name!r}")
 
 
 def _plan_tensors(plan: Plan) -> None:
@@ -275,9 +305,10 @@ def _plan_tensors(plan: Plan) -> None:
 
 def _units_of(layer: LayerAttention, source: Source, scope: str) -> list[Unit]:
     norms = tuple(norm for norm in layer.stack.norms if has_norm(source, layer, norm))
+    projections = tuple(p for p in layer.stack.projections if not p.optional or layer.name(p.module) in source.tensors)
     if scope == "layer":
-        return [Unit(layer, layer.stack.projections, norms, output=True)]
-    alone = [Unit(layer, (p,)) for p in layer.stack.projections if "k" in p.holds or "v" in p.holds]
+        return [Unit(layer, projections, norms, output=True)]
+    alone = [Unit(layer, (p,)) for p in projections if "k" in p.holds or "v" in p.holds]
     return alone + [Unit(layer, (), (norm,)) for norm in norms if norm.of == "k"]
 
 

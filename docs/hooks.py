@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from hf_attn_patch.conversion.families.refused import REFUSED
 from hf_attn_patch.conversion.families.table import FAMILIES, Stack
 from hf_attn_patch.conversion.methods.registry import METHODS
 
@@ -53,9 +54,9 @@ def special(stack: Stack) -> list[str]:
     facts = []
     fused = [p for p in stack.projections if len(p.holds) > 1]
     if fused:
-        form = {"groups": "by groups", "rows": ""}[fused[0].form] or f"in {fused[0].blocks} blocks" * (
-            fused[0].blocks > 1
-        )
+        form = {"groups": "by groups", "heads": "by heads", "rows": ""}[
+            fused[0].form
+        ] or f"in {fused[0].blocks} blocks" * (fused[0].blocks > 1)
         facts.append(" ".join(filter(None, (f"fused `{fused[0].module}` ({fused[0].holds})", form))))
     if any(p.transposed for p in stack.projections):
         facts.append("weights [in, out]")
@@ -69,6 +70,16 @@ def special(stack: Stack) -> list[str]:
         facts.append("some layers without RoPE" if stack.no_rope_layers != "alibi" else "RoPE or ALiBi")
     if stack.shared_qk_norm:
         facts.append("norm on q and k before the scores")
+    if stack.keys_fixed and not stack.shared_qk_norm:
+        facts.append("norm without gains on q and k")
+    if stack.values_fixed:
+        facts.append("a gate or norm behind the values, which are averaged")
+    if stack.sparse:
+        facts.append("in some layers only")
+    if stack.value_dim:
+        facts.append("value heads of another width")
+    if stack.kv_field.varies in ("layers", "types"):
+        facts.append(f"KV heads by {'layer' if stack.kv_field.varies == 'layers' else 'type of layer'}")
     if stack.norms:
         forms = {"flat": "one norm over all heads", "heads": "a gain for each head", "list": "a norm for each head"}
         facts.append(forms[stack.norms[0].form])
@@ -95,6 +106,11 @@ def families(grouped: bool) -> str:
     if grouped:
         return table(("Family", "Becomes", "KV heads in", "What is special"), rows)
     return table(("Families", "What is special"), rows)
+
+
+def refused() -> str:
+    rows = [(", ".join(f"`{name}`" for name in names), why) for why, names in REFUSED.items()]
+    return table(("Families", "Why"), rows)
 
 
 def results() -> str:
@@ -136,6 +152,7 @@ MARKS = {
     "first numbers": first_numbers,
     "methods": methods,
     "families: stock": lambda: families(grouped=False),
+    "families: refused": refused,
     "families: grouped": lambda: families(grouped=True),
     "results": results,
 }

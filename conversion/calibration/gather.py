@@ -105,5 +105,9 @@ def gathered(
 
 def _written(plan: Plan, model: Any, tokens: int, length: int, device: torch.device) -> Tensor:
     writer = model if model.device == device else copy.deepcopy(model).to(device)
-    row_bytes = length * sum(2 * layer.kv_heads * layer.head_dim for layer in plan.layers) * writer.dtype.itemsize
+    row_bytes = (
+        length
+        * sum(layer.kv_heads * (layer.head_dim + layer.value_dim) for layer in plan.layers)
+        * writer.dtype.itemsize
+    )
     return own_samples(writer, tokens, length, seed=plan.seed, row_bytes=row_bytes)

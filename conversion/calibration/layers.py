@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from hf_attn_patch.compat.transformers import model_from_config
 from hf_attn_patch.conversion.families.config import architectures
 from hf_attn_patch.conversion.families.layer import LayerAttention
+from hf_attn_patch.conversion.families.layer_config import config_object
 from hf_attn_patch.conversion.loadcheck import model_class_of, quiet
 from hf_attn_patch.conversion.plan_data import Plan
 from hf_attn_patch.errors import ConversionError
@@ -145,9 +146,9 @@ def _as_read(given: Tensor, model: nn.Module) -> Tensor:
 
 def meta_model(plan: Plan) -> nn.Module:
     """The converted model without weights."""
-    from transformers import CONFIG_MAPPING, AutoModel
+    from transformers import AutoModel
 
-    config = CONFIG_MAPPING[plan.new_config["model_type"]].from_dict(dict(plan.new_config))
+    config = config_object(plan.new_config)
     config.use_cache = False
     model_class = model_class_of(plan.new_config, config)
     with torch.device("meta"), quiet():
@@ -183,13 +184,12 @@ def load(plan: Plan) -> Any:
     called as the result's will be (GPT-Neo's stock layers, for one, know their window by themselves).
     """
     import transformers
-    from transformers import CONFIG_MAPPING
 
     raw = dict(plan.source.config)
     if plan.family.becomes and raw["model_type"] != plan.family.becomes:
         raw["model_type"] = plan.family.becomes
         raw["architectures"] = [f"Grouped{name}" for name in architectures(raw)]
-    config = CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
+    config = config_object(raw)
     model_class = model_class_of(raw, config) or transformers.AutoModel
     with quiet():
         try:

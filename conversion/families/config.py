@@ -10,6 +10,7 @@ from hf_attn_patch.documents.stranger_json import check_config_limits
 from hf_attn_patch.errors import ConversionError
 
 from .layer import LayerAttention, stack_layers
+from .layer_config import config_object
 from .table import TEXT_PREFIXES, Family, Stack, family_of, supported
 
 
@@ -34,7 +35,7 @@ class LanguageModel:
     def locate(self, names: Collection[str]) -> None:
         """Find the prefix under which this checkpoint keeps its layers, and put it before every layer's names."""
         for prefix in self.prefixes:
-            found = [_has(names, prefix, layers) for _, layers in self.stacks]
+            found = [_has(names, prefix, layers if stack.sparse else layers[:1]) for stack, layers in self.stacks]
             if any(found):
                 self.prefix = prefix
                 break
@@ -46,7 +47,14 @@ class LanguageModel:
                 f"where {self.model_type} keeps it"
             )
         self.stacks = [
-            (stack, [replace(layer, prefix=self.prefix + layer.prefix) for layer in layers])
+            (
+                stack,
+                [
+                    replace(layer, prefix=self.prefix + layer.prefix)
+                    for layer in layers
+                    if not stack.sparse or _has(names, self.prefix, [layer], "k")
+                ],
+            )
             for (stack, layers), here in zip(self.stacks, found, strict=True)
             if here or not stack.optional
         ]
@@ -62,16 +70,21 @@ class LanguageModel:
         for stack, _ in self.stacks:
             own = [layer for layer in layers if layer.stack is stack]
             if any(layer.changes for layer in own) or self.family.becomes:
-                stack.kv_field.write(part, self.text_config, own[0].heads, [layer.new_kv_heads for layer in own])
+                numbers = {layer.index: layer.new_kv_heads for layer in own}
+                stack.kv_field.write(part, self.text_config, own[0].heads, numbers)
         if self.family.becomes:
             part["model_type"] = self.family.becomes
             part["architectures"] = [f"Grouped{n.removeprefix('Grouped')}" for n in architectures(part)]
 
 
-def _has(names: Collection[str], prefix: str, layers: list[LayerAttention]) -> bool:
-    """Whether a checkpoint has a tensor of a stack's first layer."""
-    modules = (projection.module for projection in layers[0].stack.projections)
-    starts = tuple(f"{prefix}{layers[0].prefix}{module}." for module in modules)
+def _has(names: Collection[str], prefix: str, layers: list[LayerAttention], role: str = "") -> bool:
+    """Whether a checkpoint has a tensor of one of these layers, of the projection of ``role`` if that is given."""
+    starts = tuple(
+        f"{prefix}{layer.prefix}{projection.module}."
+        for layer in layers
+        for projection in layer.stack.projections
+        if role in projection.holds
+    )
     return any(name.startswith(starts) for name in names)
 
 
@@ -123,11 +136,12 @@ def read_config(raw: dict[str, Any], where: str) -> LanguageModel:
         raise ConversionError(f"{where} names no model_type, so the family is unknown")
     _refuse_quantized(raw, where)
     check_config_limits(raw, where)
+    known = supported()  # packages that declare families may bring config classes with them
     config = _config_object(raw, model_type, where)
     text = getattr(config, "text_config", None)
     path: tuple[str, ...] = ()
     text_config, text_type = config, model_type
-    if text is not None and getattr(text, "model_type", None) is not None and model_type not in supported():
+    if text is not None and getattr(text, "model_type", None) is not None and model_type not in known:
         text_config, text_type = text, text.model_type
         if isinstance(raw.get("text_config"), dict):
             path = ("text_config",)
@@ -149,15 +163,11 @@ def _config_object(raw: dict[str, Any], model_type: str, where: str) -> Any:
     """transformers' config of this type; its classes fill in defaults. Never runs code from a checkpoint."""
     from transformers import CONFIG_MAPPING
 
-    try:
-        config_class = CONFIG_MAPPING[model_type]
-    except KeyError:
+    if model_type not in CONFIG_MAPPING:
         family_of(model_type)  # names the nearest family if it is unknown to us too
-        raise ConversionError(
-            f"{where}: this version of transformers does not know {model_type!r}; upgrade it"
-        ) from None
+        raise ConversionError(f"{where}: this version of transformers does not know {model_type!r}; upgrade it")
     try:
-        return config_class.from_dict(dict(raw))
+        return config_object(raw)
     except Exception as error:  # the classes validate by many exception types of their own
         text = " ".join(str(error).split())
         raise ConversionError(f"{where} is no valid {model_type} config: {text[:300]}") from None

@@ -16,19 +16,23 @@ class Projection:
 
     Attributes:
         module: its name below the layer's prefix.
-        holds: what its outputs are, in order: ``"q"``, ``"kv"``, ``"qkv"``, ``"qvk"``, ...
-        form: ``"rows"``: all heads of the first, then all heads of the next; ``"groups"``: for each KV head its G
-            query heads, then its k, then its v (with G = 1: per head q, k, v; with one KV head: the same as rows).
+        holds: what its outputs are, in order: ``"q"``, ``"kv"``, ``"qkv"``, ``"qvk"``, ``"qg"`` (g: a gate for each
+            query head, elementwise on what attention gives it), ...
+        form: ``"rows"``: all heads of the first, then all heads of the next; ``"heads"``: for each head one of each;
+            ``"groups"``: for each KV head its G query heads, then its k, then its v (with G = 1: per head q, k, v; with
+            one KV head: the same as rows).
         blocks: with ``"rows"``: the whole pattern repeats this often, each time for a share of the heads (CodeGen: 4,
             or as many as divide the number of KV heads too).
         transposed: the weight is [in, out], as in GPT-2's Conv1D.
+        optional: a layer without it takes the keys (before their norm and RoPE) for values (Gemma 4).
     """
 
     module: str
     holds: str
-    form: Literal["rows", "groups"] = "rows"
+    form: Literal["rows", "groups", "heads"] = "rows"
     blocks: int = 1
     transposed: bool = False
+    optional: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,19 +44,27 @@ class Norm:
         of: ``"q"`` or ``"k"``.
         form: ``"heads"``: weight [heads, D]; ``"flat"``: weight [heads * D], normalised over all heads together;
             ``"list"``: one ``{module}.norms.{head}.weight`` [D] per head.
+        or_shared: it may also be one gain [D] for all heads, by the config; then it stays.
     """
 
     module: str
     of: Literal["q", "k"]
     form: Literal["heads", "flat", "list"]
+    or_shared: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Stack:
     """One kind of attention that a model has in each of its layers (a decoder's own, its cross-attention, ...).
 
-    ``num_layers``, ``heads``, ``head_dim``, ``width`` and ``kv_width`` name config attributes: the number of layers,
-    HQ, D (absent or None: E // HQ), E, and the width of what K and V are made from (cross-attention; None: E).
+    ``num_layers``, ``heads``, ``head_dim``, ``value_dim``, ``width``, ``q_width`` and ``kv_width`` name config
+    attributes: the number of layers, HQ, D (absent or None: E // HQ), the width of a value head (None: D), E, and the
+    widths of what Q and what K and V are made from (None: E). ``heads`` may be a list with one number for each layer.
+
+    What stands between a projection and where its basis no longer matters is said by the row, because most of it has no
+    tensors: ``keys_fixed`` for K (a norm without gains), ``values_fixed`` for V and O (a gate for each dimension, a
+    norm). K or V of such layers are averaged where others are turned into a common basis. Each is a bool, or the name
+    of a config attribute that decides.
     """
 
     name: str = "self"
@@ -66,12 +78,19 @@ class Stack:
     output_transposed: bool = False
     norms: tuple[Norm, ...] = ()
     sinks: str | None = None  # a tensor [HQ]
-    shared_qk_norm: bool = False  # a norm with one gain [D] for all heads stands between projection and scores
+    shared_qk_norm: bool = False  # a norm with one gain [D] for all heads may stand between projection and scores
+    keys_fixed: bool | str = False
+    values_fixed: bool | str = False
+    others: tuple[str, ...] = ()  # what else belongs to the attention and stays as it is, whatever its KV heads
+    ordered_heads: bool = False  # one of the others goes by a query head's index (a gate for each head): never permute
+    sparse: bool = False  # only some layers have it (hybrids): those whose tensors are there
     kv_field: KVField = field(default_factory=KVField)
     num_layers: str = "num_hidden_layers"
     heads: str = "num_attention_heads"
     head_dim: str | None = "head_dim"
+    value_dim: str | None = None
     width: str = "hidden_size"
+    q_width: str | None = None
     kv_width: str | None = None
     rope: RopeKind = "half"
     rotary_fraction: float = 1.0  # where the config does not say

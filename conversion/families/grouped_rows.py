@@ -7,7 +7,7 @@ Rows are read by ``table.py``, which is the door to them.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,16 +36,16 @@ class TowerField(KVField):
         value = getattr(getattr(config, self.tower), self.name, None)
         return heads if value is None else int(value)
 
-    def write(self, raw: dict[str, Any], config: Any, heads: int, kv_heads: Sequence[int]) -> None:
+    def write(self, raw: dict[str, Any], config: Any, heads: int, kv_heads: Mapping[int, int]) -> None:
         # the whole inner config: older checkpoints leave out what is as the defaults have it
         inner = json.loads(json.dumps(getattr(config, self.tower).to_dict()))
-        raw[self.tower] = {**inner, self.name: self._number(kv_heads), "model_type": self.becomes}
+        raw[self.tower] = {**inner, self.name: self._number(list(kv_heads.values())), "model_type": self.becomes}
         raw.pop(f"{self.tower}_dict", None)
 
 
 _DECODER = Stack(head_dim=None, rope="none", output="out_proj")
 #: attentions that know their layer, so that each may have its own number of KV heads
-_LAYERED = replace(_DECODER, kv_field=KVField(per_layer=True))
+_LAYERED = replace(_DECODER, kv_field=KVField(varies="list"))
 
 _GPT2 = replace(
     _LAYERED,
@@ -70,6 +70,7 @@ _BERT = replace(
     layer="encoder.layer.{i}.attention.",
     projections=_separate("self.query", "self.key", "self.value"),
     output="output.dense",
+    others=("output.LayerNorm",),  # behind the output
     causal=False,
 )
 _BERT_CROSS = replace(
@@ -90,6 +91,7 @@ _T5_ENCODER = replace(
     kv_field=KVField("encoder_kv_heads"),
     num_layers="num_layers",
     head_dim="d_kv",
+    others=("relative_attention_bias",),
     fixed_heads=True,  # the relative position bias has one number for each head
     causal=False,
     cached=False,

@@ -18,9 +18,10 @@ if TYPE_CHECKING:
 class AttentionWeights:
     """The weights of one attention layer, by heads; what a method does not get is None.
 
-    Shapes before (after) a conversion: q [HQ, D, E], k and v [HKV (new HKV), D, E], o [HQ, E, D]; biases [heads, D]
-    for q, k, v and [E] for o; norms' gains [heads, D]; sinks [HQ]. Floating point, at least fp32. Which tensors
-    exist is the checkpoint's choice: a method gives back those that it got, in the new shapes.
+    Shapes before (after) a conversion: q [HQ, D, E], k [HKV (new HKV), D, E], v [HKV (new HKV), Dv, E], a gate g
+    [HQ, Dv, E], o [HQ, E, Dv]; biases [heads, D] for q, k, v, g and [E] for o; norms' gains [heads, D]; sinks [HQ].
+    Floating point, at least fp32. Which tensors exist is the checkpoint's choice: a method gives back those that it
+    got, in the new shapes.
     """
 
     layer: LayerAttention
@@ -30,6 +31,8 @@ class AttentionWeights:
     k_bias: Tensor | None = None
     v: Tensor | None = None
     v_bias: Tensor | None = None
+    g: Tensor | None = None
+    g_bias: Tensor | None = None
     o: Tensor | None = None
     o_bias: Tensor | None = None
     q_norm: Tensor | None = None
@@ -43,16 +46,24 @@ class AttentionWeights:
         return replace(self, **moved)
 
 
-def split(projection: Projection, out: Tensor, heads: int, kv_heads: int, head_dim: int) -> dict[str, Tensor]:
+def split(
+    projection: Projection, out: Tensor, heads: int, kv_heads: int, head_dim: int, value_dim: int | None = None
+) -> dict[str, Tensor]:
     """Take the outputs of a projection apart.
 
     Args:
         out: [rows, ...]: a weight [rows, E] (already the right way round) or a bias [rows].
+        value_dim: Dv; None: D. Other than D only where the projection holds one role.
 
     Returns:
-        for each of the letters in ``projection.holds``: [heads or kv_heads, D, ...].
+        for each of the letters in ``projection.holds``: [heads or kv_heads, D or Dv, ...].
     """
     rest = out.shape[1:]
+    if len(projection.holds) == 1 and projection.holds in "vg":
+        head_dim = value_dim or head_dim
+    if projection.form == "heads":
+        each = out.reshape(-1, len(projection.holds), head_dim, *rest)
+        return {role: each[:, i] for i, role in enumerate(projection.holds)}
     if projection.form == "groups":
         size = heads // kv_heads
         grouped = out.reshape(kv_heads, size + 2, head_dim, *rest)
@@ -61,8 +72,8 @@ def split(projection: Projection, out: Tensor, heads: int, kv_heads: int, head_d
             "k": grouped[:, size],
             "v": grouped[:, size + 1],
         }
-    blocks = math.gcd(projection.blocks, kv_heads)
-    counts = [heads if role == "q" else kv_heads for role in projection.holds]
+    blocks = math.gcd(projection.blocks, kv_heads) if projection.blocks > 1 else 1
+    counts = [heads if role in "qg" else kv_heads for role in projection.holds]
     blocked = out.reshape(blocks, sum(counts) // blocks, head_dim, *rest)
     parts = blocked.split([n // blocks for n in counts], dim=1)
     return {
@@ -76,6 +87,8 @@ def join(projection: Projection, parts: dict[str, Tensor]) -> Tensor:
 
     first = parts[projection.holds[0]]
     head_dim, rest = first.shape[1], first.shape[2:]
+    if projection.form == "heads":
+        return torch.stack([parts[role] for role in projection.holds], 1).reshape(-1, *rest)
     if projection.form == "groups":
         q, k, v = parts["q"], parts["k"], parts["v"]
         kv_heads = k.shape[0]

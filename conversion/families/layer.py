@@ -9,18 +9,22 @@ from typing import Any
 from hf_attn_patch.errors import ConversionError, GroupingError
 from hf_attn_patch.grouping import KVGrouping
 
+from .layer_config import layer_config
 from .table import Norm, Projection, RopeKind, Stack
 
 
 @dataclass(frozen=True, slots=True)
 class LayerAttention:
-    """One layer of one stack: HQ, HKV before and after, D, E, and how positions enter.
+    """One layer of one stack: HQ, HKV before and after, D and Dv, E, and how positions enter.
 
     Attributes:
         prefix: what stands before the module names, e.g. ``model.layers.3.self_attn.``.
         rope: the pairing of rotary planes: "half" pairs (i, i + rotary_dims / 2), "interleaved" (2i, 2i + 1).
         rotary_dims: how many of the D dimensions, from the first on, rotate; the others carry no position.
+        value_dim: Dv, the width of a value head; D but in few families.
+        width, q_width, kv_width: of what O writes, of what Q, and of what K and V read.
         fixed_heads: a query head's index means something, so heads may not be permuted.
+        keys_fixed, values_fixed: something after K's (V's) projection knows its basis, so it may not be changed.
         keeps: tokens that its cache holds at most (sliding windows, chunks; 0: it reads another layer's); None: all.
     """
 
@@ -36,7 +40,15 @@ class LayerAttention:
     rope: RopeKind
     rotary_dims: int
     fixed_heads: bool
+    keys_fixed: bool = False
+    values_fixed: bool = False
     keeps: int | None = None
+    value_dim: int = 0  # 0: head_dim
+    q_width: int = 0  # 0: width
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "value_dim", self.value_dim or self.head_dim)
+        object.__setattr__(self, "q_width", self.q_width or self.width)
 
     def kept(self, tokens: int) -> int:
         """Of so many tokens, those whose K and V this layer keeps."""
@@ -60,12 +72,16 @@ class LayerAttention:
         """The full name of a tensor of this layer."""
         return f"{self.prefix}{module}.{what}"
 
+    def dim(self, role: str) -> int:
+        """The width of a head of q, k (D), v or the gate g (Dv)."""
+        return self.head_dim if role in "qk" else self.value_dim
+
     def rows(self, projection: Projection, kv_heads: int) -> int:
         """Outputs of a projection when there are ``kv_heads`` KV heads."""
-        return sum(self.heads if role == "q" else kv_heads for role in projection.holds) * self.head_dim
+        return sum((self.heads if role in "qg" else kv_heads) * self.dim(role) for role in projection.holds)
 
     def inputs(self, projection: Projection) -> int:
-        return self.kv_width if "k" in projection.holds or "v" in projection.holds else self.width
+        return self.kv_width if "k" in projection.holds or "v" in projection.holds else self.q_width
 
     def count(self, norm: Norm, kv_heads: int) -> int:
         """How many heads' gains a norm has."""
@@ -115,28 +131,16 @@ def _layer_list(config: Any, name: str, kind: type) -> list[Any] | None:
 
 def stack_layers(stack: Stack, config: Any, where: str) -> list[LayerAttention]:
     """Every layer of a stack as the config describes it, nothing changed yet (prefixes without the model's own)."""
-    heads, width = positive(config, stack.heads, where), positive(config, stack.width, where)
-    num_layers = positive(config, stack.num_layers, where)
-    kv = stack.kv_field.read(config, heads)
-    per_layer = list(kv) if isinstance(kv, (list, tuple)) else None
-    if per_layer is not None and len(per_layer) != num_layers:
-        raise ConversionError(f"{where} gives {len(per_layer)} numbers of KV heads for {num_layers} layers")
-    explicit = attribute(config, stack.head_dim) if stack.head_dim else None
-    if explicit is None and width % heads:
-        raise ConversionError(f"{where} gives {heads} heads for a width of {width}, which does not divide evenly")
-    head_dim = width // heads if explicit is None else positive(config, stack.head_dim or "", where)
-    kv_width = positive(config, stack.kv_width, where) if stack.kv_width else width
+    width, num_layers = positive(config, stack.width, where), positive(config, stack.num_layers, where)
+    q_width, kv_width = (positive(config, name, where) if name else width for name in (stack.q_width, stack.kv_width))
+    alibi = bool(stack.no_rope_layers == "alibi" and getattr(config, "alibi", False))
     layers = []
     for i in range(num_layers):
-        number = kv if per_layer is None else per_layer[i]
-        if isinstance(number, bool) or not isinstance(number, int) or number >= ABSURD:
-            raise ConversionError(f"{where} gives no usable {stack.kv_field.name}: {number!r}")
-        try:
-            KVGrouping(heads, number)
-        except GroupingError as error:
-            raise ConversionError(f"{where} is inconsistent: {error}") from None
-        rope, rotary = _rope(stack, config, i, head_dim)
-        fixed = stack.fixed_heads or bool(stack.no_rope_layers == "alibi" and getattr(config, "alibi", False))
+        own = layer_config(config, i)
+        heads = _heads(stack, own, i, num_layers, where)
+        head_dim = _head_dim(stack, own, heads, width, where)
+        rope, rotary = _rope(stack, own, i, head_dim)
+        number = _kv_heads(stack, own, heads, i, num_layers, where)
         layers.append(
             LayerAttention(
                 stack,
@@ -150,11 +154,56 @@ def stack_layers(stack: Stack, config: Any, where: str) -> list[LayerAttention]:
                 kv_width,
                 rope,
                 rotary,
-                fixed,
+                stack.fixed_heads or alibi,
+                holds(stack.keys_fixed, own),
+                holds(stack.values_fixed, own),
                 None if stack.cross else _keeps(config, i, num_layers),
+                positive(own, stack.value_dim, where) if stack.value_dim else head_dim,
+                q_width,
             )
         )
     return layers
+
+
+def holds(fact: bool | str, config: Any) -> bool:
+    """A fact of a row: by itself, or by the config attribute of that name."""
+    return bool(attribute(config, fact)) if isinstance(fact, str) else fact
+
+
+def _heads(stack: Stack, config: Any, layer: int, num_layers: int, where: str) -> int:
+    """HQ of one layer."""
+    value = attribute(config, stack.heads)
+    if not isinstance(value, (list, tuple)):
+        return positive(config, stack.heads, where)
+    if len(value) != num_layers or isinstance(value[layer], bool) or not isinstance(value[layer], int):
+        raise ConversionError(f"{where} gives no usable {stack.heads}: {value!r}")
+    if not 1 <= value[layer] < ABSURD:
+        raise ConversionError(f"{where} gives no usable {stack.heads}: {value[layer]!r}")
+    return int(value[layer])
+
+
+def _head_dim(stack: Stack, config: Any, heads: int, width: int, where: str) -> int:
+    explicit = attribute(config, stack.head_dim) if stack.head_dim else None
+    if explicit is not None:
+        return positive(config, stack.head_dim or "", where)
+    if width % heads:
+        raise ConversionError(f"{where} gives {heads} heads for a width of {width}, which does not divide evenly")
+    return width // heads
+
+
+def _kv_heads(stack: Stack, config: Any, heads: int, layer: int, num_layers: int, where: str) -> int:
+    """HKV of one layer."""
+    listed = stack.kv_field.read(config, heads)
+    if isinstance(listed, (list, tuple)) and len(listed) != num_layers:
+        raise ConversionError(f"{where} gives {len(listed)} numbers of KV heads for {num_layers} layers")
+    number = stack.kv_field.of_layer(config, heads, layer)
+    if isinstance(number, bool) or not isinstance(number, int) or number >= ABSURD:
+        raise ConversionError(f"{where} gives no usable {stack.kv_field.name}: {number!r}")
+    try:
+        KVGrouping(heads, number)
+    except GroupingError as error:
+        raise ConversionError(f"{where} is inconsistent: {error}") from None
+    return number
 
 
 def _keeps(config: Any, layer: int, num_layers: int) -> int | None:
@@ -188,6 +237,9 @@ def _rope(stack: Stack, config: Any, layer: int, head_dim: int) -> tuple[RopeKin
     if stack.rotary_dim is not None:
         return stack.rope, whole(config, stack.rotary_dim) or head_dim
     parameters = getattr(config, "rope_parameters", None)
+    types = getattr(config, "layer_types", None)
+    if isinstance(parameters, Mapping) and types and layer < len(types) and types[layer] in parameters:
+        parameters = parameters[types[layer]]  # RoPE by the type of layer
     fraction = parameters.get("partial_rotary_factor") if isinstance(parameters, Mapping) else None
     if fraction is None:
         fraction = getattr(config, "partial_rotary_factor", None)

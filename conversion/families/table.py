@@ -10,9 +10,12 @@ import difflib
 
 from hf_attn_patch.errors import ConversionError
 
+from .decoder_rows import DECODERS
 from .family import Family, Norm, Projection, RopeKind, Stack
 from .grouped_rows import ZOO
 from .kv_field import FalconField, MultiQueryField
+from .plugins import add_entry_points
+from .refused import why_refused
 
 __all__ = [
     "FAMILIES",
@@ -91,17 +94,22 @@ FAMILIES: list[Family] = [
         ),
         prefixes=("transformer.", ""),
     ),
+    *DECODERS,
     *ZOO,
 ]  # fmt: skip
 
 
 def register(family: Family) -> None:
-    """Add a family to the table; one that names a ``model_type`` already there replaces it for that type."""
+    """Add a family to the table; one that names a ``model_type`` already there replaces it for that type.
+
+    Packages that are to be known to the command line too declare an entry point (:mod:`.plugins`).
+    """
     FAMILIES.append(family)
 
 
 def supported() -> list[str]:
-    """Every ``model_type`` of the table, sorted."""
+    """Every ``model_type`` of the table, sorted; with those that installed packages declare."""
+    add_entry_points(register)
     return sorted({model_type for family in FAMILIES for model_type in family.model_types})
 
 
@@ -109,11 +117,14 @@ def family_of(model_type: str) -> Family:
     """The row of ``model_type``.
 
     Raises:
-        ConversionError: there is none; names the nearest one and how to add it.
+        ConversionError: there is none; says why, or names the nearest one and how to add it.
     """
+    add_entry_points(register)
     for family in reversed(FAMILIES):
         if model_type in family.model_types:
             return family
+    if reason := why_refused(model_type):
+        raise ConversionError(f"{model_type!r} cannot be converted: {reason}")
     names = supported()
     near = difflib.get_close_matches(model_type, names, n=1, cutoff=0.0)
     raise ConversionError(

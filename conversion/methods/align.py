@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from hf_attn_patch.conversion.families.head_layouts import AttentionWeights
+from hf_attn_patch.conversion.families.layer import LayerAttention
 from hf_attn_patch.conversion.families.table import RopeKind
 
 from .mean import mean_of
@@ -87,15 +88,18 @@ def merge_aligned(
     moment: Tensor | None = None,
     memory_moment: Tensor | None = None,
     align_keys: bool = True,
+    align_values: bool = True,
 ) -> AttentionWeights:
     """Merge neighbouring KV heads down to ``weights.layer.new_kv_heads``, aligned.
 
     Args:
-        weights: one layer, q, k, v and o all there; any floating dtype (the work is done in fp64).
+        weights: one layer, q, k, v and o all there (v may be missing where the keys are the values and nothing is
+            aligned); any floating dtype (the work is done in fp64).
         moment: E[x x^T] of the layer's inputs, x extended by a constant 1: [E + 1, E + 1]. None: the identity, that is,
             the weights alone.
         memory_moment: the same of what K and V read, in cross-attention; ``moment`` by default.
         align_keys: False where something between projection and scores knows the basis (a norm): keys are averaged.
+        align_values: False where something between values and output does (a gate, a norm): values are averaged.
 
     Returns:
         The merged layer in the dtype of ``weights``; ``weights`` itself where no number changes.
@@ -103,38 +107,71 @@ def merge_aligned(
     layer, q, k, v, o = weights.layer, weights.q, weights.k, weights.v, weights.o
     if not layer.changes:
         return weights
-    if q is None or k is None or v is None or o is None:
+    if q is None or k is None or o is None or (v is None and (align_keys or align_values)):
         raise ValueError(f"{layer.prefix}: aligned merging needs q, k, v and o of the layer")
-    moment = None if moment is None else moment.to(q.device, torch.float64)
-    memory_moment = moment if memory_moment is None else memory_moment.to(q.device, torch.float64)
-    query, key, value = extended(q, weights.q_bias), extended(k, weights.k_bias), extended(v, weights.v_bias)
-    new_query, new_output, output = query.clone(), torch.empty_like(o, dtype=torch.float64), o.double()
-    new_key, new_value = [], []
-    for group in layer.merged:
-        kv = list(group)
-        heads = [h for i in kv for h in layer.grouping.query_heads(i)]
-        if align_keys:
-            merged, new_query[heads] = merge_keys(
-                key[kv], query[heads], planes(layer.rope, layer.rotary_dims), moment, memory_moment
-            )
-        else:
-            merged = key[kv].mean(0)
-        new_key.append(merged)
-        merged, new_output[heads] = merge_values(value[kv], output[heads], memory_moment)
-        new_value.append(merged)
-
-    def parts(made: Tensor, like: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        made = made.to(like.dtype)
-        return made[..., :-1], None if bias is None else made[..., -1]
-
-    new_q, q_bias = parts(new_query, q, weights.q_bias)
-    new_k, k_bias = parts(torch.stack(new_key), k, weights.k_bias)
-    new_v, v_bias = parts(torch.stack(new_value), v, weights.v_bias)
+    moment = None if moment is None else moment.to(k.device, torch.float64)
+    memory_moment = moment if memory_moment is None else memory_moment.to(k.device, torch.float64)
     gains = None if weights.k_norm is None else mean_of(weights.k_norm, layer.merged)
-    return replace(
-        weights, q=new_q, q_bias=q_bias, k=new_k, k_bias=k_bias, v=new_v, v_bias=v_bias, o=new_output.to(o.dtype),
-        k_norm=gains,
-    )  # fmt: skip
+    done = replace(weights, k_norm=gains)
+    if align_keys:
+        done = _with_keys(weights, done, moment, memory_moment)
+    else:
+        done = replace(done, **_averaged(weights, "k"))
+    if align_values:
+        return _with_values(weights, done, memory_moment)
+    return replace(done, **_averaged(weights, "v"))
+
+
+def _averaged(weights: AttentionWeights, role: str) -> dict[str, Tensor | None]:
+    """Keys or values that are not aligned: the mean, in fp64."""
+    heads: dict[str, Tensor | None] = {name: getattr(weights, name) for name in (role, f"{role}_bias")}
+    return {
+        name: None if heads is None else mean_of(heads.double(), weights.layer.merged).to(heads.dtype)
+        for name, heads in heads.items()
+    }
+
+
+def _parts(made: Tensor, like: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """[H, D, E + 1] in fp64 as a weight and a bias (None where there was none)."""
+    made = made.to(like.dtype)
+    return made[..., :-1], None if bias is None else made[..., -1]
+
+
+def _query_heads(layer: LayerAttention, group: range) -> list[int]:
+    return [h for i in group for h in layer.grouping.query_heads(i)]
+
+
+def _with_keys(
+    old: AttentionWeights, new: AttentionWeights, moment: Tensor | None, memory_moment: Tensor | None
+) -> AttentionWeights:
+    """``new`` with q and k of ``old``, merged."""
+    layer, q, k = old.layer, old.q, old.k
+    assert q is not None and k is not None
+    query, key = extended(q, old.q_bias), extended(k, old.k_bias)
+    turned, shared = query.clone(), []
+    for group in layer.merged:
+        heads = _query_heads(layer, group)
+        merged, turned[heads] = merge_keys(
+            key[list(group)], query[heads], planes(layer.rope, layer.rotary_dims), moment, memory_moment
+        )
+        shared.append(merged)
+    new_q, q_bias = _parts(turned, q, old.q_bias)
+    new_k, k_bias = _parts(torch.stack(shared), k, old.k_bias)
+    return replace(new, q=new_q, q_bias=q_bias, k=new_k, k_bias=k_bias)
+
+
+def _with_values(old: AttentionWeights, new: AttentionWeights, moment: Tensor | None) -> AttentionWeights:
+    """``new`` with v and o of ``old``, merged."""
+    layer, v, o = old.layer, old.v, old.o
+    assert v is not None and o is not None
+    value, output = extended(v, old.v_bias), o.double()
+    turned, shared = torch.empty_like(output), []
+    for group in layer.merged:
+        heads = _query_heads(layer, group)
+        merged, turned[heads] = merge_values(value[list(group)], output[heads], moment)
+        shared.append(merged)
+    new_v, v_bias = _parts(torch.stack(shared), v, old.v_bias)
+    return replace(new, v=new_v, v_bias=v_bias, o=turned.to(o.dtype))
 
 
 def merge_values(value: Tensor, output: Tensor, moment: Tensor | None) -> tuple[Tensor, Tensor]:

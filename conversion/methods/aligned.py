@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hf_attn_patch.conversion.families.accounts import norm_on_keys
 from hf_attn_patch.conversion.families.head_layouts import AttentionWeights
 from hf_attn_patch.errors import ConversionError
 
@@ -38,32 +39,38 @@ class Aligned:
             raise ConversionError(f"--group {group!r}: choose one of {', '.join(GROUPINGS)}")
         self.group = group
         self.moments: dict[Any, torch.Tensor] = {}
-        self.normed = {
-            layer.prefix
-            for layer in plan.layers
-            if any(n.startswith(layer.prefix) and "norm" in n[len(layer.prefix) :] for n in plan.source.tensors)
-        }
-        self.record: dict[str, Any] = {"group": group, "keys_averaged": [], "order": {}, "notes": []}
-        averaged = sum(layer.changes and layer.prefix in self.normed for layer in plan.layers)
-        if averaged:
-            self.record["notes"].append(
-                f"the keys of {averaged} layers are averaged, not aligned, because a norm after them depends on their"
-                " basis: --calibrate TEXT keeps more"
-            )
+        self.normed = {layer.prefix for layer in plan.layers if norm_on_keys(plan.source.tensors, layer)}
+        self.record: dict[str, Any] = {
+            "group": group, "keys_averaged": [], "values_averaged": [], "order": {}, "notes": [],
+        }  # fmt: skip
+        changed = [layer for layer in plan.layers if layer.changes]
+        told = (
+            ("keys", "a norm after them", sum(layer.prefix in self.normed for layer in changed)),
+            ("values", "what stands between them and the output", sum(layer.values_fixed for layer in changed)),
+        )
+        for what, why, count in told:
+            if count:
+                self.record["notes"].append(
+                    f"the {what} of {count} layers are averaged, not aligned, because {why} depends on their basis:"
+                    " --calibrate TEXT keeps more"
+                )
 
     def __call__(self, weights: AttentionWeights) -> AttentionWeights:
         layer = weights.layer
         if not layer.changes:
             return weights
         known = {"moment": self.moments.get(layer.prefix), "memory_moment": self.moments.get((layer.prefix, "memory"))}
-        if self.group == "similar" and not layer.fixed_heads:
+        movable = not (layer.fixed_heads or layer.stack.ordered_heads or weights.v is None)
+        if self.group == "similar" and movable:
             order = similar_order(pair_losses(weights, **known), layer.new_kv_heads)
             weights = permuted(weights, order)
             self.record["order"][layer.prefix] = order
         align_keys = layer.prefix not in self.normed
         if not align_keys:
             self.record["keys_averaged"].append(layer.prefix)
-        return merge_aligned(weights, align_keys=align_keys, **known)
+        if layer.values_fixed:
+            self.record["values_averaged"].append(layer.prefix)
+        return merge_aligned(weights, align_keys=align_keys, align_values=not layer.values_fixed, **known)
 
 
 def aligned(plan: Plan, group: str | None = None) -> Aligned:
@@ -82,7 +89,7 @@ def permuted(weights: AttentionWeights, order: list[int]) -> AttentionWeights:
         raise ValueError(f"{order} is no order of {grouping.num_kv_heads} KV heads")
     queries = [h for i in order for h in grouping.query_heads(i)]
     changed: dict[str, Any] = {}
-    for name in ("q", "q_bias", "o", "q_norm", "sinks", "k", "k_bias", "v", "v_bias", "k_norm"):
+    for name in ("q", "q_bias", "g", "g_bias", "o", "q_norm", "sinks", "k", "k_bias", "v", "v_bias", "k_norm"):
         heads = getattr(weights, name)
         if heads is not None:
             changed[name] = heads[order if name[0] in "kv" else queries]

@@ -94,7 +94,7 @@ def to_heads(unit: Unit, tensors: dict[str, Tensor]) -> AttentionWeights:
                 continue
             if projection.transposed and what == "weight":
                 tensor = tensor.T
-            parts = split(projection, tensor, layer.heads, layer.kv_heads, layer.head_dim)
+            parts = split(projection, tensor, layer.heads, layer.kv_heads, layer.head_dim, layer.value_dim)
             for role, part in parts.items():
                 setattr(weights, role + suffix, part)
     for norm in unit.norms:
@@ -106,7 +106,7 @@ def to_heads(unit: Unit, tensors: dict[str, Tensor]) -> AttentionWeights:
         if o is None:
             raise AssertionError("a layer unit without its output projection")
         o = o.T if stack.output_transposed else o
-        weights.o = o.reshape(layer.width, layer.heads, layer.head_dim).transpose(0, 1)
+        weights.o = o.reshape(layer.width, layer.heads, layer.value_dim).transpose(0, 1)
         weights.o_bias = load(layer.name(stack.output, "bias"))
         weights.sinks = load(layer.prefix + stack.sinks) if stack.sinks else None
     return weights

@@ -55,8 +55,8 @@ def inspect_source(source: Source | str | os.PathLike[str], context: int = 8192)
     for row in rows:
         row["kv_heads"] = row.pop("kv_heads_before")
         del row["kv_heads_after"]
-        kv = row["kv_heads"] if isinstance(row["kv_heads"], int) else max(row["kv_heads"])
-        row["kind"] = KVGrouping(row["heads"], kv).kind
+        most = max((layer for layer in plan.layers if layer.stack.name == row["attention"]), key=lambda x: x.kv_heads)
+        row["kind"] = most.grouping.kind
     return Inspection(
         {
             "source": source.name,
@@ -89,12 +89,18 @@ def common_choices(plan: Plan) -> list[int]:
 def _choice(plan: Plan, kv_heads: int, itemsize: int, context: int) -> dict[str, Any] | None:
     """What ``--kv-heads kv_heads`` would save; None where the architecture cannot have that number."""
     stacks = of_one_number(layer.stack for layer in plan.layers)
-    layers = [replace(layer, new_kv_heads=kv_heads) if layer.stack in stacks else layer for layer in plan.layers]
+    layers = [
+        replace(layer, new_kv_heads=layer.stack.kv_field.wanted(plan.text_config, kv_heads, layer.index))
+        if layer.stack in stacks
+        else layer
+        for layer in plan.layers
+    ]
     for stack in stacks:
         own = [layer for layer in layers if layer.stack is stack]
         raw = copy.deepcopy(plan.source.config)
         try:
-            stack.kv_field.write(raw, plan.text_config, own[0].heads, [kv_heads] * len(own))
+            numbers = {layer.index: layer.new_kv_heads for layer in own}
+            stack.kv_field.write(raw, plan.text_config, own[0].heads, numbers)
         except ConversionError:
             return None
     now, after = (kv_cache_bytes(layers, itemsize, new=new, tokens=context) for new in (False, True))
@@ -114,6 +120,8 @@ def _choice(plan: Plan, kv_heads: int, itemsize: int, context: int) -> dict[str,
 def _weights_saved(source: Source, layer: LayerAttention) -> int:
     saved = 0
     for projection in layer.stack.projections:
+        if layer.name(projection.module) not in source.tensors:
+            continue  # values that are the keys
         dtype = source.tensors[layer.name(projection.module)].dtype
         rows = layer.rows(projection, layer.kv_heads) - layer.rows(projection, layer.new_kv_heads)
         columns = layer.inputs(projection) + (layer.name(projection.module, "bias") in source.tensors)
@@ -128,7 +136,7 @@ def _tables(facts: dict[str, Any]) -> tuple[Table, Table]:
     """(header, rows) of the attentions, and of the numbers of KV heads to choose from."""
     context = facts["context"]
     stacks: list[tuple[object, ...]] = [
-        (r["attention"], r["layers"], r["heads"], numbers(r["kv_heads"]), r["head_dim"], r["kind"])
+        (r["attention"], r["layers"], numbers(r["heads"]), numbers(r["kv_heads"]), numbers(r["head_dim"]), r["kind"])
         for r in facts["attention"]
     ]
     choices: list[tuple[object, ...]] = [

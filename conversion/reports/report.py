@@ -18,7 +18,7 @@ CONTEXT = 8192
 
 
 def kv_cache_bytes(layers: Iterable[LayerAttention], itemsize: float, *, new: bool, tokens: int = CONTEXT) -> int:
-    """Bytes of the KV cache after so many tokens: 2 * HKV * D * itemsize * kept, summed over layers.
+    """Bytes of the KV cache after so many tokens: HKV * (D + Dv) * itemsize * kept, summed over layers.
 
     A layer with a sliding window or chunks keeps no more than that; one that reads another's cache keeps nothing.
     Cross-attention's cache grows with the encoder's input, one entry for each of its tokens, and counts too. An
@@ -30,7 +30,7 @@ def kv_cache_bytes(layers: Iterable[LayerAttention], itemsize: float, *, new: bo
             continue
         heads = layer.new_kv_heads if new else layer.kv_heads
         heads = layer.heads if layer.stack.caches_query_heads else heads
-        total += 2 * heads * layer.head_dim * itemsize * layer.kept(tokens)
+        total += heads * (layer.head_dim + layer.value_dim) * itemsize * layer.kept(tokens)
     return int(total)
 
 
@@ -71,13 +71,18 @@ def stack_rows(plan: Plan) -> list[dict[str, Any]]:
             {
                 "attention": stack.name,
                 "layers": len(layers),
-                "heads": layers[0].heads,
-                "head_dim": layers[0].head_dim,
-                "kv_heads_before": before[0] if len(set(before)) == 1 else before,
-                "kv_heads_after": after[0] if len(set(after)) == 1 else after,
+                "heads": one_or_all([layer.heads for layer in layers]),
+                "head_dim": one_or_all([layer.head_dim for layer in layers]),
+                "kv_heads_before": one_or_all(before),
+                "kv_heads_after": one_or_all(after),
             }
         )
     return rows
+
+
+def one_or_all(values: list[int]) -> int | list[int]:
+    """The one number that all layers have, or all of them."""
+    return values[0] if len(set(values)) == 1 else values
 
 
 def plan_dict(plan: Plan, workers: int = 1) -> dict[str, Any]:
@@ -150,8 +155,8 @@ def attention_rows(facts: dict[str, Any]) -> list[tuple[object, ...]]:
         (
             r["attention"],
             r["layers"],
-            r["heads"],
-            r["head_dim"],
+            numbers(r["heads"]),
+            numbers(r["head_dim"]),
             numbers(r["kv_heads_before"]),
             numbers(r["kv_heads_after"]),
         )

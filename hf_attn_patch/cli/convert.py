@@ -92,6 +92,34 @@ def method_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+def families_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``--register``: rows of families for this run."""
+
+    def add(_context: click.Context, _parameter: click.Parameter, modules: tuple[str, ...]) -> None:
+        if not modules:
+            return
+        from hf_attn_patch.conversion.families.plugins import add_module
+        from hf_attn_patch.conversion.families.table import register
+
+        try:
+            for module in modules:
+                add_module(module, register)
+        except ConversionError as error:
+            click.echo(f"Error: {' '.join(str(error).split())}", err=True)
+            sys.exit(2)
+
+    return click.option(
+        "--register",
+        "modules",
+        metavar="MODULE",
+        multiple=True,
+        expose_value=False,
+        callback=add,
+        help="A module or .py file that describes further families; may be given several times. Installed packages "
+        "declare theirs as entry points (hf_attn_patch.families).",
+    )(function)
+
+
 def command_line() -> str:
     """The command as typed."""
     return shlex.join(["hf-attn", *sys.argv[1:]])
@@ -119,6 +147,7 @@ def command_line() -> str:
     f"{', '.join(METHODS)}.  [default: {AUTO}]",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="For methods that draw numbers or text.")
+@families_option
 @method_options
 @click.option("--dry-run", is_flag=True, help="Print what would happen, from config and headers alone.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
@@ -266,6 +295,7 @@ def _under_budget(
     "--context", type=click.IntRange(min=1), default=8192, show_default=True, help="Tokens to size the cache for."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+@families_option
 @click.option(
     "--plot", "picture", metavar="PNG", help="Draw the KV cache over the context for each number of KV heads."
 )
@@ -290,6 +320,7 @@ def inspect(
 @click.command()
 @click.argument("src")
 @click.argument("dst")
+@families_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--revision", help="Branch, tag or commit of a hub id.")
 @click.option("--allow-pickle", is_flag=True, help="Read pytorch_model.bin (with weights_only=True).")

@@ -118,7 +118,10 @@ def is_auto_class(value: Any) -> bool:
 @known("transformers", "the table of an Auto class (_model_mapping)")
 def classes_of(auto_class: Any, config: Any) -> tuple[Any, ...]:
     """The model classes that an Auto class has for a config, the one that it prefers first; empty if it has none."""
-    found = auto_class._model_mapping.get(type(config), ())
+    try:
+        found = auto_class._model_mapping.get(type(config), ())
+    except ValueError:  # a name in the table whose class its module does not export (VoxtralRealtimeTextModel)
+        return ()
     return tuple(found) if isinstance(found, (tuple, list)) else (found,)
 
 

@@ -32,22 +32,29 @@ def random_turns(rope: str, rotary: int, heads: int, D: int) -> torch.Tensor:
     return turns
 
 
-def share_heads(made: Plan, folder: Path, new: int, keys: bool) -> None:
+def share_heads(made: Plan, folder: Path, new: int, keys: bool, values: bool = True) -> None:
     """Rewrite the checkpoint so that the KV heads of each group are one head, each in a basis of its own."""
     state = load_file(folder / "model.safetensors")
     for unit in made.units:
         layer = unit.layer
         weights = to_heads(unit, {name: state[name] for name in unit.reads})
         D, HKV = layer.head_dim, layer.kv_heads
+        new = layer.new_kv_heads
         of = [h - h % (HKV // new) for h in range(HKV)]
         turns = {
             "k": random_turns(layer.rope, layer.rotary_dims, HKV, D) if keys else torch.eye(D).expand(HKV, D, D),
-            "v": torch.linalg.qr(torch.randn(HKV, D, D))[0],
+            "v": torch.linalg.qr(torch.randn(HKV, layer.value_dim, layer.value_dim))[0],
         }
+        if not values:
+            turns["v"] = torch.eye(layer.value_dim).expand(HKV, -1, -1)
         for name, M in turns.items():
+            if getattr(weights, name) is None:  # values that are the keys
+                continue
             setattr(weights, name, M @ getattr(weights, name)[of])
             if getattr(weights, f"{name}_bias") is not None:
                 setattr(weights, f"{name}_bias", (M @ getattr(weights, f"{name}_bias")[of][..., None])[..., 0])
+        if weights.k_norm is not None:
+            weights.k_norm = weights.k_norm[of]
         same = replace(layer, new_kv_heads=HKV)
         state.update({n: t.contiguous() for n, t in from_heads(replace(unit, layer=same), weights).items()})
     save_file(state, folder / "model.safetensors", {"format": "pt"})

@@ -1,0 +1,180 @@
+"""Every family whose config has a field for KV heads has a row or a reason, and every row is held to three truths."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from checkpoints import tensors
+from every_family import EVERY, config_of, known_here, model_of
+from shared_heads import share_heads
+from transformers.models.auto import modeling_auto
+
+from hf_attn_patch.conversion import ConversionError, convert, plan
+from hf_attn_patch.conversion.families.refused import REFUSED
+from hf_attn_patch.conversion.families.table import family_of, supported
+
+IDS = torch.tensor([[5, 9, 33, 2, 17, 60, 41]])
+KV_FIELDS = {"num_key_value_heads", "num_kv_heads", "kv_n_heads", "multi_query", "swa_num_key_value_heads"}
+#: tables of transformers whose models write text
+TABLES = ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM")
+#: their KV heads stand in a config inside, or their text model is described under another name
+ELSEWHERE = {
+    "gemma4_assistant": "reads the keys and values of the model that it drafts for",
+}
+
+
+def with_kv_field() -> dict[str, set[str]]:
+    """model_type of every text model here whose config has a field for KV heads, and the models that it is part of."""
+    found: dict[str, set[str]] = {}
+    names = {name for table in TABLES for name in getattr(modeling_auto, f"MODEL_FOR_{table}_MAPPING_NAMES", {})}
+    for model_type in sorted(names - ELSEWHERE.keys()):
+        if model_type in transformers.CONFIG_MAPPING:
+            text = transformers.CONFIG_MAPPING[model_type]().get_text_config(decoder=True)
+            fields = {*getattr(text, "__dataclass_fields__", ()), *getattr(text, "attribute_map", ())}
+            if KV_FIELDS & fields and text.model_type:
+                found.setdefault(text.model_type, set()).add(model_type)
+    return found
+
+
+def test_every_family_with_a_field_has_a_row_or_a_reason() -> None:
+    refused = {name for names in REFUSED.values() for name in names}
+    assert not refused & set(supported())
+    missing = {name: parts for name, parts in with_kv_field().items() if name not in refused | set(supported())}
+    assert not missing, f"families without a row in decoder_rows.py or a reason in refused.py: {missing}"
+
+
+@pytest.mark.parametrize("model_type", sorted(name for names in REFUSED.values() for name in names))
+def test_a_refusal_says_why(model_type: str) -> None:
+    with pytest.raises(ConversionError, match=f"'{model_type}' cannot be converted: "):
+        family_of(model_type)
+
+
+def out(model: Any) -> torch.Tensor:
+    """Logits, or the last hidden states of a text model alone."""
+    given = {"input_ids": IDS, "use_cache": False}
+    if model.config.model_type == "voxtral_realtime_text":  # its delay
+        given["t_cond"] = torch.full((1, 1, model.config.hidden_size), 0.1)
+    with torch.no_grad():
+        return model(**given)[0]
+
+
+def reloaded(model: Any, folder: Path) -> Any:
+    again, info = type(model).from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert not info["mismatched_keys"]
+    return again.eval()
+
+
+def with_kv_heads(model_type: str, number: int) -> Any:
+    """A config with that many KV heads, written here: what a row's field writes is not asked."""
+    if model_type == "dbrx":
+        inner = {**EVERY["dbrx"]["attn_config"], "kv_n_heads": number}
+        return config_of(model_type, attn_config=inner)
+    return config_of(model_type, num_key_value_heads=number)
+
+
+def least(model_type: str) -> int:
+    return 2 if model_type == "diffllama" else 1
+
+
+@pytest.mark.parametrize("model_type", known_here())
+def test_as_many_heads_is_the_same_model_and_the_fewest_run(model_type: str, tmp_path: Path) -> None:
+    model = model_of(with_kv_heads(model_type, 8))
+    model.save_pretrained(tmp_path / "src")
+    convert(tmp_path / "src", tmp_path / "same", 8, method="mean", check_load=False)
+    before, after = tensors(tmp_path / "src"), tensors(tmp_path / "same")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    torch.testing.assert_close(out(reloaded(model, tmp_path / "same")), out(model), rtol=1e-5, atol=1e-5)
+    least = 2 if model_type == "diffllama" else 1
+    convert(tmp_path / "src", tmp_path / "dst", least, method="mean")
+    again = reloaded(model, tmp_path / "dst")
+    assert out(again).isfinite().all()
+    assert out(again).shape == out(model).shape
+
+
+def repeated(small: Any, big: Any) -> None:
+    """Fill a model that has more KV heads with those of ``small``, each as often as it takes.
+
+    Nothing of the conversion is used: tensors are told by their shapes, heads by how many there are.
+    """
+    state = dict(small.named_parameters())
+    with torch.no_grad():
+        for name, parameter in big.named_parameters():
+            old = state[name]
+            if old.shape == parameter.shape:
+                parameter.copy_(old)
+                continue
+            fused = {"Wqkv": True, "qkv_proj": True, "att_proj": True}.get(name.split(".")[-2], False)
+            kept = fused_queries(small, parameter, old) if fused else 0
+            times = (len(parameter) - kept) // (len(old) - kept)
+            size = head_size(small, name, fused, old)
+            heads = old[kept:].unflatten(0, (-1, size))
+            parameter.copy_(torch.cat([old[:kept], heads.repeat_interleave(times, 0).flatten(0, 1)]))
+
+
+def fused_queries(small: Any, parameter: torch.Tensor, old: torch.Tensor) -> int:
+    """Rows of q before those of k and v: 8 heads."""
+    heads = small.config.get_text_config().num_attention_heads
+    return heads * head_size(small, "", True, old)
+
+
+def head_size(small: Any, name: str, fused: bool, old: torch.Tensor) -> int:
+    """D of a K or V projection whose model has two KV heads (MiMo's sliding layers four)."""
+    if fused:
+        config = small.config.get_text_config()
+        return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    number = 4 if small.config.model_type == "mimo_v2_flash" and ".0." in name else 2
+    return len(old) // number
+
+
+@pytest.mark.parametrize("model_type", known_here())
+def test_repeated_heads_come_back_bit_by_bit(model_type: str, tmp_path: Path) -> None:
+    small = model_of(with_kv_heads(model_type, 2))
+    big = model_of(with_kv_heads(model_type, 8))
+    repeated(small, big)
+    want = out(small)
+    torch.testing.assert_close(out(big), want, rtol=1e-3, atol=1e-3)
+    big.save_pretrained(tmp_path / "src")
+    small.save_pretrained(tmp_path / "want")
+    convert(tmp_path / "src", tmp_path / "dst", 2, method="mean", check_load=False)
+    expected, got = tensors(tmp_path / "want"), tensors(tmp_path / "dst")
+    assert expected.keys() == got.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(got[name], tensor), name
+    torch.testing.assert_close(out(reloaded(small, tmp_path / "dst")), want, rtol=1e-5, atol=1e-5)
+
+
+#: families in whose forward something stands after the keys, or after the values, that knows their basis
+KEYS_KNOWN = {
+    "afmoe", "apertus1p5_text", "beam", "diffusion_gemma_text", "dory", "dots1", "flint", "gemma3n_text", "gemma4_text",
+    "gemma4_unified_text", "glm4_moe", "hunyuan_v1_moe", "hunyuan_vl_text", "hy_v3", "kolibri1", "laguna", "lara_mini",
+    "lfm2", "lfm2_moe", "lfm3", "llama4_text", "mellum", "mllama_text_model", "molmo2_text", "muse_glimmer_text",
+    "muse_spark_text", "nanochat",
+    "olmo_hybrid", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next", "qwen3_omni_moe_text", "qwen3_vl_moe_text",
+    "qwen4_exp_text", "sarvam_moe", "step3p5",
+}  # fmt: skip
+VALUES_KNOWN = {
+    "afmoe", "beam", "bitnet", "diffllama", "diffusion_gemma_text", "dory", "gemma3n_text", "gemma4_text",
+    "gemma4_unified_text", "laguna", "muse_glimmer_text", "muse_spark_text", "qwen3_5_moe_text", "qwen3_5_text",
+    "qwen3_next",
+    "qwen4_exp_text",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", known_here())
+def test_heads_that_are_one_in_several_bases(model_type: str, tmp_path: Path) -> None:
+    """``aligned`` loses nothing of them: RoPE's planes, gates and norms are where the row says."""
+    model = model_of(with_kv_heads(model_type, 8))
+    model.save_pretrained(tmp_path / "src")
+    made = plan(tmp_path / "src", 2, method="aligned", check_load=False)
+    share_heads(made, tmp_path / "src", 2, keys=model_type not in KEYS_KNOWN, values=model_type not in VALUES_KNOWN)
+    record = convert(tmp_path / "src", tmp_path / "dst", 2, method="aligned", check_load=False)
+    before, after = (out(type(model).from_pretrained(tmp_path / d).eval()) for d in ("src", "dst"))
+    torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-3 * float(before.abs().max()))
+    assert bool(record["details"]["keys_averaged"]) == (model_type in KEYS_KNOWN)
+    assert bool(record["details"]["values_averaged"]) == (model_type in VALUES_KNOWN)
