@@ -136,12 +136,12 @@ def read_config(raw: dict[str, Any], where: str) -> LanguageModel:
         raise ConversionError(f"{where} names no model_type, so the family is unknown")
     _refuse_quantized(raw, where)
     check_config_limits(raw, where)
-    known = supported()  # packages that declare families may bring config classes with them
+    rows = supported()  # packages that declare families may bring config classes with them
     config = _config_object(raw, model_type, where)
     text = getattr(config, "text_config", None)
     path: tuple[str, ...] = ()
     text_config, text_type = config, model_type
-    if text is not None and getattr(text, "model_type", None) is not None and model_type not in known:
+    if text is not None and getattr(text, "model_type", None) is not None and model_type not in rows:
         text_config, text_type = text, text.model_type
         if isinstance(raw.get("text_config"), dict):
             path = ("text_config",)

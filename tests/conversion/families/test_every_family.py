@@ -10,6 +10,7 @@ import torch
 import transformers
 from checkpoints import tensors
 from every_family import EVERY, config_of, known_here, model_of
+from huggingface_hub.errors import StrictDataclassError
 from shared_heads import share_heads
 from transformers.models.auto import modeling_auto
 
@@ -33,7 +34,14 @@ def with_kv_field() -> dict[str, set[str]]:
     names = {name for table in TABLES for name in getattr(modeling_auto, f"MODEL_FOR_{table}_MAPPING_NAMES", {})}
     for model_type in sorted(names - ELSEWHERE.keys()):
         if model_type in transformers.CONFIG_MAPPING:
-            text = transformers.CONFIG_MAPPING[model_type]().get_text_config(decoder=True)
+            try:
+                text = transformers.CONFIG_MAPPING[model_type]().get_text_config(decoder=True)
+            except (
+                ValueError,
+                TypeError,
+                StrictDataclassError,
+            ):  # made of several models, whose configs it must be given (MusicGen)
+                continue
             fields = {*getattr(text, "__dataclass_fields__", ()), *getattr(text, "attribute_map", ())}
             if KV_FIELDS & fields and text.model_type:
                 found.setdefault(text.model_type, set()).add(model_type)
