@@ -20,7 +20,7 @@ from benchmarks.kernel_rows import Inputs
 from benchmarks.measure import DEVICE
 from hf_attn_patch.attn.backends import flash3 as flash3_backend
 from hf_attn_patch.attn.dispatch import attend
-from hf_attn_patch.attn.visibility import PADDED, Layout
+from hf_attn_patch.attn.visibility import Padded
 
 Tensor = torch.Tensor
 Call = Callable[[int], Tensor]
@@ -50,8 +50,8 @@ def ours(x: Inputs) -> Call:
         return varlen
     if row.pad:
         assert x.first is not None and x.end is not None
-        layout = Layout(PADDED, row.B, row.Sq, row.Sk, row.Sq > 1, first=x.first, length=x.end - x.first)
-        return lambda i: attend(x.q, *x.kv[i], layout=layout, **options)[0]
+        seen = Padded(row.B, row.Sq, row.Sk, row.Sq > 1, first=x.first, length=x.end - x.first)
+        return lambda i: attend(x.q, *x.kv[i], visibility=seen, **options)[0]
     return lambda i: hf_attn_patch.attention(x.q, *x.kv[i], causal=row.causal, window=row.window, **options)
 
 

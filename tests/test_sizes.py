@@ -15,9 +15,7 @@ LINES, PARAMETERS = 60, 10
 #: Triton functions, and what takes their operands one by one, since a call costs microseconds
 KERNELS = ("hf_attn_patch/attn/kernels/",)
 #: file: function -> why it is larger
-LARGER = {
-    "hf_attn_patch/hf/attention_function.py: attention_forward": "every layer's call goes through it: calls cost",
-}
+LARGER: dict[str, str] = {}
 #: signatures that are public, or given by others
 SIGNATURES = {
     "hf_attn_patch/attn/backends/_flash3_ops.py: _apply": "flash_attn_interface's",
@@ -25,6 +23,8 @@ SIGNATURES = {
     "hf_attn_patch/attn/backends/_flash3_ops.py: forward": "flash_attn_interface's",
     "hf_attn_patch/attn/dispatch.py: attend": "the operands of attention",
     "hf_attn_patch/attn/functional.py: attention": "public",
+    "hf_attn_patch/attn/request.py: kind_of": "the operands of attention",
+    "hf_attn_patch/attn/request.py: plain_kind": "the operands of attention",
     "hf_attn_patch/attn/functional.py: attention_and_weights": "as attention",
     "hf_attn_patch/attn/functional.py: attention_varlen": "public",
     "hf_attn_patch/cli/convert.py: convert": "the command's options",

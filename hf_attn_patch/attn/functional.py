@@ -12,10 +12,12 @@ from hf_attn_patch.grouping import KVGrouping
 
 from . import memo
 from .choice import asked_for
-from .dispatch import attend, facts_of, known_calls, remember_call
-from .visibility import DENSE, FULL, Layout, full, packed
+from .dispatch import attend
+from .plan import plain_calls, remember_plain
+from .request import PlainKind, plain_kind
+from .visibility import NO_WINDOW, Dense, Full, Sides, full, packed
 
-Window = int | tuple[int | None, int | None] | None
+Window = int | Sides | None
 
 
 def attention(
@@ -60,26 +62,22 @@ def attention(
     >>> attention(q, k, k, causal=True).shape
     torch.Size([2, 8, 5, 16])
     """
-    key: Any = None
+    kind: PlainKind | None = None
+    sides, causal = _window(window, causal)
     if mask is None and bias is None and not torch.compiler.is_compiling():
         backend = asked_for() if backend is None else backend
-        facts = facts_of(q, k, v, softcap, sinks, None, dropout, name=backend)
-        bounds = tuple(window) if isinstance(window, (tuple, list)) else window
-        sizes = None if sinks is None else sinks.shape
-        key = (facts, k.dtype, v.dtype, k.device, v.device, causal, bounds, scale, softcap, dropout, sizes)
-        known = known_calls.get(key)
+        others = (k.device, v.device, None if sinks is None else sinks.shape)
+        kind = plain_kind(q, k, v, causal, sides, scale, softcap, sinks, dropout, False, False, backend, others)
+        known = plain_calls.get(kind)
         if known is not None:  # arguments of this kind were checked before
-            operands = known.operands
-            assert operands is not None
-            if sinks is not None:
-                operands = operands._replace(sinks=sinks)
-            return known.run(q, k, v, known.request, operands)[0]
+            (request, _, run), operands = known
+            return run(q, k, v, request, operands if sinks is None else operands._replace(sinks=sinks))[0]
     memo.nobody_asks()
-    layout, bias = _layout(q, k, v, mask, causal, window, sinks, bias, dropout)
+    visibility, bias = _seen(q, k, v, mask, causal, sides, sinks, bias, dropout)
     options: dict[str, Any] = {"scale": scale, "softcap": softcap, "dropout": dropout, "name": backend}
-    out = attend(q, k, v, layout=layout, sinks=sinks, bias=bias, **options)[0]
-    if key is not None:
-        remember_call(key, facts, layout, scale, softcap, dropout)
+    out = attend(q, k, v, visibility=visibility, sinks=sinks, bias=bias, **options)[0]
+    if kind is not None:
+        remember_plain(kind, visibility)
     return out
 
 
@@ -99,36 +97,37 @@ def attention_and_weights(
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """:func:`attention`, and the weights [B, HQ, Sq, Sk] in q's dtype. No fast kernel has any."""
-    layout, bias = _layout(q, k, v, mask, causal, window, sinks, bias, dropout)
+    sides, causal = _window(window, causal)
+    visibility, bias = _seen(q, k, v, mask, causal, sides, sinks, bias, dropout)
     numbers: dict[str, Any] = {"scale": scale, "softcap": softcap, "dropout": dropout, "name": backend}
-    out, weights = attend(q, k, v, layout=layout, sinks=sinks, bias=bias, weights=True, **numbers)
+    out, weights = attend(q, k, v, visibility=visibility, sinks=sinks, bias=bias, weights=True, **numbers)
     assert weights is not None
     return out, weights
 
 
-def _layout(
+def _seen(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     mask: Tensor | None,
     causal: bool,
-    window: Window,
+    sides: Sides,
     sinks: Tensor | None,
     bias: Tensor | None,
     dropout: float,
-) -> tuple[Layout, Tensor | None]:
+) -> tuple[Full | Dense, Tensor | None]:
     """Check the arguments of :func:`attention`; who may see whom, and the bias with what a float mask adds."""
     _check(q, k, v, dropout, sinks)
     B, HQ, Sq, _ = q.shape
     Sk = k.shape[2]
-    bounds, causal = _window(window, causal)
-    layout = full(Sq, Sk, causal, bounds, B)
+    plain = full(Sq, Sk, causal, sides, B)
+    visibility: Full | Dense = plain
     if mask is not None:
         if mask.dim() == 2 and mask.dtype == torch.bool and mask.shape == (B, Sk):
             mask = mask[:, None, None, :]
         _check_broadcast("mask", mask, (B, HQ, Sq, Sk))
         if mask.dtype == torch.bool:
-            layout = _masked(layout, mask, (B, HQ, Sq, Sk))
+            visibility = _masked(plain, mask, (B, HQ, Sq, Sk))
         elif mask.is_floating_point():
             bias = mask if bias is None else bias + mask
         else:
@@ -136,7 +135,7 @@ def _layout(
     if bias is not None:
         _check_broadcast("bias", bias, (B, HQ, Sq, Sk))
         bias = bias if bias.dim() == 4 else bias.reshape((1,) * (4 - bias.dim()) + bias.shape)
-    return layout, bias
+    return visibility, bias
 
 
 def attention_varlen(
@@ -187,28 +186,28 @@ def attention_varlen(
         longest = torch.stack([nn.functional.pad(cu.diff(), (1, 0)).max() for cu in (cu_seqlens_q, cu_k)]).tolist()
         max_seqlen_q = longest[0] if max_seqlen_q is None else max_seqlen_q
         max_seqlen_k = longest[1] if max_seqlen_k is None else max_seqlen_k
-    bounds, causal = _window(window, causal)
-    layout = packed(1, q.shape[0], k.shape[0], cu_seqlens_q, cu_k, max_seqlen_q, max_seqlen_k, causal, bounds)
-    out, _ = attend(q4, k4, v4, layout=layout, scale=scale, softcap=softcap, sinks=sinks, dropout=dropout, name=backend)
+    sides, causal = _window(window, causal)
+    seen = packed(1, q.shape[0], k.shape[0], cu_seqlens_q, cu_k, max_seqlen_q, max_seqlen_k, causal, sides)
+    options: dict[str, Any] = {"scale": scale, "softcap": softcap, "dropout": dropout, "name": backend}
+    out, _ = attend(q4, k4, v4, visibility=seen, sinks=sinks, **options)
     return out.squeeze(0).transpose(0, 1)  # out[0] would copy the whole gradient
 
 
-def _masked(layout: Layout, mask: Tensor, shape: tuple[int, int, int, int]) -> Layout:
-    """``mask`` together with the layout's causality and window, as a dense layout."""
+def _masked(plain: Full, mask: Tensor, shape: tuple[int, int, int, int]) -> Dense:
+    """``mask`` together with causality and window, written out."""
     B, HQ, Sq, Sk = shape
     mask = mask.reshape((1,) * (4 - mask.dim()) + mask.shape)
     mask = mask.expand(mask.shape[0], mask.shape[1], Sq, Sk)
-    own = Layout(FULL, B, Sq, Sk, layout.causal, layout.window)
-    band = own.dense(mask.device)
-    if layout.start:
-        seen = torch.arange(Sk, device=mask.device) >= layout.start
+    band = Full(B, Sq, Sk, plain.causal, plain.window).dense(mask.device)
+    if plain.start:
+        seen = torch.arange(Sk, device=mask.device) >= plain.start
         band = seen if band is None else band & seen
-    return Layout(DENSE, B, Sq, Sk, mask=mask if band is None else mask & band)
+    return Dense(B, Sq, Sk, mask=mask if band is None else mask & band)
 
 
-def _window(window: Window, causal: bool) -> tuple[tuple[int | None, int | None], bool]:
+def _window(window: Window, causal: bool) -> tuple[Sides, bool]:
     if window is None:
-        return (None, None), causal
+        return NO_WINDOW, causal
     if isinstance(window, int):
         if window < 1:
             raise AttentionError(f"a window of {window} keys shows nothing; use None for no window")

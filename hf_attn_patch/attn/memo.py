@@ -19,8 +19,9 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -30,7 +31,10 @@ from hf_attn_patch.compat.torch import write_count
 #: outside and inside inference mode
 _ATTRIBUTES = "_hf_attn_memo", "_hf_attn_memo_of_inference"
 _MOST = 64  # things kept with one tensor, which may be a static buffer
+_FORMS = "_hf_attn_forms"
 _NOBODY: tuple[Any, Any] = (None, None)
+
+T = TypeVar("T")
 
 
 class _Asking(threading.local):
@@ -42,8 +46,10 @@ class _Asking(threading.local):
 _asking = _Asking()
 
 
-def asks(module: torch.nn.Module) -> None:
-    """``module``, an attention layer, is the one that asks from here on."""
+def asks(module: torch.nn.Module, tracing: bool = False) -> None:
+    """``module``, an attention layer, is the one that asks from here on; while torch.compile traces, nobody does."""
+    if tracing:
+        return
     own = module.__dict__
     _asking.who = own.get("config", type(module)), own.get("layer_idx")
 
@@ -122,6 +128,32 @@ def recall(tensor: Tensor, key: Any, *others: Tensor, in_any_mode: bool = False)
     if not others and not found.others and found.version is not None and not tensor.is_cuda:  # the commonest
         return found.value if found.version == write_count(tensor) else None
     return found.value if found.still_true(tensor, others) else None
+
+
+def once(
+    owner: Any, key: Hashable, make: Callable[[], T], device: torch.device | None = None, *, shared: bool = False
+) -> T:
+    """What ``make`` makes of a frozen ``owner``, made by who asks first, in any mode, and kept with it under ``key``.
+
+    Args:
+        owner: what it is made from; it never changes, and has a ``__dict__``.
+        make: what it gives may be kept for as long as ``owner`` lives.
+        device: where it lies, if it is tensors.
+        shared: ``owner`` may be found outside a CUDA graph that is being captured, so nothing of the graph's memory is
+            kept with it.
+    """
+    if torch.compiler.is_compiling():
+        return make()
+    kept: dict[Hashable, Any] | None = owner.__dict__.get(_FORMS)
+    if kept is None:
+        kept = owner.__dict__[_FORMS] = {}
+    elif key in kept:
+        return cast(T, kept[key])
+    with counted():  # those who share it may need gradients
+        made = make()
+    if not (shared and device is not None and capturing(device)):
+        kept[key] = made
+    return made
 
 
 def captured(tensor: Tensor) -> bool:

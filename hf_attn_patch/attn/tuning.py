@@ -28,14 +28,14 @@ def seconds(backend: str, B: int, HQ: int, HKV: int, Sq: int, Sk: int, D: int) -
     dtype = half_of(torch.device(device)) if device == "cuda" else torch.float32
     q = torch.randn(B, HQ, Sq, D, device=device, dtype=dtype)
     k, v = (torch.randn(B, HKV, Sk, D, device=device, dtype=dtype) for _ in "kv")
-    layout = full(Sq, Sk, True, (None, None), B)
+    seen = full(Sq, Sk, True, (None, None), B)
 
     def rounds(n: int) -> float:
         if device == "cuda":
             torch.cuda.synchronize()
         begin = time.perf_counter()
         for _ in range(n):
-            attend(q, k, v, layout=layout, name=backend)
+            attend(q, k, v, visibility=seen, name=backend)
         if device == "cuda":
             torch.cuda.synchronize()
         return (time.perf_counter() - begin) / n

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from hf_attn_patch.attn.devices import Device
-from hf_attn_patch.attn.dispatch import listening, request_of
-from hf_attn_patch.attn.request import AttentionRequest
-from hf_attn_patch.attn.visibility import Layout
+from hf_attn_patch.attn.dispatch import listening
+from hf_attn_patch.attn.request import AttentionRequest, CallKind, request_of
+from hf_attn_patch.attn.visibility import Visibility
 from hf_attn_patch.compat.stand_in import rehearsal, stand_in
 from hf_attn_patch.compat.torch import forget_wrappers
 from hf_attn_patch.errors import AttentionError
@@ -75,15 +75,16 @@ class Rehearsed:
             listening.reset(token)
             self.calls = {**before, **self.calls}
 
-    def _listen(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, facts: Any) -> tuple[Tensor, Tensor | None]:
+    def _listen(
+        self, q: Tensor, k: Tensor, v: Tensor, seen: Visibility, asked: CallKind
+    ) -> tuple[Tensor, Tensor | None]:
         from transformers import PreTrainedModel
 
-        *options, insisted = facts[5:]
-        request = request_of(q.shape, v.shape, q.dtype, torch.device("cpu"), layout, tuple(options), False)
+        request = request_of(asked._replace(device=torch.device("cpu")))
         path, module = self._stack[-1] if self._stack else ("", nn.Module())
         owner = next((m for _, m in reversed(self._stack) if isinstance(m, PreTrainedModel)), module)
         request = request._replace(device=self.kind.device, capability=self.kind.capability)
-        call = HeardCall(path, module, owner, request, q.shape[2], layout.keys, layout.window, insisted)
+        call = HeardCall(path, module, owner, request, q.shape[2], seen.keys, seen.window, asked.backend)
         self.calls.setdefault(path, []).append(call)
         out = q.new_empty(*q.shape[:3], v.shape[3])
         if request.grad:  # for the layers above

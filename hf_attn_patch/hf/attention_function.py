@@ -6,19 +6,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from hf_attn_patch.attn import memo
 from hf_attn_patch.attn.choice import asked_for
-from hf_attn_patch.attn.dispatch import attend, facts_of, known_calls, remember_call
-from hf_attn_patch.attn.visibility import full
+from hf_attn_patch.attn.dispatch import attend
+from hf_attn_patch.attn.plan import plain_calls, remember_plain
+from hf_attn_patch.attn.request import PlainKind, plain_kind
+from hf_attn_patch.attn.visibility import NO_WINDOW
 from hf_attn_patch.compat.batching import layer_writes_pages
 from hf_attn_patch.compat.cache_keyword import is_paged
 from hf_attn_patch.compat.torch import any_autocast, has_forward_hooks
 from hf_attn_patch.compat.transformers import output_collector
 from hf_attn_patch.errors import AttentionError
 
-from .call_visibility import from_borders, from_carrier, from_mask, from_positions, positions_in
-from .mask_pattern import of_carrier
+from .call_visibility import visibility_of
 
 NAME = "hf_attn_patch"
 #: keyword arguments that change which keys are seen or how they are weighed, and that no backend here knows
@@ -27,6 +29,7 @@ UNKNOWN = frozenset({"indices", "block_indices", "head_mask", "block_mask", "sco
 UNTAKEN = frozenset({"past_key_values", "past_key_value", "layer_past"})
 #: set on modules by :func:`enable` with a backend
 BACKEND_ATTRIBUTE = "_hf_attn_backend"
+_NOT_PLAIN: PlainKind | None = None
 _collector = output_collector()
 
 
@@ -66,107 +69,49 @@ def attention_forward(
     if kwargs and not (UNKNOWN.isdisjoint(kwargs) and UNTAKEN.isdisjoint(kwargs)):
         _refuse_unknown(module, kwargs)
     if cache is not None or (kwargs and layer_writes_pages(kwargs)):
-        from .continuous_batching import paged_forward
-
-        if cache is not None and not is_paged(cache):
-            _refuse_cache(module, "cache", cache)
-        return paged_forward(
-            module,
-            query,
-            key,
-            value,
-            cache,
-            scaling=scaling,
-            sliding_window=sliding_window,
-            softcap=softcap,
-            sinks=s_aux,
-            cu_seq_lens_q=cu_seq_lens_q,
-            cu_seq_lens_k=cu_seq_lens_k,
-            max_length_q=max_length_q,
-            max_length_k=max_length_k,
-            **kwargs,
-        )
-    tracing = torch.compiler.is_compiling()
-    weights = bool(output_attentions) or (
-        (_may_be_collected(module) if tracing else _collector.get() is not None) and _weights_are_collected()
-    )
+        kwargs |= {"scaling": scaling, "sliding_window": sliding_window, "softcap": softcap, "sinks": s_aux}
+        kwargs |= {"cu_seq_lens_q": cu_seq_lens_q, "cu_seq_lens_k": cu_seq_lens_k}
+        return _paged(module, query, key, value, cache, max_length_q=max_length_q, max_length_k=max_length_k, **kwargs)
+    tracing = is_compiling()
+    collecting = _may_be_collected(module) if tracing else _collector.get() is not None
+    weights = bool(output_attentions) or (collecting and _weights_are_collected())
     name = module.__dict__.get(BACKEND_ATTRIBUTE)
-    call: Any = None
-    plain = attention_mask is None and position_bias is None and cu_seq_lens_q is None
-    if plain and not tracing and type(query) is Tensor:
-        causal = is_causal if is_causal is not None else getattr(module, "is_causal", False)
-        if (position_ids is None or not causal or query.shape[2] == 1) and not any_autocast():
-            # nothing but numbers: decoding, encoders without padding
-            name = asked_for() if name is None else name
-            facts = facts_of(query, key, value, softcap, s_aux, None, dropout, weights, bool(deterministic), name)
-            call = (facts, key.dtype, value.dtype, bool(causal), sliding_window, scaling, softcap, dropout)
-            known = known_calls.get(call)
-            if known is not None:
-                operands = known.operands
-                assert operands is not None
-                if s_aux is not None:
-                    operands = operands._replace(sinks=s_aux)
-                out, found = known.run(query, key, value, known.request, operands)
-                return out.transpose(1, 2).contiguous(), found
-    if not query.dtype == key.dtype == value.dtype or (
-        query.dtype is torch.float32 and (tracing or any_autocast()) and torch.is_autocast_enabled(query.device.type)
-    ):
-        query, key, value = _one_dtype(module, query, key, value)
-    if not tracing:
-        memo.asks(module)
-    bias = position_bias
+    kind, causal, window = _NOT_PLAIN, False, NO_WINDOW
     if attention_mask is None:
-        # the modules that don't say are those of encoders, to whom no mask means that all is seen
-        causal = is_causal if is_causal is not None else getattr(module, "is_causal", False)
-        window = (None, None) if sliding_window is None or not causal else (sliding_window - 1, None)
-        if cu_seq_lens_q is not None:
-            layout = from_borders(query, key, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, causal, window)
-        else:
-            layout = from_positions(query, key, bool(causal), window, position_ids, tracing)
-    elif attention_mask.dtype is torch.int32:
-        pattern = None if cu_seq_lens_q is None else of_carrier(attention_mask)
-        if cu_seq_lens_q is not None and pattern is not None and pattern.keys is None and pattern.chunk is None:
-            # borders that are given need not be looked for in the positions
-            rule = pattern.causal, pattern.window
-            layout = from_borders(query, key, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, *rule)
-        else:
-            if cu_seq_lens_q is not None:
-                position_ids = positions_in(cu_seq_lens_q, query, position_ids)
-            layout = from_carrier(query, key, attention_mask, position_ids)
-    elif attention_mask.dtype is torch.bool or attention_mask.dtype is torch.uint8:
-        if cu_seq_lens_q is not None:
-            position_ids = positions_in(cu_seq_lens_q, query, position_ids)
-        layout = from_mask(query, key, attention_mask, position_ids, tracing)
-    elif attention_mask.is_floating_point():
-        layout = full(query.shape[2], key.shape[2], False, (None, None), query.shape[0])
-        if attention_mask.shape[-1] != key.shape[2]:
-            attention_mask = attention_mask[..., : key.shape[2]]
-        bias = attention_mask if bias is None else bias + attention_mask
-    else:
-        raise AttentionError(
-            f"an attention mask of dtype {attention_mask.dtype} and shape {tuple(attention_mask.shape)}: "
-            "pass a bool mask (True: may be seen) or a float mask (added to the scores)"
-        )
-    if bias is not None and bias.shape[-1] != key.shape[2] and bias.shape[-1] != 1:
-        bias = bias[..., : key.shape[2]]
+        # a module that doesn't say is an encoder's, and sees all; nothing but numbers: decoding, and such encoders
+        causal = bool(getattr(module, "is_causal", False) if is_causal is None else is_causal)
+        if sliding_window is not None and causal:
+            window = (sliding_window - 1, None)
+        plain = position_bias is None and cu_seq_lens_q is None and not tracing and type(query) is Tensor
+        if plain and (position_ids is None or not causal or query.shape[2] == 1) and not any_autocast():
+            name = asked_for() if name is None else name
+            kind = plain_kind(
+                query, key, value, causal, window, scaling, softcap, s_aux, dropout, weights, deterministic, name
+            )
+            if (known := plain_calls.get(kind)) is not None:
+                (request, _, run), rest = known
+                out, found = run(query, key, value, request, rest if s_aux is None else rest._replace(sinks=s_aux))
+                return out.transpose(1, 2).contiguous(), found
+    query, key, value = _one_dtype(module, query, key, value, tracing)
+    memo.asks(module, tracing)
+    given = cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k
+    seen, bias = visibility_of(query, key, attention_mask, position_bias, position_ids, given, causal, window, tracing)
     out, found = attend(
-        query,
-        key,
-        value,
-        layout=layout,
-        scale=scaling,
-        softcap=softcap,
-        sinks=s_aux,
-        bias=bias,
-        dropout=dropout,
-        weights=weights,
-        deterministic=bool(deterministic),
-        name=name,
-        tracing=tracing,
+        query, key, value, seen, scaling, softcap, s_aux, bias, dropout, weights, deterministic, name, tracing
     )
-    if call is not None:
-        remember_call(call, facts, layout, scaling, softcap, dropout)
+    if kind is not None:
+        remember_plain(kind, seen)
     return out.transpose(1, 2).contiguous(), found
+
+
+def _paged(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, cache: Any, **kwargs: Any
+) -> tuple[Tensor, None]:
+    from .continuous_batching import paged_forward
+
+    if cache is not None and not is_paged(cache):
+        _refuse_cache(module, "cache", cache)
+    return paged_forward(module, query, key, value, cache, **kwargs)
 
 
 def _refuse_cache(module: torch.nn.Module, name: str, cache: Any) -> None:
@@ -202,12 +147,19 @@ def _weights_are_collected() -> bool:
     return bool(collected) and any("attentions" in key for key in collected)
 
 
-def _one_dtype(module: torch.nn.Module, *tensors: Tensor) -> tuple[Tensor, ...]:
+def _one_dtype(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, tracing: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """Under autocast the dtype that a matmul would take (as eager does); otherwise different dtypes are an error."""
-    device = tensors[0].device.type
+    if query.dtype == key.dtype == value.dtype and not (
+        query.dtype is torch.float32 and (tracing or any_autocast()) and torch.is_autocast_enabled(query.device.type)
+    ):
+        return query, key, value
+    device, tensors = query.device.type, (query, key, value)
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-        return tuple(t if t.dtype is torch.float64 else t.to(dtype) for t in tensors)
+        q, k, v = (t if t.dtype is torch.float64 else t.to(dtype) for t in tensors)
+        return q, k, v
     raise AttentionError(
         f"{type(module).__name__} gives query, key and value as {', '.join(str(t.dtype) for t in tensors)}; "
         "run it under torch.autocast, or load the model in one dtype"

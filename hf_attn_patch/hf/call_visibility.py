@@ -1,15 +1,27 @@
-"""Who may see whom in one layer's call: what the layer is given (a mask, positions, borders of documents) as a Layout.
+"""Who may see whom in one layer's call: what the layer is given (a mask, positions, borders of documents) as a
+:data:`~hf_attn_patch.attn.visibility.Visibility`.
 
 It is worked out at the first layer and kept with the tensor that it came from, where the next layers find it.
 """
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import torch
 from torch import Tensor
 
 from hf_attn_patch.attn import memo
-from hf_attn_patch.attn.visibility import DENSE, Layout, document_starts, full, packed, remembered_full
+from hf_attn_patch.attn.visibility import (
+    NO_WINDOW,
+    Dense,
+    Sides,
+    Visibility,
+    document_starts,
+    full,
+    packed,
+    remembered_full,
+)
 from hf_attn_patch.errors import AttentionError
 
 from .mask_pattern import Pattern, dense_from_carrier, hand_over, of_carrier
@@ -17,32 +29,87 @@ from .mask_pattern import Pattern, dense_from_carrier, hand_over, of_carrier
 _OPEN = "_hf_attn_open"
 
 
+#: cumulative lengths of documents, of queries and keys, and the longest of each, as transformers hands them to layers
+Borders = tuple[Tensor | None, Tensor | None, int | Tensor | None, int | Tensor | None]
+
+
+def visibility_of(
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    ids: Tensor | None,
+    borders: Borders,
+    causal: bool,
+    window: Sides,
+    tracing: bool,
+) -> tuple[Visibility, Tensor | None]:
+    """Who may see whom in a call, and what is added to its scores (float, [B or 1, HQ or 1, Sq, Sk] or None).
+
+    Args:
+        query: [B, HQ, Sq, D]. key: [B, HKV, Sk, D].
+        mask: what the layer was given: a carrier (int32), a mask (bool, or uint8: open), scores to add (float) or None.
+        bias: scores to add. ids: positions [B or 1, Sq], which tell documents apart where nothing else does.
+        causal, window: what counts where there is no mask.
+
+    Raises:
+        AttentionError: a mask of another dtype, or of a shape that none has.
+    """
+    seen: Visibility
+    cu_q = borders[0]
+    if mask is None:
+        if cu_q is not None:
+            seen = from_borders(query, key, cu_q, borders, causal, window)
+        else:
+            seen = from_positions(query, key, causal, window, ids, tracing)
+    elif mask.dtype is torch.bool or mask.dtype is torch.uint8:
+        seen = from_mask(query, key, mask, ids if cu_q is None else positions_in(cu_q, query, ids), tracing)
+    elif mask.dtype is torch.int32:
+        pattern = None if cu_q is None else of_carrier(mask)
+        if cu_q is not None and pattern is not None and pattern.keys is None and pattern.chunk is None:
+            # borders that are given need not be looked for in the positions
+            seen = from_borders(query, key, cu_q, borders, pattern.causal, pattern.window)
+        else:
+            seen = from_carrier(query, key, mask, ids if cu_q is None else positions_in(cu_q, query, ids))
+    elif mask.is_floating_point():
+        seen = full(query.shape[2], key.shape[2], False, NO_WINDOW, query.shape[0])
+        mask = mask if mask.shape[-1] == key.shape[2] else mask[..., : key.shape[2]]
+        bias = mask if bias is None else bias + mask
+    else:
+        raise AttentionError(
+            f"an attention mask of dtype {mask.dtype} and shape {tuple(mask.shape)}: "
+            "pass a bool mask (True: may be seen) or a float mask (added to the scores)"
+        )
+    if bias is not None and bias.shape[-1] != key.shape[2] and bias.shape[-1] != 1:
+        bias = bias[..., : key.shape[2]]
+    return seen, bias
+
+
 def from_positions(
     query: Tensor,
     key: Tensor,
     causal: bool,
-    window: tuple[int | None, None],
+    window: Sides,
     ids: Tensor | None,
     tracing: bool,
-) -> Layout:
+) -> Visibility:
     """No mask: causality as the module says; documents where the positions go back."""
     B, Sq, Sk = query.shape[0], query.shape[2], key.shape[2]
     if causal and Sq > 1 and Sq == Sk and _usable(ids, query):
-        assert ids is not None
         if tracing:
             pattern = Pattern(B, Sq, Sk, True, window, device=query.device)
-            return Layout(DENSE, B, Sq, Sk, mask=pattern.dense(pattern.starts(ids)))
-        known: Layout | None = memo.recall(ids, ("causal", B, Sk, window))
+            return Dense(B, Sq, Sk, mask=pattern.dense(pattern.starts(ids)))
+        known: Visibility | None = memo.recall(ids, ("causal", B, Sk, window))
         if known is None:
             known = Pattern(B, Sq, Sk, True, window, device=query.device).resolve(ids)
             memo.keep(ids, ("causal", B, Sk, window), known)
         return known
-    if Sq <= 1024 and window == (None, None) and not tracing:
+    if Sq <= 1024 and window == NO_WINDOW and not tracing:
         return remembered_full(Sq, Sk, causal, window, B)
     return full(Sq, Sk, causal, window, B)
 
 
-def from_carrier(query: Tensor, key: Tensor, carrier: Tensor, ids: Tensor | None) -> Layout:
+def from_carrier(query: Tensor, key: Tensor, carrier: Tensor, ids: Tensor | None) -> Visibility:
     """A carrier of ours: its pattern if it still knows it, else its integers."""
     B, Sq, Sk = query.shape[0], query.shape[2], key.shape[2]
     if carrier.dim() != 4 or carrier.shape[-1] != 2 or carrier.shape[2] < Sq:
@@ -53,9 +120,9 @@ def from_carrier(query: Tensor, key: Tensor, carrier: Tensor, ids: Tensor | None
         )
     if torch.compiler.is_compiling():
         mask = dense_from_carrier(carrier, Sq, Sk)
-        return Layout(DENSE, B, Sq, Sk, mask=_with_documents(mask, ids, query, key))
-    positions = () if ids is None or not _usable(ids, query) else (ids,)
-    known: Layout | None = memo.recall(carrier, (Sq, Sk), *positions)
+        return Dense(B, Sq, Sk, mask=_with_documents(mask, ids, query, key))
+    positions = (ids,) if _usable(ids, query) else ()
+    known: Visibility | None = memo.recall(carrier, (Sq, Sk), *positions)
     if known is not None:
         return known
     pattern = of_carrier(carrier)
@@ -63,26 +130,26 @@ def from_carrier(query: Tensor, key: Tensor, carrier: Tensor, ids: Tensor | None
         known = pattern.resolve(*positions)
         if pattern.kv_len != Sk:
             dense = known.dense(query.device)
-            known = full(Sq, Sk, False, (None, None), B)
+            known = full(Sq, Sk, False, NO_WINDOW, B)
             if dense is not None:
-                known = Layout(DENSE, B, Sq, Sk, mask=dense[..., :Sk])
+                known = Dense(B, Sq, Sk, mask=dense[..., :Sk])
     else:
         mask = dense_from_carrier(carrier, Sq, Sk)
-        known = Layout(DENSE, B, Sq, Sk, mask=_with_documents(mask, ids, query, key))
+        known = Dense(B, Sq, Sk, mask=_with_documents(mask, ids, query, key))
     memo.keep(carrier, (Sq, Sk), known, *positions)
     return known
 
 
-def from_mask(query: Tensor, key: Tensor, mask: Tensor, ids: Tensor | None, tracing: bool) -> Layout:
+def from_mask(query: Tensor, key: Tensor, mask: Tensor, ids: Tensor | None, tracing: bool) -> Visibility:
     """A written-out mask: the whole truth (the user's bool), or ours that is open (uint8, or a bool that says so): what
     lies in other documents is still to be cut off."""
-    B, Sq, Sk = query.shape[0], query.shape[2], key.shape[2]
+    (B, _, Sq, _), Sk = query.shape, key.shape[2]
     positions: tuple[Tensor, ...] = ()
     if not tracing:
-        known: Layout | None = memo.recall(mask, (B, Sq, Sk))
+        known: Visibility | None = memo.recall(mask, (B, Sq, Sk))
         if known is not None:
             return known
-        if ids is not None and _usable(ids, query):
+        if _usable(ids, query):
             positions = (ids,)
             if (known := memo.recall(mask, (B, Sq, Sk, "positions"), ids)) is not None:
                 return known
@@ -101,10 +168,10 @@ def from_mask(query: Tensor, key: Tensor, mask: Tensor, ids: Tensor | None, trac
         read = positions
     else:
         read = ()
-    layout = Layout(DENSE, B, Sq, Sk, mask=mask)
+    seen = Dense(B, Sq, Sk, mask=mask)
     if not tracing:
-        memo.keep(given, (B, Sq, Sk, *("positions" for _ in read)), layout, *read)
-    return layout
+        memo.keep(given, (B, Sq, Sk, *("positions" for _ in read)), seen, *read)
+    return seen
 
 
 def leave_open(mask: Tensor, keys: Tensor | None) -> None:
@@ -133,7 +200,6 @@ def _with_documents(
     """
     if not _usable(ids, query) or query.shape[2] != key.shape[2]:
         return mask
-    assert ids is not None
     B = query.shape[0]
     if valid is None:
         valid = mask[:, 0].diagonal(dim1=-2, dim2=-1) | mask[:, 0].any(-2)
@@ -145,26 +211,25 @@ def from_borders(
     query: Tensor,
     key: Tensor,
     cu_q: Tensor,
-    cu_k: Tensor | None,
-    max_q: int | Tensor | None,
-    max_k: int | Tensor | None,
+    borders: Borders,
     causal: bool,
-    window: tuple[int | None, int | None],
-) -> Layout:
+    window: Sides,
+) -> Visibility:
     """Documents by cumulative lengths, which callers give once a forward."""
     B, Sq, Sk = query.shape[0], query.shape[2], key.shape[2]
     if B != 1:
         raise AttentionError(
             f"cu_seq_lens go with one row of packed tokens, not with a batch of {B}; flatten it to [1, B * S]"
         )
+    _, cu_k, max_q, max_k = borders
     cu_k = cu_q if cu_k is None else cu_k
     others = [t for t in (cu_k, max_q, max_k) if isinstance(t, Tensor)]
     numbers = [None if isinstance(n, Tensor) else n for n in (max_q, max_k)]
     key_ = ("borders", Sq, Sk, causal, window, *numbers)
-    known: Layout | None = memo.recall(cu_q, key_, *others)
+    known: Visibility | None = memo.recall(cu_q, key_, *others)
     if known is None:
         limits = (Sq if max_q is None else int(max_q), Sk if max_k is None else int(max_k))
-        known = packed(1, Sq, Sk, cu_q.to(query.device), cu_k.to(query.device), *limits, bool(causal), window)
+        known = packed(1, Sq, Sk, cu_q.to(query.device), cu_k.to(query.device), *limits, causal, window)
         memo.keep(cu_q, key_, known, *others)
     return known
 
@@ -184,7 +249,7 @@ def positions_in(cu: Tensor, query: Tensor, ids: Tensor | None) -> Tensor | None
     return known
 
 
-def _usable(ids: Tensor | None, query: Tensor) -> bool:
+def _usable(ids: Tensor | None, query: Tensor) -> TypeGuard[Tensor]:
     """Positions that can tell documents apart: [B or 1, Sq] integers (some families leak 3-D ones, or none)."""
     return (
         ids is not None
@@ -194,6 +259,6 @@ def _usable(ids: Tensor | None, query: Tensor) -> bool:
     )
 
 
-def keep_layout(mask: Tensor, layout: Layout) -> None:
-    """Let all layers share the ``layout`` of a bool mask [B, 1, Sq, Sk] of ours, and what it works out."""
-    memo.keep(mask, (layout.batch, layout.q_len, layout.kv_len), layout, made=True)
+def keep_visibility(mask: Tensor, seen: Dense) -> None:
+    """Let all layers share what is ``seen`` by a bool mask [B, 1, Sq, Sk] of ours, and what is worked out from it."""
+    memo.keep(mask, (seen.batch, seen.q_len, seen.kv_len), seen, made=True)

@@ -61,7 +61,7 @@ def paged_forward(
             )
         return paged_decode(query, key, value, *pages, cu_k, **numbers), None
     T, Tk = query.shape[2], key.shape[2]
-    layout = packed(
+    visibility = packed(
         1,
         T,
         Tk,
@@ -73,7 +73,7 @@ def paged_forward(
         (None if not window else window - 1, None),
     )
     scale = numbers.pop("scaling")
-    out, _ = attend(query, key, value, layout=layout, scale=scale, **numbers)
+    out, _ = attend(query, key, value, visibility=visibility, scale=scale, **numbers)
     return out.transpose(1, 2).contiguous(), None
 
 

@@ -13,13 +13,13 @@ from torch import Tensor
 from transformers import masking_utils
 
 from hf_attn_patch.attn import memo
-from hf_attn_patch.attn.visibility import DENSE, Layout
+from hf_attn_patch.attn.visibility import Dense
 from hf_attn_patch.compat.mask_functions import taken_apart
 from hf_attn_patch.compat.transformers import attention_name, goes_through_interface
 from hf_attn_patch.errors import AttentionError
 
 from .attention_function import NAME
-from .call_visibility import keep_layout, leave_open
+from .call_visibility import keep_visibility, leave_open
 from .mask_pattern import Pattern
 
 #: families whose layers read or extend the mask that they are given (scores of their own, routers, attention in their
@@ -89,7 +89,7 @@ def build_mask(
         with memo.counted():
             mask = _one_query(pattern, static and not may_skip)
         if mask is not None:
-            keep_layout(mask, Layout(DENSE, batch_size, 1, kv_length, mask=mask.detach()))
+            keep_visibility(mask, Dense(batch_size, 1, kv_length, mask=mask.detach()))
         return mask
     # None leaves causality to the module's flag, which not every family sets: only "sees everything" may be None
     says_everything = not causal and getattr(config, "is_causal", None) is not False

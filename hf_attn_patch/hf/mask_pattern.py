@@ -1,4 +1,4 @@
-"""From a model's mask to a :class:`Layout`: nothing is read back before it must be, and then once a forward.
+"""From a model's mask to a :data:`Visibility`: nothing is read back before it must be, and then once a forward.
 
 transformers asks for a mask once per pattern and forward, and hands whatever 4-D tensor it gets to every layer. What we
 give is a *carrier*: int32 [B, 1, Sq + R, 2] with each query's first and last + 1 visible key, followed by the key
@@ -9,13 +9,23 @@ from, and with it the choice of kernel.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from hf_attn_patch.attn import memo
-from hf_attn_patch.attn.visibility import DENSE, FULL, PACKED, PADDED, Layout, document_starts, full
+from hf_attn_patch.attn.visibility import (
+    NO_WINDOW,
+    Dense,
+    Full,
+    Packed,
+    Padded,
+    Sides,
+    Visibility,
+    document_starts,
+    full,
+)
 
 _PATTERN = "pattern"
 #: up to so many queries the whole mask is small: kernels take it as it is, and nothing is read back
@@ -27,7 +37,7 @@ class Pattern:
     """Who may see whom, as far as it is known without reading from the device.
 
     Args:
-        causal, window: as in :class:`Layout`, in absolute positions.
+        causal, window: as in :class:`Full`, in absolute positions.
         offset: key position of the first query: int, or an integer tensor (static caches).
         chunk: (size, left padding [B]) of chunked attention, or None.
         keys: bool [B, Sk], the valid keys (a 2-D padding mask), or None.
@@ -38,14 +48,14 @@ class Pattern:
     q_len: int
     kv_len: int
     causal: bool
-    window: tuple[int | None, int | None] = (None, None)
+    window: Sides = NO_WINDOW
     offset: int | Tensor = 0
     kv_offset: int | Tensor = 0
     chunk: tuple[int, Tensor] | None = None
     keys: Tensor | None = None
     documents: Tensor | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    _resolved: dict[bool, Layout] = field(default_factory=dict, repr=False)  # in inference mode? -> without positions
+    _resolved: dict[bool, Visibility] = field(default_factory=dict, repr=False)  # in inference mode?
 
     def is_plain(self) -> bool:
         """Nothing but causality aligned at the lower right (or nothing at all): no tensor needs to say so."""
@@ -136,8 +146,8 @@ class Pattern:
 
     # -- what kernels take -------------------------------------------------------------------------------------------
 
-    def resolve(self, position_ids: Tensor | None = None) -> Layout:
-        """The layout to run; reads the device at most once, and not at all for a few queries.
+    def resolve(self, position_ids: Tensor | None = None) -> Visibility:
+        """The visibility to run; reads the device at most once, and not at all for a few queries.
 
         Args:
             position_ids: [B or 1, Sq] integers. Where they go back, a new document begins.
@@ -149,41 +159,36 @@ class Pattern:
             self._resolved[mode] = self._resolve(self.starts())
         return self._resolved[mode]
 
-    def _resolve(self, starts: Tensor | None) -> Layout:
+    def _resolve(self, starts: Tensor | None) -> Visibility:
         decode = self.q_len <= DECODE_QUERIES and self.device.type != "cpu"
         if decode:
-            return self._dense_layout(starts)
+            return self._written_out(starts)
         offset, holes, first, any_document, n_documents, longest = self._read(starts)
         stop = offset + self.q_len
-        unaligned = (self.causal or self.window != (None, None)) and stop > self.kv_len
+        unaligned = (self.causal or self.window != NO_WINDOW) and stop > self.kv_len
         if holes or unaligned or self.chunk is not None or (any_document and offset > 0):
-            return self._dense_layout(starts if any_document else None)
+            return self._written_out(starts if any_document else None)
         causal = self.causal and self.q_len > 1
         if any_document:
             assert starts is not None
-            return self._packed_layout(starts, n_documents, longest, causal)
-        banded = causal or self.window != (None, None)
+            return self._packed(starts, n_documents, longest, causal)
+        banded = causal or self.window != NO_WINDOW
         if first is None:
             if not banded:
-                return full(self.q_len, self.kv_len, False, (None, None), self.batch)
-            layout = full(self.q_len, stop, causal, self.window, self.batch)
-            layout.kv_len = self.kv_len
-            return layout
+                return full(self.q_len, self.kv_len, False, NO_WINDOW, self.batch)
+            return self._banded(stop, causal)
         low, high, least_end, most_end = first
         if banded:
             if high == 0 and least_end >= stop:
-                layout = full(self.q_len, stop, causal, self.window, self.batch)
-                layout.kv_len = self.kv_len
-                return layout
+                return self._banded(stop, causal)
             start, end = 0, stop
         else:
             start, end = low, most_end
             if low == high and least_end == most_end:
-                return Layout(FULL, self.batch, self.q_len, self.kv_len, start=start, stop=end)
+                return Full(self.batch, self.q_len, self.kv_len, start=start, stop=end)
         begin, finish = self.valid_range()
         finish = finish.clamp(max=end)
-        return Layout(
-            PADDED,
+        return Padded(
             self.batch,
             self.q_len,
             self.kv_len,
@@ -195,6 +200,10 @@ class Pattern:
             length=(finish - begin).clamp(min=0).to(torch.int32),
             restrict_queries=banded,
         )
+
+    def _banded(self, stop: int, causal: bool) -> Full:
+        """Causality and the window, on the keys before ``stop``."""
+        return replace(full(self.q_len, stop, causal, self.window, self.batch), kv_len=self.kv_len)
 
     def _read(self, starts: Tensor | None) -> tuple[int, bool, tuple[int, int, int, int] | None, bool, int, int]:
         """The one read-back: (offset, holes?, (least first, greatest first, least end, greatest end), documents...)."""
@@ -230,7 +239,7 @@ class Pattern:
         n_documents, longest_document = (values[0], values[1]) if starts is not None else (0, self.q_len)
         return offset, holes, first, n_documents > 0, n_documents, longest_document
 
-    def _packed_layout(self, starts: Tensor, count: int, longest: int, causal: bool) -> Layout:
+    def _packed(self, starts: Tensor, count: int, longest: int, causal: bool) -> Packed:
         tokens = self.batch * self.q_len
         starts = starts.clone()
         starts[:, 0] = True
@@ -243,8 +252,7 @@ class Pattern:
         borders = torch.where(starts.flatten(), index, tokens).sort().values
         borders = torch.nn.functional.pad(borders, (0, 1), value=tokens)
         cu = borders[: min(count + self.batch, tokens) + 1].to(torch.int32)
-        return Layout(
-            PACKED,
+        return Packed(
             self.batch,
             self.q_len,
             self.kv_len,
@@ -258,8 +266,8 @@ class Pattern:
             padding=padding,
         )
 
-    def _dense_layout(self, starts: Tensor | None) -> Layout:
-        return Layout(DENSE, self.batch, self.q_len, self.kv_len, mask=self.dense(starts))
+    def _written_out(self, starts: Tensor | None) -> Dense:
+        return Dense(self.batch, self.q_len, self.kv_len, mask=self.dense(starts))
 
 
 def of_carrier(carrier: Tensor) -> Pattern | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,8 +15,8 @@ from hf_attn_patch.attn.backends import flash2, flash3, flash4, torch_sdpa, trit
 from hf_attn_patch.attn.devices import Device, device_of
 from hf_attn_patch.attn.dispatch import BACKENDS, reasons
 from hf_attn_patch.attn.kernels.decode_plan import choose
-from hf_attn_patch.attn.request import AttentionRequest, Operands
-from hf_attn_patch.attn.visibility import DENSE, FULL, PADDED, Layout, full, packed
+from hf_attn_patch.attn.request import AttentionRequest, Operands, kind_of, request_of
+from hf_attn_patch.attn.visibility import DENSE, FULL, PADDED, Dense, Padded, full, packed
 
 CAPABILITIES = (70, 72, 75, 80, 86, 87, 89, 90, 100, 103, 110, 120, 121)
 HALF = (torch.float16, torch.bfloat16)
@@ -202,23 +203,22 @@ def test_torchs_function_by_the_group_is_exact(data: st.DataObject) -> None:
         layout = full(Sq, Sk, True, (3, None), B)
     elif kind == "padded":
         first = torch.randint(0, Sk, (B,), dtype=torch.int32)
-        layout = Layout(PADDED, B, Sq, Sk, first=first, length=(Sk - first) // 2, stop=Sk)
+        layout = Padded(B, Sq, Sk, first=first, length=(Sk - first) // 2, stop=Sk)
         k[0, :, : first[0]] = v[0, :, : first[0]] = torch.nan
     elif kind in ("mask", "per head"):
         mask = torch.rand(B, HQ if kind == "per head" else 1, Sq, Sk) < 0.6
-        layout = Layout(DENSE, B, Sq, Sk, mask=mask)
+        layout = Dense(B, Sq, Sk, mask=mask)
     elif kind == "bias":
         bias = torch.randn(1, HQ, Sq, Sk)
     elif kind == "packed":
         borders = torch.tensor([0, Sq // 2, Sq])
         layout = packed(1, Sq, Sk, borders, borders, Sq, Sk, True)
-    options = (softcap := True, sinks := True, bias is None, False, False, grad, False, False)
-    del softcap, sinks
-    asked = dispatch.request_of(q.shape, v.shape, q.dtype, q.device, layout, options, False)._replace(device="mps")
+    given = kind_of(q, k, v, None, None, bias, 0.0, False, False, None, layout.facts)
+    asked = request_of(given._replace(grad=grad))._replace(device="mps")
     assert torch_sdpa.refuses(asked) is None and torch_sdpa.kernel(asked) == "public"
     inputs = [t.requires_grad_(grad) for t in (q, k, v)]
     out, _ = torch_sdpa.run(*inputs, asked, Operands(layout, 0.3, bias=bias))
-    seen = Layout(layout.kind, **{n: getattr(layout, n) for n in vars(layout) if n in FIELDS}).dense(q.device)
+    seen = replace(layout).dense(q.device)  # one that has worked out nothing yet
     if layout.start:
         seen = torch.ones(1, 1, Sq, layout.keys, dtype=torch.bool) if seen is None else seen
         seen = torch.nn.functional.pad(seen, (layout.start, 0), value=False)
@@ -230,12 +230,6 @@ def test_torchs_function_by_the_group_is_exact(data: st.DataObject) -> None:
         wanted = torch.autograd.grad((want * loss).sum(), inputs)
         for f, w in zip(found, wanted, strict=True):
             torch.testing.assert_close(f, w.nan_to_num(), atol=2e-5, rtol=2e-4)
-
-
-FIELDS = {
-    "batch", "q_len", "kv_len", "causal", "window", "start", "stop", "first", "length", "restrict_queries", "cu_q",
-    "cu_k", "max_q", "max_k", "padding", "mask",
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("Sq", [1, 7])
@@ -250,8 +244,8 @@ def test_keys_and_values_are_not_copied_for_the_group(Sq: int, monkeypatch: pyte
     monkeypatch.setattr(torch_sdpa, "_sdpa", spy)
     q, k, v = torch.randn(2, 8, Sq, 16), torch.randn(2, 2, 9, 16), torch.randn(2, 2, 9, 16)
     layout = full(Sq, 9, False, (None, None), 2)
-    options = (True, True, True, False, False, False, False, False)
-    asked = dispatch.request_of(q.shape, v.shape, q.dtype, q.device, layout, options, False)._replace(device="xpu")
+    asked = request_of(kind_of(q, k, v, None, None, None, 0.0, False, False, None, layout.facts))
+    asked = asked._replace(device="xpu")
     torch_sdpa.run(q, k, v, asked, Operands(layout, 0.25))
     assert len(given_keys) == (1 if Sq == 1 else 4)
     assert {t.untyped_storage().data_ptr() for t in given_keys} == {k.untyped_storage().data_ptr()}

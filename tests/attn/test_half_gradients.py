@@ -145,7 +145,7 @@ def test_of_the_kernel_that_is_called_once_a_member_of_the_group(monkeypatch, dt
     if kind == "bias":
         inputs.append(torch.randn(1, 1, S, S, generator=g).to(dtype))
     mask = see if kind in ("padding", "heads") else None
-    layout = torch_sdpa.Layout("dense", B, S, S, mask=mask) if mask is not None else full(S, S, False, (None, None), B)
+    layout = torch_sdpa.Dense(B, S, S, mask=mask) if mask is not None else full(S, S, False, (None, None), B)
     request = SimpleNamespace(bias=kind == "bias", tracing=False, grad=True)
 
     def grouped(q, k, v, bias=None):

@@ -12,7 +12,7 @@ from hf_attn_patch import attention, attention_varlen
 from hf_attn_patch.attn.backends._varlen import run_varlen
 from hf_attn_patch.attn.dispatch import attend
 from hf_attn_patch.attn.request import Operands
-from hf_attn_patch.attn.visibility import PACKED, PADDED, Layout, packed
+from hf_attn_patch.attn.visibility import Packed, Padded, packed
 from hf_attn_patch.hf.attention_function import attention_forward
 
 SPOILT = torch.tensor([float("nan"), float("inf"), float("-inf")])
@@ -173,9 +173,9 @@ def test_padding_between_documents(causal, backend):
     q, k, v = (torch.randn(2, h, 6, 8) for h in (4, 2, 2))
     padding = torch.tensor([[False] * 6, [False] * 4 + [True] * 2])
     cu = torch.tensor([0, 2, 6, 10, 12], dtype=torch.int32)
-    layout = Layout(PACKED, 2, 6, 6, causal, stop=6, cu_q=cu, cu_k=cu, max_q=4, max_k=4, padding=padding)
+    layout = Packed(2, 6, 6, causal, stop=6, cu_q=cu, cu_k=cu, max_q=4, max_k=4, padding=padding)
     unseen = padding[:, None].expand(2, 2, 6)
-    assert_unharmed(lambda q, k, v: attend(q, k, v, layout=layout, name=backend)[0], q, k, v, unseen)
+    assert_unharmed(lambda q, k, v: attend(q, k, v, visibility=layout, name=backend)[0], q, k, v, unseen)
 
 
 @pytest.mark.parametrize("backend", [None, "reference"])
@@ -196,9 +196,9 @@ def test_behind_every_window(padded, left, right, backend):
         assert_unharmed(lambda q, k, v: attention(q, k, v, window=(left, right), backend=backend), q, k, v, unseen)
         return
     first, length = torch.tensor([0, 9], dtype=torch.int32), torch.tensor([10, 2], dtype=torch.int32)
-    layout = Layout(PADDED, 2, Sq, Sk, window=(left, right), first=first, length=length)
+    layout = Padded(2, Sq, Sk, window=(left, right), first=first, length=length)
     see = see & ((j >= first[:, None]) & (j < (first + length)[:, None]))[:, None, None]
-    assert_unharmed(lambda q, k, v: attend(q, k, v, layout=layout, name=backend)[0], q, k, v, nobody(see, 2))
+    assert_unharmed(lambda q, k, v: attend(q, k, v, visibility=layout, name=backend)[0], q, k, v, nobody(see, 2))
 
 
 @pytest.mark.parametrize("added", [-torch.inf, torch.finfo(torch.float32).min])

@@ -20,7 +20,7 @@ from zoo_cases import BY_NAME
 
 import hf_attn_patch
 from hf_attn_patch import AttentionError, explain
-from hf_attn_patch.attn import dispatch
+from hf_attn_patch.attn import dispatch, plan
 
 
 @contextmanager
@@ -195,7 +195,7 @@ def test_nothing_is_changed_and_nothing_is_left() -> None:
     assert modes == [m.training for m in model.modules()]
     assert configured == model.config.to_dict() and model.config._attn_implementation == "eager"
     assert not heard
-    assert dispatch._chosen == {} and dispatch.known_calls == {}
+    assert plan.plans_of_requests == plan.plans_of_kinds == plan.plain_calls == {}
     assert dispatch.listening.get() is None
 
 

@@ -74,7 +74,7 @@ def test_the_mask_that_comes_with_borders_is_not_read() -> None:
     attend = continuous_batching.attend
 
     def spy(*args: Any, **kwargs: Any) -> Any:
-        seen.append((kwargs["layout"].kind, kwargs.get("bias")))
+        seen.append((kwargs["visibility"].kind, kwargs.get("bias")))
         return attend(*args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch, hf_attn_patch.override("sdpa"):

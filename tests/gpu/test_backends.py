@@ -13,7 +13,7 @@ import torch
 from conformance import assert_conforms
 
 from hf_attn_patch.attn.dispatch import BACKENDS, attend, backend
-from hf_attn_patch.attn.visibility import DENSE, PADDED, Layout, full, packed
+from hf_attn_patch.attn.visibility import Dense, Padded, full, packed
 from hf_attn_patch.errors import AttentionError
 
 pytestmark = pytest.mark.gpu
@@ -47,9 +47,9 @@ def layouts(kind, B, Sq, Sk):
     first = torch.tensor([0, 5, Sk // 2, 1][:B], device="cuda", dtype=torch.int32)
     length = torch.tensor([Sk, Sk - 9, Sk // 3, 0][:B], device="cuda", dtype=torch.int32)
     if kind == "padded":
-        return Layout(PADDED, B, Sq, Sk, first=first, length=length)
+        return Padded(B, Sq, Sk, first=first, length=length)
     if kind == "padded causal":
-        return Layout(PADDED, B, Sq, Sk, True, first=first, length=length, restrict_queries=True)
+        return Padded(B, Sq, Sk, True, first=first, length=length, restrict_queries=True)
     if kind == "packed":
         borders = [0, 1, Sk // 3, Sk // 3, *(b * Sk for b in range(1, B)), (B - 1) * Sk + 7, B * Sk - 3]
         cu = torch.tensor(borders, device="cuda")
@@ -58,7 +58,7 @@ def layouts(kind, B, Sq, Sk):
     mask = torch.rand(B, 1, Sq, Sk, device="cuda", generator=torch.Generator("cuda").manual_seed(1)) < 0.7
     mask[:, :, 1:2] = False
     mask[0, ..., 3:4] = False
-    return Layout(DENSE, B, Sq, Sk, mask=mask)
+    return Dense(B, Sq, Sk, mask=mask)
 
 
 def plain(q, k, v, layout, scale, softcap=None, sinks=None, bias=None):
@@ -102,7 +102,7 @@ def check(name, kind, B, HQ, HKV, Sq, Sk, D, dtype, *, grad=True, softcap=None, 
         with torch.set_grad_enabled(grad):
             if run == "test":
                 poison()
-                out = attend(a, b, c, layout=layout, softcap=softcap, sinks=s, bias=e, name=name)[0]
+                out = attend(a, b, c, visibility=layout, softcap=softcap, sinks=s, bias=e, name=name)[0]
             else:
                 out = plain(a, b, c, layout, scale, softcap, s, e)
         grads = torch.autograd.grad((out * g.to(wide)).sum(), [t for t in leaves if t is not None]) if grad else ()
@@ -177,11 +177,11 @@ def test_forward_is_repeatable(name):
     q, k, v = make(2, 8, 2, 257, 257, 64, torch.bfloat16)
     layout = full(257, 257, True, (None, None), 2)
     try:
-        first = attend(q, k, v, layout=layout, name=name)[0]
+        first = attend(q, k, v, visibility=layout, name=name)[0]
     except AttentionError as error:
         pytest.skip(str(error))
     for _ in range(3):
-        assert torch.equal(first, attend(q, k, v, layout=layout, name=name)[0])
+        assert torch.equal(first, attend(q, k, v, visibility=layout, name=name)[0])
 
 
 @pytest.mark.parametrize("name", FUSED)
@@ -191,11 +191,11 @@ def test_nan_in_padding_does_not_leak(name):
     j = torch.arange(131, device="cuda")
     pad = (j < layout.first[:, None]) | (j >= (layout.first + layout.length)[:, None])
     try:
-        clean = attend(q, k, v, layout=layout, name=name)[0]
+        clean = attend(q, k, v, visibility=layout, name=name)[0]
     except AttentionError as error:
         pytest.skip(str(error))
     k, v = (t.masked_fill(pad[:, None, :, None], float("nan")) for t in (k, v))
-    dirty = attend(q, k, v, layout=layout, name=name)[0]
+    dirty = attend(q, k, v, visibility=layout, name=name)[0]
     where = layout.valid_queries()[:, None, :, None].expand_as(clean)
     assert torch.equal(clean[where], dirty[where])
     assert torch.isfinite(dirty).all()
@@ -226,7 +226,7 @@ def test_nan_behind_what_is_added_does_not_leak(name, grad, hidden_by):
     for keys, values in ((k, v), (k.masked_fill(unseen, float("nan")), v.masked_fill(unseen, float("inf")))):
         leaves = [t.detach().requires_grad_(grad) for t in (q, keys, values)]
         try:
-            out = attend(*leaves, layout=full(S, S, causal, (None, None), B), bias=bias, name=name)[0]
+            out = attend(*leaves, visibility=full(S, S, causal, (None, None), B), bias=bias, name=name)[0]
         except AttentionError as error:
             pytest.skip(str(error))
         results.append((out, *(torch.autograd.grad(out.float().square().sum(), leaves) if grad else ())))
@@ -253,7 +253,7 @@ def test_nan_outside_documents_and_windows_does_not_leak(name, kind):
         leaves = [q.detach().requires_grad_()]
         leaves += [t.masked_fill(unseen[:, None], fill).detach().requires_grad_() for t in (k, v)]
         try:
-            out = attend(*leaves, layout=layout, name=name)[0]
+            out = attend(*leaves, visibility=layout, name=name)[0]
         except AttentionError as error:
             pytest.skip(str(error))
         results.append((out, *torch.autograd.grad(out.float().square().sum(), leaves)))
@@ -285,7 +285,7 @@ def test_empty_calls(name, options, sizes):
         more["bias"] = torch.randn(1, 8, Sq, Sk, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     leaves += [t for t in more.values() if isinstance(t, torch.Tensor)]
     try:
-        out = attend(*leaves[:3], layout=full(Sq, Sk, True, (None, None), B), name=name, **more)[0]
+        out = attend(*leaves[:3], visibility=full(Sq, Sk, True, (None, None), B), name=name, **more)[0]
     except AttentionError as error:
         pytest.skip(str(error))
     assert out.shape == (B, 8, Sq, 64)
@@ -303,7 +303,7 @@ def test_strange_strides(name):
     k = k[:, :2]
     layout = full(131, 131, True, (None, None), 2)
     try:
-        out = attend(q, k, v, layout=layout, name=name)[0]
+        out = attend(q, k, v, visibility=layout, name=name)[0]
     except AttentionError as error:
         pytest.skip(str(error))
     args = q, k, v
@@ -319,7 +319,7 @@ def test_flex_is_compiled_for_every_shape(monkeypatch):
         warnings.simplefilter("error", UserWarning)  # flex warns where it runs unfused
         for S in (130, 390):
             q, k = (torch.randn(1, heads, S, 64, device="cuda", dtype=torch.bfloat16) for heads in (4, 2))
-            out = attend(q, k, k, layout=full(S, S, True, (None, None)), softcap=20.0, name="flex")[0]
+            out = attend(q, k, k, visibility=full(S, S, True, (None, None)), softcap=20.0, name="flex")[0]
             args = full(S, S, True, (None, None)), 0.125
             wide = plain(q.float(), k.float(), k.float(), *args, softcap=20.0)
             assert_conforms(out, plain(q, k, k, *args, softcap=20.0), wide)
@@ -331,7 +331,7 @@ def test_dropout_on_the_gpu():
     v = torch.ones_like(k)
     for name in FUSED:
         try:
-            out = attend(q, k, v, layout=full(256, 1024, False, (None, None)), dropout=0.25, name=name)[0].float()
+            out = attend(q, k, v, visibility=full(256, 1024, False, (None, None)), dropout=0.25, name=name)[0].float()
         except AttentionError:
             continue
         assert abs(out.mean() - 1) < 0.01, name

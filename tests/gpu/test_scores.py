@@ -9,7 +9,7 @@ from conformance import assert_conforms
 from hf_attn_patch.attn.backends import torch_sdpa
 from hf_attn_patch.attn.dispatch import attend
 from hf_attn_patch.attn.functional import attention
-from hf_attn_patch.attn.visibility import PADDED, Layout, full
+from hf_attn_patch.attn.visibility import Padded, full
 
 pytestmark = pytest.mark.gpu
 
@@ -78,8 +78,8 @@ def test_bias_with_padding(causal, side, cudnn):
     scores = bias.masked_fill(~see, -torch.inf)
     low, ref = (truth(q, k, v, scores, dtype) for dtype in (torch.bfloat16, torch.float32))
     dirty = (t.masked_fill(~see.any(2)[..., None], float("nan")) for t in (k, v))
-    layout = Layout(PADDED, 3, 200, 200, causal, first=first, length=length)
-    out = attend(q, *dirty, layout=layout, bias=bias)[0]
+    layout = Padded(3, 200, 200, causal, first=first, length=length)
+    out = attend(q, *dirty, visibility=layout, bias=bias)[0]
     assert len(cudnn) == 1
     assert_conforms(out, low, ref)
 
@@ -156,9 +156,9 @@ def test_many_rows_over_many_heads(Sq, pad):
     first = torch.arange(16, device="cuda", dtype=torch.int32) * (20 if pad else 0)
     layout = full(Sq, 999, True, (None, None), 16)
     if pad:
-        layout = Layout(PADDED, 16, Sq, 999, True, first=first, length=999 - first)
+        layout = Padded(16, Sq, 999, True, first=first, length=999 - first)
     j = torch.arange(999, device="cuda")
     see = (j[None] <= torch.arange(Sq, device="cuda")[:, None] + 999 - Sq) & (j >= first[:, None, None])
     scores = torch.zeros(16, 1, Sq, 999, device="cuda").masked_fill(~see[:, None], -torch.inf)
     low, ref = (truth(q, k, v, scores, dtype) for dtype in (torch.bfloat16, torch.float32))
-    assert_conforms(attend(q, k, v, layout=layout)[0], low, ref)
+    assert_conforms(attend(q, k, v, visibility=layout)[0], low, ref)

@@ -16,7 +16,7 @@ from tiny import tiny_llama
 from transformers.masking_utils import create_causal_mask
 
 import hf_attn_patch
-from hf_attn_patch.attn.visibility import Layout
+from hf_attn_patch.attn.visibility import Visibility
 from hf_attn_patch.hf import call_visibility, mask_pattern
 from hf_attn_patch.hf.attention_function import attention_forward
 
@@ -251,7 +251,7 @@ def test_what_inference_mode_left_can_be_trained_with() -> None:
 def test_what_is_kept_with_a_mask_goes_with_it() -> None:
     def layouts() -> int:
         gc.collect()
-        return sum(type(o) is Layout for o in gc.get_objects())
+        return sum(isinstance(o, Visibility) for o in gc.get_objects())
 
     module = torch.nn.Module()
     module.is_causal, module.layer_idx = False, 0

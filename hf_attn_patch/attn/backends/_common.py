@@ -7,7 +7,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from hf_attn_patch.attn.visibility import Layout
+from hf_attn_patch.attn.visibility import Visibility
 
 
 def installed(module: str) -> bool:
@@ -18,18 +18,18 @@ def installed(module: str) -> bool:
         return False
 
 
-def cut(layout: Layout, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """K and V [B, HKV, Sk, D] without the keys outside ``layout.start`` and ``layout.stop`` (views)."""
-    if layout.whole:
+def cut(seen: Visibility, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """K and V [B, HKV, Sk, D] without the keys outside ``seen.start`` and ``seen.stop`` (views)."""
+    if seen.whole:
         return tensors
-    return tuple(t[:, :, layout.start : layout.stop] for t in tensors)
+    return tuple(t[:, :, seen.start : seen.stop] for t in tensors)
 
 
-def cut_bias(layout: Layout, bias: Tensor) -> Tensor:
+def cut_bias(seen: Visibility, bias: Tensor) -> Tensor:
     """The bias [..., Sk] for the keys that :func:`cut` leaves."""
-    if bias.shape[-1] == 1 or layout.whole:
+    if bias.shape[-1] == 1 or seen.whole:
         return bias
-    return bias[..., layout.start : layout.stop]
+    return bias[..., seen.start : seen.stop]
 
 
 def as_dtype(bias: Tensor, dtype: torch.dtype) -> Tensor:

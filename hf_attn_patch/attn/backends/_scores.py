@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hf_attn_patch.attn import memo
-from hf_attn_patch.attn.visibility import FULL, Layout
+from hf_attn_patch.attn.visibility import Full, Visibility
 
 from ._common import as_dtype, cut_bias
 from ._unseen import Unseen, peaks_of
@@ -22,7 +22,7 @@ T = TypeVar("T", "Scores", Unseen)
 
 
 class Scores:
-    """What is added to the scores of one layout, float [B or 1, HQ or 1, Sq, Sk].
+    """What is added to the scores of one visibility, float [B or 1, HQ or 1, Sq, Sk].
 
     ``blind`` (bool [B or 1, HQ or 1, Sq, 1]) marks the queries that see no key; ``unseen`` knows the keys that no query
     sees. On a GPU ``blind`` stays a tensor until the device has said, unasked, that there are none.
@@ -30,17 +30,15 @@ class Scores:
 
     __slots__ = ("unseen", "values")
 
-    def __init__(self, layout: Layout, bias: Tensor | None, dtype: torch.dtype, device: torch.device) -> None:
-        mask = layout.dense(device)
+    def __init__(self, seen: Visibility, bias: Tensor | None, dtype: torch.dtype, device: torch.device) -> None:
+        mask = seen.dense(device)
         if bias is None:
-            assert mask is not None
-            zero = torch.zeros((), dtype=dtype, device=device)
-            values = zero.expand(mask.shape).masked_fill(~mask, -torch.inf)
+            values = torch.zeros((), dtype=dtype, device=device).expand(1, 1, seen.q_len, seen.keys)
         else:
-            values = as_dtype(cut_bias(layout, bias.detach()), dtype)  # no view of what it is kept with
-            if mask is not None:
-                values = values.masked_fill(~mask, -torch.inf)
-        values = values.expand(*values.shape[:2], layout.q_len, layout.keys)
+            values = as_dtype(cut_bias(seen, bias.detach()), dtype)  # no view of what it is kept with
+        if mask is not None:
+            values = values.masked_fill(~mask, -torch.inf)
+        values = values.expand(*values.shape[:2], seen.q_len, seen.keys)
         self.values = _aligned(values)
         self.unseen = Unseen(values.amax(2), dtype, blind=values.amax(-1, keepdim=True) == -torch.inf)
 
@@ -69,32 +67,35 @@ def _aligned(values: Tensor) -> Tensor:
     return buffer[..., :Sk].copy_(values)
 
 
-def scores_of(layout: Layout, bias: Tensor | None, dtype: torch.dtype, device: torch.device) -> Scores:
-    """The :class:`Scores` of a layout and bias, kept with the bias (or else the layout) for the next layer."""
-    return _kept(layout, bias, device, dtype, lambda: Scores(layout, bias, dtype, device))
+def scores_of(seen: Visibility, bias: Tensor | None, dtype: torch.dtype, device: torch.device) -> Scores:
+    """The :class:`Scores` of a visibility and bias, kept with the bias (or else the visibility) for the next layer."""
 
+    def make() -> Scores:
+        return Scores(seen, bias, dtype, device)
 
-def unseen_of(layout: Layout, bias: Tensor, device: torch.device) -> Unseen:
-    """The keys that nobody sees under a layout and bias, kept with the bias for the next layer."""
-    return _kept(layout, bias, device, None, lambda: Unseen(peaks_of(layout, bias, device), bias.dtype))
-
-
-def _kept(
-    layout: Layout, bias: Tensor | None, device: torch.device, dtype: torch.dtype | None, make: Callable[[], T]
-) -> T:
-    """What ``make`` makes of a layout and bias, or what it made of them before."""
-    numbers = (layout.q_len, layout.kv_len, layout.start, layout.stop, layout.causal, layout.window)
-    # layouts without tensors are told apart by their numbers, others by what they are
-    key = ("scores", dtype, numbers if layout.kind == FULL else None)
-    if bias is None and memo.capturing(device):
+    if bias is not None:
+        return _kept(seen, bias, dtype, make)
+    if memo.capturing(device):
         return make()
-    known: tuple[Layout, T] | None = layout.scores.get(key) if bias is None else memo.recall(bias, key)
-    if known is not None and (known[0] is layout or layout.kind == FULL):
+    found = seen.form(("scores", dtype), make, device)
+    found.settle()
+    return found
+
+
+def unseen_of(seen: Visibility, bias: Tensor, device: torch.device) -> Unseen:
+    """The keys that nobody sees under a visibility and bias, kept with the bias for the next layer."""
+    return _kept(seen, bias, None, lambda: Unseen(peaks_of(seen, bias, device), bias.dtype))
+
+
+def _kept(seen: Visibility, bias: Tensor, dtype: torch.dtype | None, make: Callable[[], T]) -> T:
+    """What ``make`` makes of a visibility and bias, or what it made of them before."""
+    by_numbers = isinstance(seen, Full)  # told apart by their numbers, the others by what they are
+    numbers = (seen.q_len, seen.kv_len, seen.start, seen.stop, seen.causal, seen.window)
+    key = ("scores", dtype, numbers if by_numbers else None)
+    known: tuple[Visibility, T] | None = memo.recall(bias, key)
+    if known is not None and (known[0] is seen or by_numbers):
         known[1].settle()
         return known[1]
     made = make()
-    if bias is None:
-        layout.scores[key] = (layout, made)
-    else:
-        memo.keep(bias, key, (layout, made))
+    memo.keep(bias, key, (seen, made))
     return made

@@ -1,6 +1,6 @@
 """Keys that nobody sees may hold anything, NaN and infinity included; 0 * NaN is NaN, so no kernel may meet them.
 
-A key is unseen where no query of its KV head looks: by the layout, by an additive -inf, or by both together. One under
+A key is unseen where no query of its KV head looks: by the seen, by an additive -inf, or by both together. One under
 a dtype's lowest number, the other way to write a mask, has a weight of exactly zero in each row that sees another key.
 A row that sees no other has the softmax of what it adds, as in torch, so finite values stay as they are there.
 """
@@ -12,45 +12,40 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_attn_patch.attn.visibility import Layout
+from hf_attn_patch.attn.visibility import Dense, Packed, Visibility
 
 from ._common import cut_bias
 
 
-def without_unseen(layout: Layout, bias: Tensor | None, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def without_unseen(seen: Visibility, bias: Tensor | None, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """K and V [B, HKV, Sk, D] (already cut) with zeros where no query looks; the gradient there is exactly zero."""
-    if 0 in (layout.q_len, layout.keys):
+    if 0 in (seen.q_len, seen.keys):
         return k, v
     if bias is not None:
-        return Unseen(peaks_of(layout, bias, k.device), bias.dtype).clean(k, v)
-    dead = layout.dead_keys(k.device)
+        return Unseen(peaks_of(seen, bias, k.device), bias.dtype).clean(k, v)
+    dead = seen.dead_keys(k.device)
     if dead is None:
         return k, v
     dead = _per_kv_head(dead, k.shape[1])
     return k.masked_fill(dead, 0), v.masked_fill(dead, 0)
 
 
-def without_unseen_of_documents(layout: Layout, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def without_unseen_of_documents(seen: Packed, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """:func:`without_unseen` for packed documents, where most often there are no such keys: nothing waits to know."""
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        return without_unseen(layout, None, k, v)
-    if layout.unseen is None:
-        dead = layout.dead_keys(k.device)
-        assert dead is not None
-        layout.unseen = Unseen(torch.where(dead, -torch.inf, 0.0), torch.float32)
-    else:
-        layout.unseen.settle()
-    unseen: Unseen = layout.unseen
+        return without_unseen(seen, None, k, v)
+    unseen = seen.form("unseen", lambda: Unseen(torch.where(seen.dead_keys(k.device), -torch.inf, 0.0)))
+    unseen.settle()
     return unseen.clean(k, v)
 
 
-def peaks_of(layout: Layout, bias: Tensor, device: torch.device) -> Tensor:
-    """[B or 1, HQ or 1, Sk or 1]: what is added to a key's scores at most, -inf where the layout hides it from all."""
-    bias = cut_bias(layout, bias.detach())
-    if bias.shape[2] > 1 or (layout.mask is not None and layout.mask.shape[1] > 1):
-        mask = layout.dense(device)
+def peaks_of(seen: Visibility, bias: Tensor, device: torch.device) -> Tensor:
+    """[B or 1, HQ or 1, Sk or 1]: what is added to a key's scores at most, -inf where the seen hides it from all."""
+    bias = cut_bias(seen, bias.detach())
+    if bias.shape[2] > 1 or (isinstance(seen, Dense) and seen.mask.shape[1] > 1):
+        mask = seen.dense(device)
         return (bias if mask is None else bias.masked_fill(~mask, -torch.inf)).amax(2)
-    dead = layout.dead_keys(device)  # one row for all queries: no mask of Sq x Sk is needed
+    dead = seen.dead_keys(device)  # one row for all queries: no mask of Sq x Sk is needed
     return bias[:, :, 0] if dead is None else bias[:, :, 0].masked_fill(dead, -torch.inf)
 
 
@@ -67,7 +62,7 @@ class Unseen:
 
     __slots__ = ("_asked", "_said", "blind", "dead", "low")
 
-    def __init__(self, peaks: Tensor, dtype: torch.dtype, blind: Tensor | None = None) -> None:
+    def __init__(self, peaks: Tensor, dtype: torch.dtype = torch.float32, blind: Tensor | None = None) -> None:
         self.dead: Tensor | None = peaks == -torch.inf
         # half of the lowest: a bias on top of it may have taken it up a little
         self.low: Tensor | None = (peaks <= torch.finfo(dtype).min / 2) & ~self.dead

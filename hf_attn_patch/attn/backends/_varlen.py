@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from hf_attn_patch.attn.request import AttentionRequest, Operands
-from hf_attn_patch.attn.visibility import FULL, PACKED, PADDED
+from hf_attn_patch.attn.visibility import DENSE, Packed, Padded
 
 from ._common import cut
 from ._unseen import without_unseen, without_unseen_of_documents
@@ -29,7 +29,7 @@ def refuses_common(request: AttentionRequest, largest: int, step: int = 8) -> st
         return "returns no attention weights"
     if request.bias:
         return "takes no additive bias"
-    if request.visibility not in (FULL, PADDED, PACKED):
+    if request.visibility == DENSE:
         return "takes no dense mask"
     if request.head_dim > largest or request.head_dim % step or request.value_dim != request.head_dim:
         return f"takes head_dim up to {largest} in steps of {step}, not {request.head_dim}/{request.value_dim}"
@@ -45,26 +45,28 @@ def output_of(result: Any) -> Tensor:
 def run_varlen(q: Tensor, k: Tensor, v: Tensor, operands: Operands, kernel: Kernel, *, clean: bool = False) -> Tensor:
     """A padded or packed request through ``kernel``, without gathering a token.
 
-    Padding: rows become segments (:meth:`Layout.segments`) over the tokens as they lie. Packed: the documents.
+    Padding: rows become segments (:meth:`Padded.segments`) over the tokens as they lie. Packed: the documents.
 
     Args:
         clean: zero K and V at padding, for kernels whose tiles reach beyond a segment (0 * NaN is NaN).
     """
-    layout = operands.layout
+    seen = operands.visibility
+    if not isinstance(seen, (Padded, Packed)):
+        raise TypeError(f"{type(seen).__name__} has no segments")
     B, HQ, Sq, _ = q.shape
-    k, v = cut(layout, k, v)
-    if layout.kind == PADDED:
+    k, v = cut(seen, k, v)
+    padding: Tensor | None = None
+    if isinstance(seen, Padded):
         if clean:
-            k, v = without_unseen(layout, None, k, v)
-        cu_q, cu_k = layout.segments()
-        max_q, max_k = max(2, Sq), layout.keys  # at 1, FlashAttention-2 takes every segment to hold one query
+            k, v = without_unseen(seen, None, k, v)
+        cu_q, cu_k = seen.segments()
+        max_q, max_k = max(2, Sq), seen.keys  # at 1, FlashAttention-2 takes every segment to hold one query
     else:
-        assert layout.cu_q is not None and layout.cu_k is not None
-        cu_q, cu_k, max_q, max_k = layout.cu_q, layout.cu_k, layout.max_q, layout.max_k
+        cu_q, cu_k, max_q, max_k, padding = seen.cu_q, seen.cu_k, seen.max_q, seen.max_k, seen.padding
         if clean:
-            k, v = without_unseen_of_documents(layout, k, v)
-        elif layout.padding is not None:  # documents of their own: their output is dropped, their gradient is not
-            k, v = (t.masked_fill(layout.padding[:, None, :, None], 0) for t in (k, v))
+            k, v = without_unseen_of_documents(seen, k, v)
+        elif padding is not None:  # documents of their own: their output is dropped, their gradient is not
+            k, v = (t.masked_fill(padding[:, None, :, None], 0) for t in (k, v))
     q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (q, k, v))
     out = kernel(q, k, v, cu_q, cu_k, max_q, max_k).unflatten(0, (B, Sq)).transpose(1, 2)
-    return out if layout.padding is None else out.masked_fill(layout.padding[:, None, :, None], 0)
+    return out if padding is None else out.masked_fill(padding[:, None, :, None], 0)

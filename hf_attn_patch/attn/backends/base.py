@@ -8,7 +8,7 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor
 
 from hf_attn_patch.attn.request import AttentionRequest, Operands
-from hf_attn_patch.attn.visibility import Layout
+from hf_attn_patch.attn.visibility import Visibility
 
 #: (q, k, v, request, operands) -> (out, weights or None)
 RunFunction = Callable[[Tensor, Tensor, Tensor, AttentionRequest, Operands], tuple[Tensor, Tensor | None]]
@@ -37,7 +37,7 @@ class Backend(Protocol):
         Args:
             q: [B, HQ, Sq, D]. k: [B, HKV, Sk, D]. v: [B, HKV, Sk, Dv]. One dtype, one device, any strides.
             request: what was asked of :meth:`refuses`.
-            operands: who may see whom (``layout``), scale, softcap, sinks [HQ], bias and dropout.
+            operands: who may see whom (``visibility``), scale, softcap, sinks [HQ], bias and dropout.
 
         Returns:
             out [B, HQ, Sq, Dv] in q's dtype, and the weights [B, HQ, Sq, Sk] where ``request.weights``, else None.
@@ -50,6 +50,9 @@ class Backend(Protocol):
 class HasShorter(Protocol):
     """A backend that has a shorter way for its commonest calls."""
 
-    def shorter(self, request: AttentionRequest, layout: Layout) -> RunFunction | None:
-        """What runs calls of this kind in place of ``run``, with the same result; None: there is no shorter way."""
+    def shorter(self, request: AttentionRequest, visibility: Visibility) -> RunFunction | None:
+        """What runs calls of this kind in place of ``run``, with the same result; None: there is no shorter way.
+
+        It is remembered for all calls of the kind: of the ``visibility`` it may read what is in its ``facts``.
+        """
         ...

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hf_attn_patch.attn.devices import lacks, needs_nvidia
 from hf_attn_patch.attn.request import AttentionRequest, Operands
-from hf_attn_patch.attn.visibility import FULL
+from hf_attn_patch.attn.visibility import Full
 
 from . import _flash3_ops
 from ._common import cut
@@ -63,17 +63,17 @@ def refuses(request: AttentionRequest) -> str | None:
 
 def run(q: Tensor, k: Tensor, v: Tensor, request: AttentionRequest, operands: Operands) -> tuple[Tensor, None]:
     """q [B, HQ, Sq, D], k [B, HKV, Sk, D], v [B, HKV, Sk, D] -> (out [B, HQ, Sq, D], None)."""
-    layout = operands.layout
-    window = tuple(-1 if side is None else side for side in layout.window)
+    seen = operands.visibility
+    window = tuple(-1 if side is None else side for side in seen.window)
     options: dict[str, Any] = {
         "softmax_scale": operands.scale,
-        "causal": layout.causal,
+        "causal": seen.causal,
         "window_size": window,
         "softcap": operands.softcap or 0.0,
         "deterministic": request.deterministic,
     }
-    if layout.kind == FULL:
-        k, v = cut(layout, k, v)
+    if isinstance(seen, Full):
+        k, v = cut(seen, k, v)
         out = module().flash_attn_func(*(t.transpose(1, 2) for t in (q, k, v)), **options)
         return output_of(out).transpose(1, 2), None
 

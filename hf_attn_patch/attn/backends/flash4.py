@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hf_attn_patch.attn.devices import lacks, needs_nvidia
 from hf_attn_patch.attn.request import AttentionRequest, Operands
-from hf_attn_patch.attn.visibility import FULL
+from hf_attn_patch.attn.visibility import Full
 
 from ._common import cut, installed
 from ._varlen import output_of, refuses_common, run_varlen
@@ -47,20 +47,20 @@ def refuses(request: AttentionRequest) -> str | None:
 
 def run(q: Tensor, k: Tensor, v: Tensor, request: AttentionRequest, operands: Operands) -> tuple[Tensor, None]:
     """q [B, HQ, Sq, D], k [B, HKV, Sk, D], v [B, HKV, Sk, D] -> (out [B, HQ, Sq, D], None)."""
-    layout = operands.layout
+    seen = operands.visibility
     sinks = operands.sinks
     options = {
         "softmax_scale": operands.scale,
-        "causal": layout.causal and layout.window == (None, None),
-        "window_size": (layout.window[0], 0 if layout.causal else layout.window[1])
-        if layout.window != (None, None)
+        "causal": seen.causal and seen.window == (None, None),
+        "window_size": (seen.window[0], 0 if seen.causal else seen.window[1])
+        if seen.window != (None, None)
         else (None, None),
         "softcap": operands.softcap or 0.0,
         "learnable_sink": None if sinks is None else sinks.to(q.dtype),
         "deterministic": request.deterministic,
     }
-    if layout.kind == FULL:
-        k, v = cut(layout, k, v)
+    if isinstance(seen, Full):
+        k, v = cut(seen, k, v)
         out = _module().flash_attn_func(*(t.transpose(1, 2) for t in (q, k, v)), **options)
         return output_of(out).transpose(1, 2), None
 

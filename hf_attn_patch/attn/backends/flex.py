@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_attn_patch.attn import memo
 from hf_attn_patch.attn.devices import lacks, needs_nvidia, no_bf16
 from hf_attn_patch.attn.request import AttentionRequest, Operands
-from hf_attn_patch.attn.visibility import DENSE, FULL, PACKED, PADDED, Layout
+from hf_attn_patch.attn.visibility import Dense, Full, Packed, Visibility
 from hf_attn_patch.compat.torch import recompile_limit
 
 from ._common import cut, cut_bias, rescale_by_sinks
@@ -67,18 +66,18 @@ def _compiled() -> Callable[..., Any]:
 
 def run(q: Tensor, k: Tensor, v: Tensor, request: AttentionRequest, operands: Operands) -> tuple[Tensor, None]:
     """q [B, HQ, Sq, D], k [B, HKV, Sk, D], v [B, HKV, Sk, Dv] -> (out [B, HQ, Sq, Dv], None)."""
-    layout = operands.layout
-    k, v = cut(layout, k, v)
+    seen = operands.visibility
+    k, v = cut(seen, k, v)
     if operands.bias is not None:
-        k, v = unseen_of(layout, operands.bias, k.device).clean(k, v)
-    elif layout.kind != FULL:
-        k, v = without_unseen(layout, None, k, v)
+        k, v = unseen_of(seen, operands.bias, k.device).clean(k, v)
+    elif not isinstance(seen, Full):
+        k, v = without_unseen(seen, None, k, v)
     out, lse = _compiled()(
         q,
         k,
         v,
-        score_mod=_score_mod(operands, layout),
-        block_mask=_block_mask(layout, q.device),
+        score_mod=_score_mod(operands, seen),
+        block_mask=_block_mask(seen, q.device),
         scale=operands.scale,
         enable_gqa=q.shape[1] != k.shape[1],
         return_lse=True,
@@ -90,18 +89,15 @@ def run(q: Tensor, k: Tensor, v: Tensor, request: AttentionRequest, operands: Op
     return out, None
 
 
-def _score_mod(operands: Operands, layout: Layout) -> Callable[..., Tensor] | None:
+def _capped(softcap: float) -> Callable[..., Tensor]:
+    return lambda score, b, h, i, j: softcap * torch.tanh(score / softcap)
+
+
+def _score_mod(operands: Operands, seen: Visibility) -> Callable[..., Tensor] | None:
     softcap = operands.softcap
-    bias = None if operands.bias is None else cut_bias(layout, operands.bias)
-    if softcap is None and bias is None:
-        return None
-    if bias is None:
-
-        def capped(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-            assert softcap is not None
-            return softcap * torch.tanh(score / softcap)
-
-        return capped
+    if operands.bias is None:
+        return None if softcap is None else _capped(softcap)
+    bias = cut_bias(seen, operands.bias)
     one = [n == 1 for n in bias.shape]
 
     def biased(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
@@ -113,46 +109,36 @@ def _score_mod(operands: Operands, layout: Layout) -> Callable[..., Tensor] | No
     return biased
 
 
-def _block_mask(layout: Layout, device: torch.device) -> Any:
-    """The layout as flex's block mask, built once and kept with it."""
-    if layout.block_mask is not None:
-        return layout.block_mask
-    if layout.kind == FULL and not layout.causal and layout.window == (None, None):
+def _block_mask(seen: Visibility, device: torch.device) -> Any:
+    """The visibility as flex's block mask, built once and kept with it."""
+    if isinstance(seen, Full) and not seen.banded:
         return None
-    from torch.nn.attention.flex_attention import create_block_mask
 
-    mask_mod, batch = _mask_mod(layout, device)
-    with memo.counted():
-        made = create_block_mask(
-            mask_mod, batch, None, layout.q_len, layout.keys, device=str(device), BLOCK_SIZE=_BLOCK
-        )
-    if not (layout.kind == FULL and memo.capturing(device)):  # shared with calls outside the graph
-        layout.block_mask = made
-    return made
+    def make() -> Any:
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        mask_mod, batch = _mask_mod(seen, device)
+        return create_block_mask(mask_mod, batch, None, seen.q_len, seen.keys, device=str(device), BLOCK_SIZE=_BLOCK)
+
+    return seen.form("block mask", make, device)
 
 
-def _mask_mod(layout: Layout, device: torch.device) -> tuple[Callable[..., Tensor], int | None]:
-    left, right = layout.window
-    if layout.causal:
-        right = 0 if right is None else min(right, 0)
-    shift = layout.keys - layout.q_len
+def _mask_mod(seen: Visibility, device: torch.device) -> tuple[Callable[..., Tensor], int | None]:
+    if isinstance(seen, (Dense, Packed)):
+        mask = seen.dense(device).expand(seen.batch, -1, -1, -1)
+        return lambda b, h, i, j: mask[b, 0, i, j], seen.batch
+    left, right = seen.sides
+    shift = seen.keys - seen.q_len
 
     def band(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        seen = j >= 0
+        visible = j >= 0
         if right is not None:
-            seen = seen & (j <= i + shift + right)
+            visible = visible & (j <= i + shift + right)
         if left is not None:
-            seen = seen & (j >= i + shift - left)
-        return seen
+            visible = visible & (j >= i + shift - left)
+        return visible
 
-    if layout.kind == FULL:
+    if isinstance(seen, Full):
         return band, None
-    if layout.kind == PADDED:
-        assert layout.first is not None and layout.length is not None
-        first, end = layout.first, layout.first + layout.length
-        return lambda b, h, i, j: band(b, h, i, j) & (j >= first[b]) & (j < end[b]), layout.batch
-    assert layout.kind in (DENSE, PACKED)
-    mask = layout.dense(device)
-    assert mask is not None
-    mask = mask.expand(layout.batch, -1, -1, -1)
-    return lambda b, h, i, j: mask[b, 0, i, j], layout.batch
+    first, end = seen.bounds
+    return lambda b, h, i, j: band(b, h, i, j) & (j >= first[b]) & (j < end[b]), seen.batch

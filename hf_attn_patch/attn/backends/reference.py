@@ -30,19 +30,18 @@ def run(q: Tensor, k: Tensor, v: Tensor, request: AttentionRequest, operands: Op
     if torch.is_autocast_enabled(q.device.type):  # which would take the wide operands back to half precision
         with torch.autocast(q.device.type, enabled=False):
             return run(q, k, v, request, operands)
-    layout = operands.layout
-    k, v = cut(layout, k, v)
-    mask = layout.dense(q.device)
-    bias = None if operands.bias is None else cut_bias(layout, operands.bias)
-    k, v = without_unseen(layout, operands.bias, k, v)
+    seen = operands.visibility
+    k, v = cut(seen, k, v)
+    mask = seen.dense(q.device)
+    bias = None if operands.bias is None else cut_bias(seen, operands.bias)
+    k, v = without_unseen(seen, operands.bias, k, v)
     rows = q.shape[2]
     if not (request.grad or request.weights or request.tracing):
         rows = max(1, BLOCK_SCORES // max(1, q.shape[0] * q.shape[1] * k.shape[2]))
     if rows >= q.shape[2]:
         out, weights = _block(q, k, v, mask, bias, request, operands)
-        if weights is not None and not layout.whole:  # the keys that were cut off have weights of zero
-            before, after = layout.start, layout.kv_len - (layout.kv_len if layout.stop is None else layout.stop)
-            weights = F.pad(weights, (before, after))
+        if weights is not None and not seen.whole:  # the keys that were cut off have weights of zero
+            weights = F.pad(weights, (seen.start, seen.kv_len - seen.start - seen.keys))
         return out, weights
     outs = []
     for i in range(0, q.shape[2], rows):

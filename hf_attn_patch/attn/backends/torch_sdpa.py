@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from hf_attn_patch.attn.crossovers import is_small
 from hf_attn_patch.attn.devices import needs_nvidia, no_bf16, no_wide_flash_backward
 from hf_attn_patch.attn.request import AttentionRequest, Operands
-from hf_attn_patch.attn.visibility import DENSE, FULL, PACKED, Layout, full
+from hf_attn_patch.attn.visibility import FULL, NO_WINDOW, PACKED, Dense, Full, Packed, Visibility, full
 from hf_attn_patch.compat.torch import (
     cpu_flash_attention_op,
     cudnn_attention,
@@ -29,7 +29,7 @@ from hf_attn_patch.compat.torch import (
     flash_attention_op,
 )
 
-from ._blocks import block_of, in_blocks
+from ._blocks import blocks_of, in_blocks
 from ._common import as_dtype, cut, cut_bias, rescale_by_sinks
 from ._scores import scores_of, unseen_of
 from ._unseen import without_unseen
@@ -100,28 +100,27 @@ def refuses(request: AttentionRequest) -> str | None:
 
 def run(q: Tensor, k: Tensor, v: Tensor, request: AttentionRequest, operands: Operands) -> tuple[Tensor, None]:
     """q [B, HQ, Sq, D], k [B, HKV, Sk, D], v [B, HKV, Sk, Dv] -> (out [B, HQ, Sq, Dv], None)."""
-    layout = operands.layout
+    seen = operands.visibility
     if _wants_fp32(request):
         with torch.autocast("cpu", enabled=False):  # which would take the wide operands back to half precision
             wide = request._replace(dtype=torch.float32)
             return run(q.float(), k.float(), v.float(), wide, operands)[0].to(q.dtype), None
-    if layout.kind == PACKED and operands.bias is None:
-        return _documents(q, k, v, request, operands), None
-    k, v = cut(layout, k, v)
-    causal = layout.causal and layout.kind == FULL and operands.bias is None and layout.window == (None, None)
+    if isinstance(seen, Packed) and operands.bias is None:
+        return _documents(q, k, v, seen, request, operands), None
+    k, v = cut(seen, k, v)
+    causal = isinstance(seen, Full) and seen.causal and seen.window == NO_WINDOW and operands.bias is None
     causal = causal and q.shape[2] == k.shape[2]
-    if request.device == "cuda" and kernel(request) == "cudnn" and not causal:
-        scored = operands.bias is not None or layout.kind != FULL or layout.causal or layout.window != (None, None)
-        if scored:
-            return _cudnn_scored(q, k, v, operands), None
-    if request.device == "cpu" and operands.bias is None and not request.tracing and (block := block_of(layout)):
+    scored = operands.bias is not None or not isinstance(seen, Full) or seen.banded
+    if scored and not causal and request.device == "cuda" and kernel(request) == "cudnn":
+        return _cudnn_scored(q, k, v, operands), None
+    if request.device == "cpu" and operands.bias is None and not request.tracing and (blocks := blocks_of(seen)):
         part = functools.partial(_cpu, causal=False, request=request, operands=operands)
-        return in_blocks(q, k, v, layout, block, part), None
-    mask = None if causal else layout.dense(q.device)
+        return in_blocks(q, k, v, blocks, part), None
+    mask = None if causal else seen.dense(q.device)
     if operands.bias is not None:
         # the CPU kernel also takes fp32 scores beside half-precision queries
         dtype = torch.float32 if request.device == "cpu" and operands.bias.dtype.itemsize > q.itemsize else q.dtype
-        mask = _additive(mask, cut_bias(layout, operands.bias), dtype)
+        mask = _additive(mask, cut_bias(seen, operands.bias), dtype)
     if request.device == "cpu":
         return _cpu(q, k, v, mask, causal, request, operands), None
     return _cuda(q, k, v, mask, causal, request, operands), None
@@ -133,41 +132,70 @@ def _wants_fp32(request: AttentionRequest) -> bool:
     return request.device == "cpu" and request.half and request.grad
 
 
-def shorter(request: AttentionRequest, layout: Layout) -> Callable[..., tuple[Tensor, None]] | None:
+def shorter(request: AttentionRequest, seen: Visibility) -> Callable[..., tuple[Tensor, None]] | None:
     """:func:`run` for the commonest calls, with everything decided that is known of them; None for all others."""
-    if request.bias or request.sinks or request.head_dim != request.value_dim or not layout.whole:
+    if request.bias or request.sinks or request.head_dim != request.value_dim or not seen.whole:
         return None
     if _wants_fp32(request):
         return None
-    rows = request.q_class == 1 and request.heads != request.kv_heads
-    if request.device == "cpu" and layout.kind == DENSE and not request.per_head_mask and not layout.has_dead_keys():
-        return functools.partial(_cpu_rows if rows else _cpu_plain, layout.mask, False)
-    if layout.kind != FULL or layout.window != (None, None) or (layout.causal and not request.square):
+    gqa = request.heads != request.kv_heads
+    cpu = functools.partial(_cpu_plain, gqa)
+    if gqa and request.q_class == 1:
+        cpu = functools.partial(_cpu_rows, (-1, request.kv_heads, request.group_size, request.head_dim))
+    if request.device == "cpu" and isinstance(seen, Dense) and not request.per_head_mask:
+        return functools.partial(_cpu_masked, cpu)
+    if not isinstance(seen, Full) or seen.window != NO_WINDOW or (seen.causal and not request.square):
         return None
     if request.device == "cpu":
-        return functools.partial(_cpu_rows if rows else _cpu_plain, None, layout.causal)
+        return functools.partial(cpu, None, seen.causal)
     if kernel(request) == "cudnn":
-        return functools.partial(_cudnn_plain, layout.causal)
+        return functools.partial(_cudnn_plain, seen.causal)
     if kernel(request) == "flash" and request.head_dim % 8 == 0:
-        return functools.partial(_flash_plain, layout.causal)
+        return functools.partial(_flash_plain, seen.causal)
     return None
 
 
-def _cpu_plain(
-    mask: Tensor | None, causal: bool, q: Tensor, k: Tensor, v: Tensor, request: AttentionRequest, operands: Operands
+def _cpu_masked(
+    way: Callable[..., tuple[Tensor, None]],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    request: AttentionRequest,
+    operands: Operands,
 ) -> tuple[Tensor, None]:
-    gqa = request.heads != request.kv_heads
+    """A written-out mask: straight to the kernel, unless keys that nobody sees would reach its arithmetic."""
+    seen = operands.visibility
+    if not isinstance(seen, Dense) or seen.has_dead_keys:
+        return run(q, k, v, request, operands)
+    return way(seen.mask, False, q, k, v, request, operands)
+
+
+def _cpu_plain(
+    gqa: bool,
+    mask: Tensor | None,
+    causal: bool,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    request: AttentionRequest,
+    operands: Operands,
+) -> tuple[Tensor, None]:
     return _sdpa(q, k, v, mask, 0.0, causal, scale=operands.scale, enable_gqa=gqa), None
 
 
 def _cpu_rows(
-    mask: Tensor | None, causal: bool, q: Tensor, k: Tensor, v: Tensor, request: AttentionRequest, operands: Operands
+    shape: tuple[int, int, int, int],
+    mask: Tensor | None,
+    causal: bool,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    request: AttentionRequest,
+    operands: Operands,
 ) -> tuple[Tensor, None]:
-    """One query: the group as the rows of one head."""
-    B, HQ, _, D = q.shape
-    HKV = request.kv_heads
-    out = _sdpa(q.reshape(B, HKV, HQ // HKV, D), k, v, mask, scale=operands.scale)
-    return out.reshape(B, HQ, 1, D), None
+    """One query: the group as the rows of one head, which is ``shape``."""
+    out = _sdpa(q.reshape(shape), k, v, mask, scale=operands.scale)
+    return out.reshape(-1, request.heads, 1, shape[3]), None
 
 
 def _cudnn_plain(
@@ -190,34 +218,33 @@ def _rows(t: Tensor) -> Tensor:
 
 def _cudnn_scored(q: Tensor, k: Tensor, v: Tensor, operands: Operands) -> Tensor:
     """cuDNN with a mask or bias as scores to add; queries that see nothing come out as zeros. No gradients."""
-    scores = scores_of(operands.layout, operands.bias, q.dtype, q.device)
+    scores = scores_of(operands.visibility, operands.bias, q.dtype, q.device)
     k, v = scores.clean(k, v)
     q, k, v = _rows(q), _rows(k), _rows(v)
     out = cudnn_attention(q, k, v, scores.values, False, operands.dropout, False, False, scale=operands.scale)[0]
     return out if scores.blind is None else out.masked_fill_(scores.blind, 0)
 
 
-def _documents(q: Tensor, k: Tensor, v: Tensor, request: AttentionRequest, operands: Operands) -> Tensor:
+def _documents(q: Tensor, k: Tensor, v: Tensor, seen: Packed, request: AttentionRequest, operands: Operands) -> Tensor:
     """Packed documents one after another: no mask, and no work between documents."""
-    layout = operands.layout
-    k, v = cut(layout, k, v)
-    if layout.padding is not None:  # documents of their own, whose output is dropped: gradients of NaN would stay
-        k, v = (t.masked_fill(layout.padding[:, None, :, None], 0) for t in (k, v))
+    k, v = cut(seen, k, v)
+    if seen.padding is not None:  # documents of their own, whose output is dropped: gradients of NaN would stay
+        k, v = (t.masked_fill(seen.padding[:, None, :, None], 0) for t in (k, v))
     q, k, v = (t.transpose(0, 1).flatten(1, 2)[None] for t in (q, k, v))  # [1, H, B * S, D]
     parts: list[Tensor] = []
-    for q0, q1, k0, k1 in layout.borders():
+    for q0, q1, k0, k1 in seen.borders():
         if k1 == k0:  # tokens outside every document
             parts.append(q[:, :, q0:q1, :0] @ k[:, :1, :0, :0] @ v[:, :1, :0])  # zeros, and zeros as gradients
             continue
-        one = full(q1 - q0, k1 - k0, layout.causal, layout.window)
+        one = full(q1 - q0, k1 - k0, seen.causal, seen.window)
         square = q1 - q0 == one.keys
         part = request._replace(
-            visibility=FULL, square=square, windowed=one.window != (None, None), q_class=1 if q1 - q0 == 1 else 17
+            visibility=FULL, square=square, windowed=one.window != NO_WINDOW, q_class=1 if q1 - q0 == 1 else 17
         )
-        inside = operands._replace(layout=one)
+        inside = operands._replace(visibility=one)
         parts.append(run(q[:, :, q0:q1], k[:, :, k0:k1], v[:, :, k0:k1], part, inside)[0])
-    out = torch.cat(parts, 2).squeeze(0).unflatten(1, (layout.batch, layout.q_len)).transpose(0, 1)
-    return out if layout.padding is None else out.masked_fill(layout.padding[:, None, :, None], 0)
+    out = torch.cat(parts, 2).squeeze(0).unflatten(1, (seen.batch, seen.q_len)).transpose(0, 1)
+    return out if seen.padding is None else out.masked_fill(seen.padding[:, None, :, None], 0)
 
 
 def _additive(mask: Tensor | None, bias: Tensor, dtype: torch.dtype) -> Tensor:
@@ -234,13 +261,13 @@ def _cpu(
         q, k, v = _same_width(q, k, v)
     # a masked key still meets the arithmetic (0 * NaN). A graph and a backward must be told beforehand; else unseen
     # keys are zeroed, and the work done again, only where it shows in the result
-    doubtful = mask is not None and (request.tracing or request.bias or operands.layout.has_dead_keys())
+    doubtful = mask is not None and (request.tracing or request.bias or operands.visibility.has_dead_keys)
     if doubtful and (request.tracing or (request.grad and not _finite(k, v))):
-        k, v = without_unseen(operands.layout, operands.bias, k, v)
+        k, v = without_unseen(operands.visibility, operands.bias, k, v)
         doubtful = False
     out = _cpu_kernel(q, k, v, mask, causal, operands)
     if doubtful and not request.grad and math.isnan(out.sum().item()):
-        k, v = without_unseen(operands.layout, operands.bias, k, v)
+        k, v = without_unseen(operands.visibility, operands.bias, k, v)
         out = _cpu_kernel(q, k, v, mask, causal, operands)
     return out[..., :width] if width < q.shape[-1] else out
 
@@ -355,9 +382,9 @@ def _by_member(
     if mask is not None:
         if request.bias and not request.tracing:
             assert operands.bias is not None
-            k, v = unseen_of(operands.layout, operands.bias, k.device).clean(k, v)
+            k, v = unseen_of(operands.visibility, operands.bias, k.device).clean(k, v)
         else:
-            k, v = without_unseen(operands.layout, operands.bias, k, v)
+            k, v = without_unseen(operands.visibility, operands.bias, k, v)
         mask, blind = _aligned_scores(mask, Sk, q.dtype)
         if mask.shape[1] > 1:
             masks = tuple(mask[:, g::G].expand(B, HKV, Sq, Sk) for g in range(G))

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from hf_attn_patch.attn.devices import lacks, needs_nvidia, no_wide_flash_backward
 from hf_attn_patch.attn.request import AttentionRequest, Operands
-from hf_attn_patch.attn.visibility import FULL
+from hf_attn_patch.attn.visibility import Full
 from hf_attn_patch.compat.torch import varlen_attention_op
 
 from ._common import cut, rescale_by_sinks
@@ -40,10 +40,8 @@ def refuses(request: AttentionRequest) -> str | None:
 
 def run(q: Tensor, k: Tensor, v: Tensor, request: AttentionRequest, operands: Operands) -> tuple[Tensor, None]:
     """q [B, HQ, Sq, D], k [B, HKV, Sk, D], v [B, HKV, Sk, D] -> (out [B, HQ, Sq, D], None)."""
-    layout, D = operands.layout, q.shape[-1]
-    left, right = layout.window
-    if layout.causal:
-        right = 0 if right is None else min(right, 0)
+    seen, D = operands.visibility, q.shape[-1]
+    left, right = seen.sides
 
     def kernel(
         q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, max_q: int, max_k: int
@@ -71,8 +69,8 @@ def run(q: Tensor, k: Tensor, v: Tensor, request: AttentionRequest, operands: Op
 
     if D % 8:
         q, k, v = (F.pad(t, (0, -D % 8)) for t in (q, k, v))
-    if layout.kind == FULL:
-        k, v = cut(layout, k, v)
+    if isinstance(seen, Full):
+        k, v = cut(seen, k, v)
         args = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         out = kernel(*args, None, None, q.shape[2], k.shape[2]).transpose(1, 2)
     else:

@@ -11,7 +11,7 @@ from torch import Tensor
 from hf_attn_patch.attn.devices import generation, lacks, needs_nvidia, no_bf16, tile_room
 from hf_attn_patch.attn.kernels.decode_plan import power_of_two
 from hf_attn_patch.attn.request import AttentionRequest, Operands
-from hf_attn_patch.attn.visibility import DENSE, FULL, PACKED, PADDED, Layout
+from hf_attn_patch.attn.visibility import PACKED, Dense, Full, Padded, Visibility
 
 from ._common import cut, cut_bias
 
@@ -58,23 +58,27 @@ def refuses(request: AttentionRequest) -> str | None:
     return None if _FOUND else "triton is not installed"
 
 
-def _bounds(layout: Layout, request: AttentionRequest) -> tuple[Tensor | None, Tensor | None]:
+def _bounds(seen: Visibility, request: AttentionRequest) -> tuple[Tensor | None, Tensor | None]:
     """First and last + 1 key that a row can see at all, worked out once a forward."""
-    if layout.kind == DENSE and layout.mask is not None and not request.tracing and not request.per_head_mask:
+    if isinstance(seen, Padded):
+        return seen.bounds
+    if isinstance(seen, Dense) and not request.tracing and not request.per_head_mask:
         from hf_attn_patch.attn.kernels import decode
 
-        if layout._key_bounds is None and layout.keys > decode.SHORT:
-            layout._key_bounds = decode.mask_bounds(layout.mask.expand(layout.batch, -1, -1, -1))
-    return layout.key_bounds() or (None, None)
+        mask = seen.mask
+        if seen.keys > decode.SHORT:
+            whole = mask.expand(seen.batch, -1, -1, -1)
+            return seen.form("bounds", lambda: decode.mask_bounds(whole), mask.device)
+    return None, None
 
 
-def shorter(request: AttentionRequest, layout: Layout) -> Callable[..., tuple[Tensor, None]] | None:
+def shorter(request: AttentionRequest, seen: Visibility) -> Callable[..., tuple[Tensor, None]] | None:
     """:func:`run` for decoding without padding or bias, straight to the launch; None for all other calls."""
-    if layout.kind != FULL or not layout.whole or request.bias or request.tracing:
+    if not isinstance(seen, Full) or not seen.whole or request.bias or request.tracing:
         return None
     from hf_attn_patch.attn.kernels.decode_launch import launch
 
-    causal, left = layout.causal, layout.window[0]
+    causal, left = seen.causal, seen.window[0]
     window = None if left is None else left + 1
 
     def straight(q: Tensor, k: Tensor, v: Tensor, request: AttentionRequest, operands: Operands) -> tuple[Tensor, None]:
@@ -88,13 +92,13 @@ def shorter(request: AttentionRequest, layout: Layout) -> Callable[..., tuple[Te
 
 def run(q: Tensor, k: Tensor, v: Tensor, request: AttentionRequest, operands: Operands) -> tuple[Tensor, None]:
     """q [B, HQ, Sq, D], k [B, HKV, Sk, D], v [B, HKV, Sk, Dv] -> (out [B, HQ, Sq, Dv], None)."""
-    layout = operands.layout
-    k, v = cut(layout, k, v)
-    first, end = _bounds(layout, request)
-    # the kernel aligns queries at each row's last valid key, a padded layout at the last key of all
-    aligned = layout.kind == FULL or (layout.kind == PADDED and not layout.restrict_queries)
-    mask = None if aligned else layout.dense(q.device)
-    left = layout.window[0] if mask is None else None
+    seen = operands.visibility
+    k, v = cut(seen, k, v)
+    first, end = _bounds(seen, request)
+    # the kernel aligns queries at each row's last valid key, a padded batch at the last key of all
+    aligned = isinstance(seen, Full) or (isinstance(seen, Padded) and not seen.restrict_queries)
+    mask = None if aligned else seen.dense(q.device)
+    left = seen.window[0] if mask is None else None
     from hf_attn_patch.attn.kernels import decode  # needs triton
 
     out = decode.grouped_decode(
@@ -102,11 +106,11 @@ def run(q: Tensor, k: Tensor, v: Tensor, request: AttentionRequest, operands: Op
         k,
         v,
         scale=operands.scale,
-        causal=layout.causal and mask is None,
+        causal=seen.causal and mask is None,
         first=first,
         end=end,
         mask=mask,
-        bias=None if operands.bias is None else cut_bias(layout, operands.bias),
+        bias=None if operands.bias is None else cut_bias(seen, operands.bias),
         window=None if left is None else left + 1,
         softcap=operands.softcap,
         sinks=operands.sinks,

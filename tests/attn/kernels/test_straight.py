@@ -42,7 +42,13 @@ def test_the_short_way(
     q, k, v = (torch.randn(2, H, S, 16, device=DEVICE) for H, S in ((6, Sq), (2, 29), (2, 29)))
     layout = full(Sq, 29, True, (None if window is None else window - 1, None), 2)
     sink = torch.randn(6, device=DEVICE) if sinks else None
-    options: dict[str, Any] = {"layout": layout, "scale": 0.2, "softcap": cap, "sinks": sink, "name": "triton_decode"}
+    options: dict[str, Any] = {
+        "visibility": layout,
+        "scale": 0.2,
+        "softcap": cap,
+        "sinks": sink,
+        "name": "triton_decode",
+    }
     wanted = truth(q, k, v, window or 29, cap, sink)
     if layout.whole:  # a window before one query is a cut, which goes the long way
         monkeypatch.setattr(triton_decode, "run", None)
@@ -55,8 +61,8 @@ def test_what_only_looks_like_a_tensor_goes_through_the_operator() -> None:
 
     layout = full(1, 9, True, (None, None), 2)
     q, k = torch.randn(2, 4, 1, 16, device=DEVICE), torch.randn(2, 2, 9, 16, device=DEVICE)
-    real = attend(q, k, k, layout=layout, name="triton_decode")[0]  # the short way is known now
+    real = attend(q, k, k, visibility=layout, name="triton_decode")[0]  # the short way is known now
     with FakeTensorMode() as mode:
-        fake = attend(*(mode.from_tensor(t) for t in (q, k, k)), layout=layout, name="triton_decode")[0]
+        fake = attend(*(mode.from_tensor(t) for t in (q, k, k)), visibility=layout, name="triton_decode")[0]
     assert fake.shape == real.shape
     assert isinstance(fake, torch._subclasses.FakeTensor)
