@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from hf_attn_patch.conversion.loadcheck import device_named
-from hf_attn_patch.conversion.methods.aligned import Aligned
 from hf_attn_patch.conversion.methods.method import Merge
 from hf_attn_patch.conversion.plan_data import Plan
 from hf_attn_patch.errors import ConversionError
@@ -17,6 +16,7 @@ from .calibrated import Calibrated, refuse
 from .collect import LENGTH, collected
 from .gather import OWN, gathered, reads_text
 from .layers import load
+from .meaningless import aligned
 from .text import INSTALLED, longest, tokenizer_of
 from .whole import Whole, on_device
 
@@ -82,9 +82,9 @@ def calibrated(
     except ConversionError as error:
         if asked:
             raise
-        aligned = Aligned(plan, group or "adjacent")
-        aligned.record["notes"].append(f"heads were merged by the weights alone, which keeps far less: {error}")
-        return aligned
+        merge = aligned(plan, group)
+        merge.record["notes"].append(f"heads were merged by what layers read on random inputs: {error}")
+        return merge
     if not polish:
         notes.append(
             f"heads were merged by what layers read on {ids.numel()} tokens that the model wrote, and nothing was"

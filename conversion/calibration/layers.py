@@ -170,6 +170,32 @@ def attention_name(model: nn.Module, layer: Any) -> str:
     return exact[0]
 
 
+def readers(model: nn.Module, plan: Plan, layer: LayerAttention) -> list[nn.Module]:
+    """The modules that read an attention's inputs: what makes Q, and in cross-attention also what makes K.
+
+    Found by the checkpoint's names, or where the model has others (ViT, in some versions) by the weights in them.
+    """
+    roles = ("q", "k") if layer.stack.cross else ("q",)
+    names = [next(p.module for p in layer.stack.projections if role in p.holds) for role in roles]
+    try:
+        attention = model.get_submodule(attention_name(model, layer))
+        return [attention.get_submodule(name) for name in names]
+    except ConversionError:
+        found = []
+        for name in names:
+            weight = plan.source.read(layer.name(name))
+            same = [m for m in model.modules() if _holds(m, weight)]
+            if len(same) != 1:
+                raise
+            found += same
+        return found
+
+
+def _holds(module: nn.Module, weight: Tensor) -> bool:
+    own = getattr(module, "weight", None)
+    return isinstance(own, Tensor) and own.shape == weight.shape and torch.equal(own, weight.to(own))
+
+
 def layer_name(attention: str) -> str:
     """The layer that an attention module is in: its name up to the first number."""
     parts = attention.split(".")

@@ -26,6 +26,8 @@ def memory_needed(plan: Plan, workers: int = 1) -> int:
         widths = [_itemsize(plan, name) for name in unit.reads]
         largest = max(largest, read + 3 * read * max(4, *widths) // min(widths))
     units = max(largest, CHUNK) * workers
+    if plan.method.runs and plan.units:
+        return units + _of_one_pass(plan)
     return units + (calibration_memory(plan) if plan.method.name == "calibrated" and plan.units else 0)
 
 
@@ -63,10 +65,29 @@ def calibration_memory(plan: Plan) -> int:
     # operations, 18 times the MLP's; experts read copies of their rows
     width, mlp = max(first.width, first.heads * first.head_dim), _mlp(plan, side)
     activations = 4 * batch * (40 * width + (experts * (mlp + 12 * width) if experts else mlp))
-    loaded = sum(t.nbytes for name, t in plan.source.tensors.items() if re.search(r"\.experts\.\d+\.", name))
+    loaded = _put_together(plan)
     # on held-out text: chunks of logits in fp32, of both models, and what is made of them
     logits = 8 * 4 * CPU_CHUNK if plan.speaks else 0
     return int(SLACK * (loaded + weights + streams + max(activations, logits)))
+
+
+def _of_one_pass(plan: Plan) -> int:
+    """As :func:`calibration_memory`, of the method ``aligned``: what attentions read on random inputs, kept, and the
+    activations of that one pass."""
+    from .meaningless import KEPT, LENGTH, ROWS
+
+    size = max(_itemsize(plan, name) for name in plan.units[0].reads)
+    first, side = plan.units[0].layer, max(_sizes(plan, name)[2] for name in _layers(plan))
+    read = sum((2 if unit.layer.stack.cross else 1) * unit.layer.width for unit in plan.units)
+    rows = ROWS * LENGTH
+    if plan.family.reads == "sound":
+        rows = 2 * int(plan.config.max_source_positions)
+    return int(SLACK * (_put_together(plan) + size * KEPT * read + 4 * rows * (12 * first.width + 3 * side)))
+
+
+def _put_together(plan: Plan) -> int:
+    """Bytes of experts, of which transformers makes larger tensors while it loads them."""
+    return sum(t.nbytes for name, t in plan.source.tensors.items() if re.search(r"\.experts\.\d+\.", name))
 
 
 def _of_sound(plan: Plan) -> int:

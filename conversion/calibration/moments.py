@@ -18,7 +18,7 @@ class Sum:
         self.rows = self.broken = 0
         self.kept: Tensor | None = None  # which rows of what is read next count, [B, S]; None: all
 
-    def add(self, _module: nn.Module, args: tuple[Any, ...]) -> None:
+    def add(self, _module: nn.Module | None, args: tuple[Any, ...]) -> None:
         x = args[0].detach().flatten(0, -2).float()
         x = x if self.kept is None else x[self.kept.flatten().to(x.device)]
         fine = x.isfinite().all(-1)
@@ -53,10 +53,8 @@ class Moments:
 
     def __init__(self, attention: nn.Module, layer: LayerAttention) -> None:
         roles = ("q", "k") if layer.stack.cross else ("q",)
-        self.read: list[tuple[nn.Module, Sum]] = []
-        for role in roles:
-            module = next(p.module for p in layer.stack.projections if role in p.holds)
-            self.read.append((attention.get_submodule(module), Sum()))
+        names = [next(p.module for p in layer.stack.projections if role in p.holds) for role in roles]
+        self.read = [(attention.get_submodule(name), Sum()) for name in names]
 
     def __enter__(self) -> Moments:
         self.hooks = [module.register_forward_pre_hook(found.add) for module, found in self.read]

@@ -15,6 +15,7 @@ from .align import merge_aligned
 from .similar_heads import pair_losses, similar_order
 
 if TYPE_CHECKING:
+    from hf_attn_patch.conversion.families.layer import LayerAttention
     from hf_attn_patch.conversion.plan_data import Plan
 
 GROUPINGS = ("adjacent", "similar")
@@ -55,11 +56,15 @@ class Aligned:
                     " --calibrate TEXT keeps more"
                 )
 
+    def known(self, layer: LayerAttention) -> dict[str, Any]:
+        """The moments of a layer's inputs, by the names that ``merge_aligned`` knows them by."""
+        return {"moment": self.moments.get(layer.prefix), "memory_moment": self.moments.get((layer.prefix, "memory"))}
+
     def __call__(self, weights: AttentionWeights) -> AttentionWeights:
         layer = weights.layer
         if not layer.changes:
             return weights
-        known = {"moment": self.moments.get(layer.prefix), "memory_moment": self.moments.get((layer.prefix, "memory"))}
+        known = self.known(layer)
         movable = not (layer.fixed_heads or layer.stack.ordered_heads or weights.v is None)
         if self.group == "similar" and movable:
             order = similar_order(pair_losses(weights, **known), layer.new_kv_heads)
@@ -71,11 +76,6 @@ class Aligned:
         if layer.values_fixed:
             self.record["values_averaged"].append(layer.prefix)
         return merge_aligned(weights, align_keys=align_keys, align_values=not layer.values_fixed, **known)
-
-
-def aligned(plan: Plan, group: str | None = None) -> Aligned:
-    """Heads are merged in a common basis, found from the weights alone."""
-    return Aligned(plan, group or "adjacent")
 
 
 def permuted(weights: AttentionWeights, order: list[int]) -> AttentionWeights:

@@ -45,6 +45,7 @@ class Method:
     options: tuple[Option, ...] = ()
     ordered: bool = False
     exact: bool = True
+    runs: bool = False
 
     def build(self, plan: Any, options: Mapping[str, Any]) -> Merge:
         module, name = self.make.split(":")

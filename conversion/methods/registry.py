@@ -25,10 +25,11 @@ METHODS: dict[str, Method] = {
         Method("mean-norm", "the mean, scaled back to the heads' mean norm", "methods.mean:mean_norm"),
         Method(
             "aligned",
-            "heads turned into a common basis first; changes Q and O too",
-            "methods.aligned:aligned",
+            "heads turned into a common basis first, by what layers read on random inputs; changes Q and O too",
+            "calibration.meaningless:aligned",
             scope="layer",
             options=(GROUP,),
+            runs=True,
         ),
         Method(
             "calibrated",

@@ -25,6 +25,9 @@ from hf_attn_patch.documents.bars import progress_bar
 from hf_attn_patch.documents.stranger_json import CONFIG_BYTES, parse_json_object, read_small
 from hf_attn_patch.errors import ConversionError
 
+#: relative difference that another machine's rounding makes of a merge by what the model's layers read
+RUN_ROUNDING = 1e-2
+
 
 @dataclass
 class Verification:
@@ -148,9 +151,10 @@ def _compare_units(plan: Plan, result: Source, sound: set[str], found: Verificat
             has = result.read(name)
             if raw_bytes(has) == raw_bytes(want):
                 continue
-            # another machine may add in another order: allow the last two bits
+            # another machine may add in another order: allow the last two bits, or what running the model makes of them
             error = (has.double() - want.double()).abs()
-            if bool((error <= 4 * torch.finfo(want.dtype).eps * want.double().abs().max()).all()):
+            close = bool((error <= 4 * torch.finfo(want.dtype).eps * want.double().abs().max()).all())
+            if close or (plan.method.runs and error.norm() <= RUN_ROUNDING * want.double().norm()):
                 found.rounded.append(name)
             else:
                 found.differences.append(f"tensor {name!r} differs from the recomputed one by {float(error.max()):.3g}")

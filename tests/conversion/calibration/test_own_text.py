@@ -158,7 +158,7 @@ def test_the_command_tells_what_was_lost(src: Path, tmp_path: Path) -> None:
     assert "--polish" in (held_out.warning(harmless | {"kl": 2 * held_out.BOUND}, "calibrated") or "")
 
 
-def test_what_cannot_write_is_merged_by_its_weights(src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_write_reads_random_inputs(src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     T5ForConditionalGeneration(
         T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0)
     ).save_pretrained(tmp_path / "t5")
@@ -171,6 +171,6 @@ def test_what_cannot_write_is_merged_by_its_weights(src: Path, tmp_path: Path, m
 
     monkeypatch.setattr(choice, "gathered", fails)
     record = convert(src, tmp_path / "dst", 1)
-    assert any("weights alone" in note and "it cannot write" in note for note in record["details"]["notes"])
+    assert any("random inputs" in note and "it cannot write" in note for note in record["details"]["notes"])
     with pytest.raises(ConversionError, match="cannot write"):  # what was asked for is not replaced
         convert(src, tmp_path / "asked", 1, calibrate="own")
