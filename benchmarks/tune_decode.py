@@ -76,7 +76,7 @@ class Case:
     def ours(self, tuning: Tuning | None, i: int = 0) -> torch.Tensor:
         k, v = self.kv[i]
         options = (None, None, None, self.D**-0.5, True, None, None, False)
-        return decode.launch(self.q, k, v, None, self.first, self.end, *options, tuning)[0]
+        return decode.launch(decode.DecodeOperands(self.q, k, v, None, self.first, self.end, *options), tuning)[0]
 
     def truth(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The plain function in bf16 and in fp32, of the first inputs."""
@@ -243,7 +243,7 @@ def eager_latency() -> None:
         }
         texts = []
         for name, call in calls.items():
-            decode_launch._calls.clear()
+            decode_launch._launches.clear()
             sets = len(lengths) if "length" in name else 1
             texts.append(f"{name} {called(call, sets):.1f} (graph {replayed(call, sets):.1f})")
         print(f"eager us a call, B {B} S {S} {HQ}/{HKV}:", ", ".join(texts), flush=True)

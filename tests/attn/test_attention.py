@@ -60,7 +60,16 @@ def seen(B, HQ, Sq, Sk, *, causal=False, window=None, keys=None):
 
 
 @pytest.mark.parametrize(
-    "name", ["attn.dispatch", "attn.functional", "hf.mask_function", "hf.mask_pattern", "attn.visibility", "enabling"]
+    "name",
+    [
+        "attn.dispatch",
+        "attn.functional",
+        "hf.mask_function",
+        "hf.mask_pattern",
+        "attn.visibility",
+        "attn.banded",
+        "enabling",
+    ],
 )
 def test_docstrings(name):
     module = importlib.import_module(f"hf_attn_patch.{name}")

@@ -99,7 +99,7 @@ def main() -> None:
     ):
         for case in sys.argv[1:]:
             started.clear()
-            decode_launch.launch(*arguments(**CASES[case]))
+            decode_launch.launch(decode_launch.DecodeOperands(*arguments(**CASES[case])))
             for launch, tensors in started:
                 made = compiled(launch, tensors)
                 ptx = made.asm["ptx"]

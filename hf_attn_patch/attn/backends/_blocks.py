@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hf_attn_patch.attn.visibility import Full, Visibility, band
+from hf_attn_patch.attn.banded import band
+from hf_attn_patch.attn.visibility import Full, Visibility
 
 #: shorter sequences are done at once
 LEAST = 1024

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hf_attn_patch.attn.devices import generation, lacks, needs_nvidia, no_bf16, tile_room
 from hf_attn_patch.attn.kernels.decode_plan import power_of_two
-from hf_attn_patch.attn.request import AttentionRequest, Operands
+from hf_attn_patch.attn.request import AttentionRequest, Operands, new_tuple
 from hf_attn_patch.attn.visibility import PACKED, Dense, Full, Padded, Visibility
 
 from ._common import cut, cut_bias
@@ -76,7 +76,7 @@ def shorter(request: AttentionRequest, seen: Visibility) -> Callable[..., tuple[
     """:func:`run` for decoding without padding or bias, straight to the launch; None for all other calls."""
     if not isinstance(seen, Full) or not seen.whole or request.bias or request.tracing:
         return None
-    from hf_attn_patch.attn.kernels.decode_launch import launch
+    from hf_attn_patch.attn.kernels.decode_launch import DecodeOperands, launch
 
     causal, left = seen.causal, seen.window[0]
     window = None if left is None else left + 1
@@ -85,7 +85,8 @@ def shorter(request: AttentionRequest, seen: Visibility) -> Callable[..., tuple[
         if type(q) is not Tensor:  # what only looks like a tensor goes through the registered operator
             return run(q, k, v, request, operands)
         scale, softcap, sinks = operands.scale, operands.softcap, operands.sinks
-        return launch(q, k, v, None, None, None, None, None, sinks, scale, causal, window, softcap, False)[0], None
+        numbers = (q, k, v, None, None, None, None, None, sinks, scale, causal, window, softcap, False)
+        return launch(new_tuple(DecodeOperands, numbers))[0], None
 
     return straight
 

@@ -6,9 +6,11 @@ waits for the GPU. The plain truth is ``decode_reference.py``.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from .decode_launch import DTYPES, MAX_HEAD_DIM, MAX_QUERIES, SHORT, launch
+from .decode_launch import DTYPES, MAX_HEAD_DIM, MAX_QUERIES, SHORT, DecodeOperands, launch
 from .mask_bounds import mask_bounds
 
 __all__ = [
@@ -16,6 +18,7 @@ __all__ = [
     "MAX_HEAD_DIM",
     "MAX_QUERIES",
     "SHORT",
+    "DecodeOperands",
     "grouped_decode",
     "grouped_decode_paged",
     "launch",
@@ -66,12 +69,8 @@ def grouped_decode(
         RuntimeError: gradients are wanted.
     """
     _no_gradients(q, k, v, bias, sinks)
-    args = (q, k, v, None, first, end, mask, bias, sinks, scale, causal, window, softcap, return_lse)
-    if torch.compiler.is_compiling() or type(q) is not torch.Tensor:
-        out, lse = torch.ops.hf_attn_patch.grouped_decode(*args)
-    else:
-        out, lse = launch(*args)
-    return (out, lse) if return_lse else out
+    o = DecodeOperands(q, k, v, None, first, end, mask, bias, sinks, scale, causal, window, softcap, return_lse)
+    return _run(o)
 
 
 def grouped_decode_paged(
@@ -103,13 +102,17 @@ def grouped_decode_paged(
     The rest, the result and the errors are those of :func:`grouped_decode`; masks have Sk = max_pages * page.
     """
     _no_gradients(q, k_pages, v_pages, bias, sinks)
-    args = (q, k_pages, v_pages, block_table, first, lengths, mask, bias, sinks)
     options = (scale, causal, window, softcap, return_lse)
-    if torch.compiler.is_compiling() or type(q) is not torch.Tensor:
-        out, lse = torch.ops.hf_attn_patch.grouped_decode(*args, *options)
+    return _run(DecodeOperands(q, k_pages, v_pages, block_table, first, lengths, mask, bias, sinks, *options))
+
+
+def _run(o: DecodeOperands) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Through the operator where a graph is traced, or what only looks like a tensor would have no memory."""
+    if torch.compiler.is_compiling() or type(o.q) is not torch.Tensor:
+        out, lse = torch.ops.hf_attn_patch.grouped_decode(*o)
     else:
-        out, lse = launch(*args, *options)
-    return (out, lse) if return_lse else out
+        out, lse = launch(o)
+    return (out, lse) if o.return_lse else out
 
 
 def _no_gradients(*tensors: torch.Tensor | None) -> None:
@@ -124,25 +127,10 @@ def _no_gradients(*tensors: torch.Tensor | None) -> None:
     "Tensor? bias, Tensor? sinks, float scale, bool causal, SymInt? window, float? softcap, bool return_lse) "
     "-> (Tensor, Tensor)",
 )
-def _grouped_decode(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    block_table: torch.Tensor | None,
-    first: torch.Tensor | None,
-    end: torch.Tensor | None,
-    mask: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-    scale: float,
-    causal: bool,
-    window: int | None,
-    softcap: float | None,
-    return_lse: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    args = (q, k, v, block_table, first, end, mask, bias, sinks, scale, causal, window, softcap, return_lse)
-    out, lse = launch(*args)
-    return out, q.new_empty(0, dtype=torch.float32) if lse is None else lse
+def _grouped_decode(*operands: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    o = DecodeOperands(*operands)
+    out, lse = launch(o)
+    return out, o.q.new_empty(0, dtype=torch.float32) if lse is None else lse
 
 
 @_grouped_decode.register_fake

@@ -26,7 +26,7 @@ _LOG2E = float(LOG2E.value)
 
 
 class DecodeOperands(NamedTuple):
-    """The arguments of a decoding call in the order of ``launch``; ``grouped_decode`` explains them."""
+    """The operands of a decoding call, tensors first; ``grouped_decode`` explains them."""
 
     q: torch.Tensor
     k: torch.Tensor
@@ -44,6 +44,11 @@ class DecodeOperands(NamedTuple):
     return_lse: bool
 
 
+TENSORS = 9  # so many of the operands are tensors
+#: those whose last dimension the kernels read without a stride; masks and biases have one
+_WITH_ROWS = ("q", "k", "v", "block_table", "first", "end", "sinks")
+
+
 class _Sizes(NamedTuple):
     B: int
     HQ: int
@@ -56,7 +61,7 @@ class _Sizes(NamedTuple):
 
 
 @dataclass(slots=True)
-class _Call:
+class LaunchPlan:
     """All that is worked out once for calls of the same shapes, strides, dtypes, devices and options."""
 
     shape: tuple[int, ...]  # of the output, [B, HQ, Sq, Dv]
@@ -69,32 +74,17 @@ class _Call:
     combine: Launch | None
 
 
-_calls: dict[Any, _Call] = {}
-_MOST_CALLS = 4096  # a growing cache makes a new kind at each token
+_launches: dict[Any, LaunchPlan] = {}
+_MOST_LAUNCHES = 4096  # a growing cache makes a new kind at each token
 
 
-def launch(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    block_table: torch.Tensor | None,
-    first: torch.Tensor | None,
-    end: torch.Tensor | None,
-    mask: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-    scale: float,
-    causal: bool,
-    window: int | None,
-    softcap: float | None,
-    return_lse: bool,
-    tuning: Tuning | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Check the arguments, plan the split and start the kernels; for a kind of call that is known, only the last."""
-    if mask is not None and mask.shape[-1] > SHORT and end is None and first is None and not causal:
-        B, HQ, Sq, _ = q.shape
-        first, end = mask_bounds(mask.expand(B, HQ, Sq, -1))  # so that the split counts only keys that are seen
-    tensors = (q, k, v, block_table, first, end, mask, bias, sinks)
+def launch(o: DecodeOperands, tuning: Tuning | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Check the operands, plan the split and start the kernels; for a kind of call that is known, only the last."""
+    mask = o.mask
+    if mask is not None and mask.shape[-1] > SHORT and o.end is None and o.first is None and not o.causal:
+        first, end = mask_bounds(mask.expand(*o.q.shape[:3], -1))  # so that the split counts only keys that are seen
+        o = o._replace(first=first, end=end)
+    tensors: Any = o[:TENSORS]
     present = [t for t in tensors if t is not None]
     kinds = [(t.shape, t.stride(), t.dtype, t.get_device()) for t in present]
     pointers: list[int | None] = [t.data_ptr() for t in present]
@@ -109,37 +99,38 @@ def launch(
     else:
         pointers += [None] * 6
     aligned = low % 16 == 0 or tuple([p is None or p % 16 == 0 for p in pointers])
-    key = (*kinds, which, aligned, scale, causal, window, softcap, return_lse, tuning)
-    call = _calls.get(key)
-    if call is not None:
-        return _start(call, tensors, pointers)
+    key = (*kinds, which, aligned, o[TENSORS:], tuning)
+    known = _launches.get(key)
+    if known is not None:
+        return _start(known, tensors, pointers)
 
-    ready = tuple(_contiguous_rows(t) if i not in (6, 7) else t for i, t in enumerate(tensors))
-    if any(new is not old for new, old in zip(ready, tensors, strict=True)):
-        return launch(*ready, scale, causal, window, softcap, return_lse, tuning)  # type: ignore[call-arg, arg-type]
-    call, strides = _plan(DecodeOperands(*tensors, scale, causal, window, softcap, return_lse), tuning)
-    if 0 in call.shape:
-        return _outputs(call)
-    result = _start(call, tensors, pointers, strides)
-    if len(_calls) >= _MOST_CALLS:
-        _calls.clear()
-    _calls[key] = call  # only now: of a launch that failed nothing is remembered
+    rows: dict[str, Any] = {name: _contiguous_rows(getattr(o, name)) for name in _WITH_ROWS}
+    ready = o._replace(**rows)
+    if any(new is not old for new, old in zip(ready, o, strict=True)):
+        return launch(ready, tuning)
+    planned, strides = _plan(o, tuning)
+    if 0 in planned.shape:
+        return _outputs(planned)
+    result = _start(planned, tensors, pointers, strides)
+    if len(_launches) >= _MOST_LAUNCHES:
+        _launches.clear()
+    _launches[key] = planned  # only now: of a launch that failed nothing is remembered
     return result
 
 
 def _start(
-    call: _Call,
+    planned: LaunchPlan,
     tensors: tuple[torch.Tensor | None, ...],
     pointers: list[int | None],
     strides: tuple[int, ...] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Start the kernels of ``call``; for the first time where the strides are given."""
-    device = call.device
+    """Start the kernels of ``planned``; for the first time where the strides are given."""
+    device = planned.device
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):  # kernels start on the current device; a model on several GPUs does not switch
-            return _start(call, tensors, pointers, strides)
-    out, lse = _outputs(call)
-    part = torch.empty(call.part, dtype=torch.float32, device=device) if call.part else None
+            return _start(planned, tensors, pointers, strides)
+    out, lse = _outputs(planned)
+    part = torch.empty(planned.part, dtype=torch.float32, device=device) if planned.part else None
     q, k, v, table, first, end, mask, bias, sinks = tensors
     p_q, p_k, p_v, p_table, p_first, p_end, p_mask, p_bias, p_sinks = pointers
     p_out, p_lse, p_part = (
@@ -152,20 +143,20 @@ def _start(
     merged_ts, merged_ps = (out, lse, part, first, end, sinks), (p_out, p_lse, p_part, p_first, p_end, p_sinks)
     stream = raw_stream(device)
     if strides is None:
-        call.decode(stream, ts, ps)
+        planned.decode(stream, ts, ps)
     else:
-        call.decode.first(strides, ts, ps, stream)
-    if call.combine is not None:
+        planned.decode.first(strides, ts, ps, stream)
+    if planned.combine is not None:
         if strides is None:
-            call.combine(stream, merged_ts, merged_ps)
+            planned.combine(stream, merged_ts, merged_ps)
         else:
-            call.combine.first((), merged_ts, merged_ps, stream)
+            planned.combine.first((), merged_ts, merged_ps, stream)
     return out, lse
 
 
-def _outputs(call: _Call) -> tuple[torch.Tensor, torch.Tensor | None]:
-    out = torch.empty_strided(call.shape, call.strides, dtype=call.dtype, device=call.device)
-    return out, torch.empty(call.shape[:3], dtype=torch.float32, device=call.device) if call.lse else None
+def _outputs(planned: LaunchPlan) -> tuple[torch.Tensor, torch.Tensor | None]:
+    out = torch.empty_strided(planned.shape, planned.strides, dtype=planned.dtype, device=planned.device)
+    return out, torch.empty(planned.shape[:3], dtype=torch.float32, device=planned.device) if planned.lse else None
 
 
 def _contiguous_rows(t: torch.Tensor | None) -> torch.Tensor | None:
@@ -237,7 +228,7 @@ def _strides(o: DecodeOperands, *scores: tuple[int, ...]) -> tuple[int, ...]:
     return (*o.q.stride()[:3], *kv, *scores[0], *scores[1], 0 if table is None else table.stride(0))
 
 
-def _plan(o: DecodeOperands, tuning: Tuning | None) -> tuple[_Call, tuple[int, ...]]:
+def _plan(o: DecodeOperands, tuning: Tuning | None) -> tuple[LaunchPlan, tuple[int, ...]]:
     """What to start for such arguments, and the strides, which the decode kernel is specialised on."""
     n = _check(o)
     B, HQ, HKV, Sq, Sk, D, DV, page = n
@@ -289,7 +280,7 @@ def _plan(o: DecodeOperands, tuning: Tuning | None) -> tuple[_Call, tuple[int, .
     combine = _combine(n, window, tuning, workers, common) if split else None
     part = workers * 2 * G * Sq * (DV + 1) if split else 0
     out_strides = (Sq * HQ * DV, DV, HQ * DV, 1)  # [B, Sq, HQ, Dv] in memory
-    return _Call((B, HQ, Sq, DV), out_strides, part, o.return_lse, o.q.dtype, o.q.device, decode, combine), strides
+    return LaunchPlan((B, HQ, Sq, DV), out_strides, part, o.return_lse, o.q.dtype, o.q.device, decode, combine), strides
 
 
 def _paged(o: DecodeOperands, page: int, tuning: Tuning) -> int:

@@ -36,7 +36,8 @@ def run(
     names = ("first", "end", "mask", "bias", "sinks")
     given_options = {"scale": q.shape[-1] ** -0.5, "causal": True, "window": None, "softcap": None} | options
     last = (given_options[n] for n in ("scale", "causal", "window", "softcap"))
-    return decode.launch(q, k, v, None, *(options.get(n) for n in names), *last, True, tuning)
+    operands = decode.DecodeOperands(q, k, v, None, *(options.get(n) for n in names), *last, True)
+    return decode.launch(operands, tuning)
 
 
 def check(

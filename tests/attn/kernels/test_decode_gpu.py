@@ -179,7 +179,8 @@ def test_tunings(tuning: Tuning) -> None:
     low, _ = grouped_decode_reference(q, k, v, first=first, scale=0.1)
     ref, ref_lse = grouped_decode_reference(q.float(), k.float(), v.float(), first=first, scale=0.1)
     poisoned(q, 128)
-    out, lse = decode.launch(q, k, v, None, first, None, None, None, None, 0.1, True, None, None, True, tuning)
+    operands = decode.DecodeOperands(q, k, v, None, first, None, None, None, None, 0.1, True, None, None, True)
+    out, lse = decode.launch(operands, tuning)
     assert_conforms(out, low, ref)
     torch.testing.assert_close(lse, ref_lse, rtol=1e-3, atol=1e-3)
 
@@ -242,7 +243,7 @@ def test_known_calls_do_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = randn(1, 8, 1, 128), *(randn(1, 2, 4096, 128, seed=i) for i in (1, 2))
     lengths = (300, 4096, 4095)  # one kernel, two kernels, and two of a kind that is known
     want = [grouped_decode(q, k[:, :, :n], v[:, :, :n], scale=0.1) for n in lengths]
-    decode_launch._calls.pop(list(decode_launch._calls)[-1])
+    decode_launch._launches.pop(list(decode_launch._launches)[-1])
     for kernel in (decode_kernel, combine_kernel):
         monkeypatch.setattr(kernel, "run", never)
     for _ in range(2):
