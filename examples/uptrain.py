@@ -20,10 +20,10 @@ from hf_attn_patch.errors import HFAttnError
 from hf_attn_patch.training import (
     Flops,
     Progress,
-    Run,
     StopSignals,
     Throughput,
     TrainingError,
+    TrainingRun,
     ahead,
     claimed_output,
     document_lengths,
@@ -36,13 +36,13 @@ from hf_attn_patch.training import (
 )
 
 
-def in_steps(tokens: int, run: Run) -> int:
+def in_steps(tokens: int, run: TrainingRun) -> int:
     """A budget in whole steps, where all steps are full; padded ones hold fewer tokens than they have room for."""
     size = run.options.tokens_per_step if run.kind == "causal" else 1
     return -(-tokens // size) * size
 
 
-def uptrain(run: Run) -> Progress:
+def uptrain(run: TrainingRun) -> Progress:
     options = run.options
     accelerator, data, teacher = run.accelerator, run.data, run.teacher
     model, optimizer = accelerator.prepare(run.objective, run.optimizer)

@@ -18,7 +18,7 @@ from .loop.meters import Flops, Throughput
 from .loop.output import claimed_output
 from .loop.schedule import Count, learning_rate
 from .options import UptrainOptions, parse_options
-from .run import Run, load_run
+from .run import TrainingRun, load_run
 
 __all__ = [
     "Count",
@@ -27,11 +27,11 @@ __all__ = [
     "LossSums",
     "Position",
     "Progress",
-    "Run",
     "StopSignals",
     "Throughput",
     "TokenStream",
     "TrainingError",
+    "TrainingRun",
     "UptrainOptions",
     "ahead",
     "claimed_output",

@@ -15,7 +15,7 @@ from hf_attn_patch.documents.bars import no_progress_bars, progress_bar
 from hf_attn_patch.documents.tokenizers import load_tokenizer
 from hf_attn_patch.errors import TrainingError
 
-from .data.steps import Step
+from .data.steps import TrainingStep
 from .data.training_data import TrainingData, framing_for
 from .loop.checkpoints import Progress, save_checkpoint, save_model
 from .loop.held_out import evaluate
@@ -44,7 +44,7 @@ class StepResult(NamedTuple):
 
 
 @dataclass
-class Run:
+class TrainingRun:
     """The parts of a run; ``objective`` and ``optimizer`` are still to be prepared by ``accelerator``."""
 
     options: UptrainOptions
@@ -94,7 +94,9 @@ class Run:
             return {"loss": tokens + texts, "token_error": tokens, "text_distance": texts, "scored": found["scored"]}
         return found
 
-    def agree(self, sums: list[Tensor], norm: Any, asked: int, step: Step[Any], progress: Progress) -> StepResult:
+    def agree(
+        self, sums: list[Tensor], norm: Any, asked: int, step: TrainingStep[Any], progress: Progress
+    ) -> StepResult:
         """What all processes found, in the step's one wait for the device.
 
         Args:
@@ -189,7 +191,7 @@ class Run:
 _STEPS = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
 
 
-def load_run(options: UptrainOptions) -> Run:
+def load_run(options: UptrainOptions) -> TrainingRun:
     """Load and check everything that ``options`` name.
 
     Raises:
@@ -200,7 +202,7 @@ def load_run(options: UptrainOptions) -> Run:
         return _load_run(options)
 
 
-def _load_run(options: UptrainOptions) -> Run:
+def _load_run(options: UptrainOptions) -> TrainingRun:
     accelerator = make_accelerator(options)
     config = load_config(options.model)
     kind = objective_kind(config, options.objective)
@@ -225,7 +227,9 @@ def _load_run(options: UptrainOptions) -> Run:
     )  # fmt: skip
     data = TrainingData(options, tokenizer, framing_for(kind, options, tokenizer))
     log = RunLog(accelerator, Path(options.output, "training_log.jsonl"))
-    return Run(options, accelerator, kind, tokenizer, data, student, objective, optimizer, teacher, saved_dtype, log)
+    return TrainingRun(
+        options, accelerator, kind, tokenizer, data, student, objective, optimizer, teacher, saved_dtype, log
+    )
 
 
 def make_accelerator(options: UptrainOptions) -> Any:

@@ -75,18 +75,18 @@ def test_resuming_with_other_micro_batches_is_the_same_run(size: int, world: Pat
     class StopError(Exception):
         pass
 
-    saved = original.Run.save_checkpoint
+    saved = original.TrainingRun.save_checkpoint
 
     def save_then_stop(self, model, progress):
         saved(self, model, progress)
         raise StopError
 
-    original.Run.save_checkpoint = save_then_stop
+    original.TrainingRun.save_checkpoint = save_then_stop
     try:
         with pytest.raises(StopError):
             original.main(arguments(world, tmp_path / "parts", checkpoint_every=3))
     finally:
-        original.Run.save_checkpoint = saved
+        original.TrainingRun.save_checkpoint = saved
         for state in (AcceleratorState, GradientState, PartialState):
             state._reset_state()
     run("parts", checkpoint_every=3, micro_batch_size=size, resume="true")

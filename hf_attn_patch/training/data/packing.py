@@ -15,7 +15,7 @@ from .stream import Position, TokenStream
 
 
 @dataclass(frozen=True)
-class Packed:
+class PackedSequence:
     """One full sequence of S tokens: some documents, or parts of them, one after the other.
 
     Args:
@@ -39,7 +39,7 @@ class Packed:
         return sum(label != IGNORE for label in self.labels)
 
 
-def pack(stream: TokenStream, S: int, position: Position | None = None) -> Iterator[Packed]:
+def pack(stream: TokenStream, S: int, position: Position | None = None) -> Iterator[PackedSequence]:
     """Sequences of exactly ``S`` tokens; a document that does not fit goes on in the next one.
 
     A document's continuation starts at position 0 again and sees only itself.
@@ -68,7 +68,7 @@ def pack(stream: TokenStream, S: int, position: Position | None = None) -> Itera
             rest = rest[len(part) :]
             if len(ids) == S:
                 after = document.after(taken) if len(rest) > 1 else document.end
-                yield Packed(ids, labels, lengths, after, (first, document.number))
+                yield PackedSequence(ids, labels, lengths, after, (first, document.number))
                 last = document.position.epoch
                 ids, labels, lengths = [], [], []
 
@@ -94,7 +94,7 @@ class PackedBatch:
         return PackedBatch(ids, labels, positions, cu_seqlens, self.longest)
 
 
-def collate(sequences: list[Packed]) -> PackedBatch:
+def collate(sequences: list[PackedSequence]) -> PackedBatch:
     """Sequences side by side in one row, so that a batch of any size is one packed call."""
     lengths = [n for sequence in sequences for n in sequence.lengths]
     return PackedBatch(

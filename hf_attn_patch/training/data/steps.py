@@ -15,7 +15,7 @@ from .stream import Position
 
 
 class Example(Protocol):
-    """What a stream of training examples yields (``Packed``, ``Pair``, ...)."""
+    """What a stream of training examples yields (``PackedSequence``, ``Pair``, ...)."""
 
     @property
     def targets(self) -> int: ...
@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Step(Generic[E]):
+class TrainingStep(Generic[E]):
     """One optimiser step as one process sees it.
 
     Args:
@@ -53,7 +53,7 @@ class Step(Generic[E]):
 
 def steps(
     examples: Iterator[E], *, batch_size: int, micro_batch_size: int, process: int = 0, processes: int = 1
-) -> Iterator[Step[E]]:
+) -> Iterator[TrainingStep[E]]:
     """Cut a stream of examples into steps of ``batch_size``, the same ones whatever the number of processes.
 
     Raises:
@@ -72,7 +72,7 @@ def steps(
             [whole[i + p * micro_batch_size :][:micro_batch_size] for i in range(0, batch_size, share)]
             for p in range(processes)
         ]
-        yield Step(
+        yield TrainingStep(
             micro=parts[process],
             targets=sum(e.targets for e in whole),
             tokens=sum(document_lengths(whole)),

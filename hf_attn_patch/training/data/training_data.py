@@ -13,7 +13,7 @@ from hf_attn_patch.training.options import UptrainOptions
 
 from .chunks import Corruption, PaddedBatch, Pair, chunks, collate_pairs, corrupted, given_pairs
 from .packing import collate, pack
-from .steps import Step, steps
+from .steps import TrainingStep, steps
 from .stream import Position, TokenStream
 
 
@@ -67,7 +67,7 @@ class TrainingData:
         wanted = self.options.eval_tokens and self.options.eval_dataset is None
         return self.options.held_out_every if wanted else 0
 
-    def steps(self, position: Position, process: int, processes: int) -> Iterator[Step[Any]]:
+    def steps(self, position: Position, process: int, processes: int) -> Iterator[TrainingStep[Any]]:
         """Optimiser steps from ``position`` on, without end.
 
         Raises:
