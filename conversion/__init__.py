@@ -18,10 +18,12 @@ if TYPE_CHECKING:
     from .reports.evaluation import evaluate
     from .reports.inspection import inspect_source
     from .reports.verification import verify
+    from .unpacking import dequantize
 
 # looked up when they are asked for: torch and transformers take seconds to import, and `hf-attn --help` needs neither
 _LAZY = {
     "convert": "api",
+    "dequantize": "unpacking",
     "evaluate": "reports.evaluation",
     "from_pretrained": "loading",
     "inspect_source": "reports.inspection",
@@ -33,6 +35,7 @@ _LAZY = {
 __all__ = [
     "ConversionError",
     "convert",
+    "dequantize",
     "evaluate",
     "from_pretrained",
     "inspect_source",

@@ -73,6 +73,7 @@ def convert(
     allow_nonfinite: bool = False,
     command: str | None = None,
     progress: Callable[[int], object] = lambda nbytes: None,
+    dequantize: bool = False,
     **plan_arguments: Any,
 ) -> dict[str, Any]:
     """Write the conversion of ``src`` to the folder ``dst``, which appears whole or not at all.
@@ -86,6 +87,8 @@ def convert(
         allow_nonfinite: convert weights with NaN or Inf.
         command: recorded in conversion.json.
         progress: called with the bytes written since the last call.
+        dequantize: unpack a quantized ``src`` first (a GGUF file, FP8, MXFP4, ...), into a folder beside ``dst`` that
+            is gone afterwards.
         plan_arguments: the other arguments of :func:`plan`.
 
     Returns:
@@ -107,6 +110,16 @@ def convert(
         if Path(src).exists():
             check_apart(Path(src), target)
         check_destination(target, overwrite)
+        if dequantize:
+            from .unpacking import dequantized
+
+            with dequantized(src, target, revision=plan_arguments.pop("revision", None)) as folder:
+                made = plan(folder, kv_heads, **plan_arguments)
+                made.source.name = os.fspath(src)
+                return convert(
+                    made, target, overwrite=overwrite, workers=workers, allow_nonfinite=allow_nonfinite,
+                    command=command, progress=progress,
+                )  # fmt: skip
         made = plan(src, kv_heads, **plan_arguments)
     with no_reading_errors(made.source.name):
         return execute(

@@ -15,7 +15,7 @@ from .answers import Answered
 from .calibrated import Calibrated, refuse
 from .collect import LENGTH, collected
 from .gather import OWN, gathered, reads_text
-from .layers import load
+from .layers import check_names, load
 from .meaningless import aligned
 from .text import INSTALLED, longest, tokenizer_of
 from .whole import Whole, on_device
@@ -65,6 +65,7 @@ def calibrated(
         calibration_length = longest(plan, MERGE_LENGTH)
     if refit or not alone or (texts and not polish):
         source = load(plan)
+        check_names(plan, source)
         samples = collected(
             plan, source, calibrate, tokens=calibration_tokens, length=calibration_length, count=calibration_samples,
             device=where,
@@ -75,6 +76,7 @@ def calibrated(
         return Answered(steps, polish) if plan.config.is_encoder_decoder else steps
     try:
         original = on_device(load(plan), where)
+        check_names(plan, original)
         ids, about, notes = gathered(
             plan, original, tokenizer_of(plan) if texts else None, calibrate, tokens=calibration_tokens,
             length=calibration_length, longest=longest(plan, LENGTH, calibration_length), whole=False, device=where,

@@ -196,6 +196,23 @@ def _holds(module: nn.Module, weight: Tensor) -> bool:
     return isinstance(own, Tensor) and own.shape == weight.shape and torch.equal(own, weight.to(own))
 
 
+def check_names(plan: Plan, model: nn.Module) -> None:
+    """Raise where a model calls its attentions' tensors otherwise than its checkpoint (EXAONE, Sarvam).
+
+    Raises:
+        ConversionError: names the first of them.
+    """
+    for unit in plan.units:
+        attention = model.get_submodule(attention_name(model, unit.layer))
+        known = {*dict(attention.named_parameters()), *dict(attention.named_buffers())}
+        for name in unit.reads:
+            if name.removeprefix(unit.layer.prefix) not in known:
+                raise ConversionError(
+                    f"{type(model).__name__} keeps {name!r} under another name than its checkpoint, so it cannot be "
+                    "calibrated; use --method aligned"
+                )
+
+
 def layer_name(attention: str) -> str:
     """The layer that an attention module is in: its name up to the first number."""
     parts = attention.split(".")

@@ -26,15 +26,27 @@ def resolve(src: str | os.PathLike[str], *, revision: str | None = None, allow_p
             raise ConversionError(f"--revision belongs to a hub id, but {text} is a folder")
         with no_reading_errors(text):
             return open_source(folder, name=text, allow_pickle=allow_pickle)
-    if _REPO_ID.fullmatch(text) is None or text.count("/") > 1:
-        raise ConversionError(f"{text} is no folder")
-    snapshot = _download(text, revision, allow_pickle)
+    snapshot = fetched(text, revision, more=(PICKLE_SINGLE.replace(".bin", "*.bin"),) if allow_pickle else ())
     commit = snapshot.name if snapshot.parent.name == "snapshots" else None
     with no_reading_errors(text):
         return open_source(snapshot, name=text, revision=commit, allow_pickle=allow_pickle)
 
 
-def _download(repo_id: str, revision: str | None, allow_pickle: bool) -> Path:
+def fetched(repo_id: str, revision: str | None = None, *, more: tuple[str, ...] = ()) -> Path:
+    """The folder of a hub id's files, fetched into the usual cache.
+
+    Args:
+        more: patterns of files to fetch beside weights in safetensors and what belongs to them.
+
+    Raises:
+        ConversionError: there is no such model, or it cannot be reached.
+    """
+    if _REPO_ID.fullmatch(repo_id) is None or repo_id.count("/") > 1:
+        raise ConversionError(f"{repo_id} is no folder")
+    return _download(repo_id, revision, more)
+
+
+def _download(repo_id: str, revision: str | None, more: tuple[str, ...]) -> Path:
     from huggingface_hub import errors, snapshot_download
 
     patterns = [
@@ -43,8 +55,7 @@ def _download(repo_id: str, revision: str | None, allow_pickle: bool) -> Path:
         *(f"{n}*" for n in COMPANION_NAMES),
         "README.md",
     ]
-    if allow_pickle:
-        patterns.append(PICKLE_SINGLE.replace(".bin", "*.bin"))
+    patterns.extend(more)
     try:
         return Path(
             snapshot_download(

@@ -127,14 +127,20 @@ def open_source(
     """
     if not folder.is_dir():
         if folder.suffix == ".gguf":
-            raise ConversionError(f"{folder} is a GGUF file; convert the safetensors checkpoint that it was made from")
+            raise ConversionError(
+                f"{folder} is a GGUF file; pass --dequantize to unpack it, or "
+                "convert the safetensors checkpoint that it was made from"
+            )
         raise ConversionError(f"{folder} is not a folder")
     config_path = inside(folder, "config.json")
     if not config_path.is_file():
         if (folder / "adapter_config.json").exists():
             raise ConversionError(f"{folder} holds an adapter, not a model: merge it into its base model first")
         if any(folder.glob("*.gguf")):
-            raise ConversionError(f"{folder} holds GGUF files; convert the safetensors checkpoint they were made from")
+            raise ConversionError(
+                f"{folder} holds GGUF files; name one and pass --dequantize to unpack it, or convert the "
+                "safetensors checkpoint that they were made from"
+            )
         raise ConversionError(f"{folder} has no config.json")
     config = parse_json_object(read_small(config_path, CONFIG_BYTES), str(config_path))
     check_config_limits(config, str(config_path))

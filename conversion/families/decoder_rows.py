@@ -81,7 +81,7 @@ DECODERS = [
         ("step3p5",),
         (replace(_NORMED, kv_field=KVField(varies="layers"), others=("g_proj",), ordered_heads=True),),
     ),
-    Family(("flint",), (replace(_NORMED, sinks="softmax_offset"),)),
+    Family(("flint",), (replace(_NORMED, others=("softmax_offset",), ordered_heads=True),)),
     Family(("nanochat",), (_BARE_NORMS,)),
     Family(("llama4_text",), (replace(_BARE_NORMS, keys_fixed="use_qk_norm", rope="interleaved"),)),
     Family(("cohere2_moe", "ernie4_5_vl_moe_text", "glm4v_text", "glm_ocr_text"), (Stack(rope="interleaved"),)),
@@ -108,9 +108,12 @@ DECODERS = [
             ),
         ),
     ),
+    # sinks that the checkpoint calls otherwise than the model: they stay where they are
     Family(
         ("mimo_v2_flash",),
-        (Stack(kv_field=KVField(twice="sliding_attention"), value_dim="v_head_dim", sinks="attention_sink_bias"),),
+        (Stack(kv_field=KVField(twice="sliding_attention"), value_dim="v_head_dim", others=("attention_sink_bias",),
+            ordered_heads=True,
+        ),),
     ),
     Family(
         ("dbrx",),

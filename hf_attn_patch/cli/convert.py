@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -157,6 +158,9 @@ def command_line() -> str:
 @click.option("--max-shard-size", metavar="SIZE", help="Size of an output file, such as 5GB.  [default: as in SRC]")
 @click.option("--revision", help="Branch, tag or commit of a hub id.")
 @click.option("--allow-pickle", is_flag=True, help="Read pytorch_model.bin (with weights_only=True).")
+@click.option(
+    "--dequantize", is_flag=True, help="Unpack a quantized SRC first: a GGUF file, FP8, MXFP4, compressed-tensors."
+)
 @click.option("--allow-nonfinite", is_flag=True, help="Convert weights that have NaN or Inf.")
 @click.option("--with-code", is_flag=True, help="Carry the model class's code, for trust_remote_code=True.")
 @click.option("--push-to-hub", metavar="REPO", help="Upload DST to this repository afterwards.")
@@ -168,13 +172,18 @@ def convert(
     src: str, dst: str | None, kv_heads: str | None, kv_budget: float | None, method: str | None, seed: int,
     dry_run: bool, as_json: bool,
     overwrite: bool, resume: bool, workers: int, max_shard_size: str | None, revision: str | None, allow_pickle: bool,
-    allow_nonfinite: bool, with_code: bool, push_to_hub: str | None, private: bool, quiet: bool, verbose: bool,
-    **options: Any,
+    dequantize: bool, allow_nonfinite: bool, with_code: bool, push_to_hub: str | None, private: bool, quiet: bool,
+    verbose: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Convert the checkpoint SRC (a folder or hub id) to fewer KV heads, into the new folder DST."""
     given = {name: value for name, value in options.items() if value is not None}
     _check_options(kv_heads, kv_budget, calibrated="calibrate" in given, pushed=bool(push_to_hub), private=private)
     wanted = None if kv_heads is None else parse_kv_heads(kv_heads)
+    if dequantize and resume:
+        raise ConversionError(
+            "--resume cannot go on from a source that is unpacked anew: start again without it, or unpack SRC once "
+            "(hf_attn_patch.conversion.dequantize) and convert that"
+        )
     if dst is None and not dry_run:
         raise ConversionError("no destination: give a folder DST, or --dry-run to see what would happen")
 
@@ -183,44 +192,61 @@ def convert(
     from hf_attn_patch.conversion.reports.report import plan_dict, plan_text
 
     _check_places(src, dst, overwrite, push_to_hub)
-    if wanted is None:
-        wanted = _under_budget(src, kv_budget or 0.0, seed, revision, allow_pickle, given, quiet)
-    plan = make(
-        src,
-        wanted,
-        method=method,
-        seed=seed,
-        revision=revision,
-        allow_pickle=allow_pickle,
-        max_shard_size=max_shard_size,
-        with_code=with_code,
-        **given,
-    )
-    if dry_run:
-        click.echo(json.dumps(plan_dict(plan, workers), indent=2) if as_json else plan_text(plan, workers))
-        return
-    if not quiet:
-        for warning in plan.warnings:
-            click.echo(f"Note: {warning}.", err=True)
-        if verbose:
-            click.echo(plan_text(plan, workers), err=True)
-    with progress_bar(total=plan.bytes_after, unit="B", unit_scale=True, desc="converting") as bar:
-        record = run(
-            plan, dst or "", overwrite=overwrite, resume=resume, workers=workers, allow_nonfinite=allow_nonfinite,
-            command=command_line(), progress=bar.update,
+    with _plain(src, dst, revision, unpack=dequantize) as (read, commit):
+        if wanted is None:
+            wanted = _under_budget(read, kv_budget or 0.0, seed, commit, allow_pickle, given, quiet)
+        plan = make(
+            read, wanted, method=method, seed=seed, revision=commit, allow_pickle=allow_pickle,
+            max_shard_size=max_shard_size, with_code=with_code, **given,
         )  # fmt: skip
-    if push_to_hub:
-        from hf_attn_patch.conversion.checkpoints.hub import push
-
-        address = push(Path(dst or ""), push_to_hub, private=private)
+        plan.source.name = src
+        if dry_run:
+            click.echo(json.dumps(plan_dict(plan, workers), indent=2) if as_json else plan_text(plan, workers))
+            return
+        _tell_plan(plan, plan_text(plan, workers) if verbose else "", quiet)
+        with progress_bar(total=plan.bytes_after, unit="B", unit_scale=True, desc="converting") as bar:
+            record = run(
+                plan, dst or "", overwrite=overwrite, resume=resume, workers=workers, allow_nonfinite=allow_nonfinite,
+                command=command_line(), progress=bar.update,
+            )  # fmt: skip
+        if push_to_hub:
+            _push(str(dst), push_to_hub, private, quiet)
+        if as_json:
+            click.echo(json.dumps(record, indent=2))
+        elif not quiet:
+            _tell(record, plan, str(dst))
         if not quiet:
-            click.echo(f"pushed to {address}", err=True)
-    if as_json:
-        click.echo(json.dumps(record, indent=2))
-    elif not quiet:
-        _tell(record, plan, str(dst))
+            _tell_what_was_lost(plan, record, Path(dst or ""))
+
+
+@contextlib.contextmanager
+def _plain(src: str, dst: str | None, revision: str | None, *, unpack: bool) -> Iterator[tuple[str, str | None]]:
+    """SRC and its revision, or what takes their place: a plain checkpoint beside DST, as long as the context."""
+    if not unpack:
+        yield src, revision
+        return
+    from hf_attn_patch.conversion.unpacking import dequantized
+
+    with dequantized(src, Path(dst or "converted"), revision=revision) as folder:
+        yield str(folder), None
+
+
+def _push(dst: str, repository: str, private: bool, quiet: bool) -> None:
+    from hf_attn_patch.conversion.checkpoints.hub import push
+
+    address = push(Path(dst), repository, private=private)
     if not quiet:
-        _tell_what_was_lost(plan, record, Path(dst or ""))
+        click.echo(f"pushed to {address}", err=True)
+
+
+def _tell_plan(plan: Plan, text: str, quiet: bool) -> None:
+    """The plan's warnings, and itself where that is asked for, on stderr."""
+    if quiet:
+        return
+    for warning in plan.warnings:
+        click.echo(f"Note: {warning}.", err=True)
+    if text:
+        click.echo(text, err=True)
 
 
 def _check_options(

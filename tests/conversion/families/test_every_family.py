@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from checkpoints import tensors
-from every_family import EVERY, config_of, known_here, model_of
+from every_family import known_here, model_of, repeated, with_kv_heads
 from huggingface_hub.errors import StrictDataclassError
 from shared_heads import share_heads
 from transformers.models.auto import modeling_auto
@@ -78,18 +78,6 @@ def reloaded(model: Any, folder: Path) -> Any:
     return again.eval()
 
 
-def with_kv_heads(model_type: str, number: int) -> Any:
-    """A config with that many KV heads, written here: what a row's field writes is not asked."""
-    if model_type == "dbrx":
-        inner = {**EVERY["dbrx"]["attn_config"], "kv_n_heads": number}
-        return config_of(model_type, attn_config=inner)
-    return config_of(model_type, num_key_value_heads=number)
-
-
-def least(model_type: str) -> int:
-    return 2 if model_type == "diffllama" else 1
-
-
 @pytest.mark.parametrize("model_type", known_here())
 def test_as_many_heads_is_the_same_model_and_the_fewest_run(model_type: str, tmp_path: Path) -> None:
     model = model_of(with_kv_heads(model_type, 8))
@@ -103,41 +91,6 @@ def test_as_many_heads_is_the_same_model_and_the_fewest_run(model_type: str, tmp
     again = reloaded(model, tmp_path / "dst")
     assert out(again).isfinite().all()
     assert out(again).shape == out(model).shape
-
-
-def repeated(small: Any, big: Any) -> None:
-    """Fill a model that has more KV heads with those of ``small``, each as often as it takes.
-
-    Nothing of the conversion is used: tensors are told by their shapes, heads by how many there are.
-    """
-    state = dict(small.named_parameters())
-    with torch.no_grad():
-        for name, parameter in big.named_parameters():
-            old = state[name]
-            if old.shape == parameter.shape:
-                parameter.copy_(old)
-                continue
-            fused = {"Wqkv": True, "qkv_proj": True, "att_proj": True}.get(name.split(".")[-2], False)
-            kept = fused_queries(small, parameter, old) if fused else 0
-            times = (len(parameter) - kept) // (len(old) - kept)
-            size = head_size(small, name, fused, old)
-            heads = old[kept:].unflatten(0, (-1, size))
-            parameter.copy_(torch.cat([old[:kept], heads.repeat_interleave(times, 0).flatten(0, 1)]))
-
-
-def fused_queries(small: Any, parameter: torch.Tensor, old: torch.Tensor) -> int:
-    """Rows of q before those of k and v: 8 heads."""
-    heads = small.config.get_text_config().num_attention_heads
-    return heads * head_size(small, "", True, old)
-
-
-def head_size(small: Any, name: str, fused: bool, old: torch.Tensor) -> int:
-    """D of a K or V projection whose model has two KV heads (MiMo's sliding layers four)."""
-    if fused:
-        config = small.config.get_text_config()
-        return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    number = 4 if small.config.model_type == "mimo_v2_flash" and ".0." in name else 2
-    return len(old) // number
 
 
 @pytest.mark.parametrize("model_type", known_here())

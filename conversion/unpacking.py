@@ -1,0 +1,215 @@
+"""Quantized checkpoints as plain ones: GGUF files, and what transformers unpacks on a CPU (FP8, MXFP4, ...).
+
+transformers loads the checkpoint with its weights unpacked; what it holds then is written as a checkpoint without a
+quantization_config, which is what a conversion reads. No code of the checkpoint is run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hf_attn_patch.errors import ConversionError
+
+from .checkpoints.hub import fetched
+from .checkpoints.reader import companions_of, inside
+from .checkpoints.writer import check_space
+
+#: what GGUF files are unpacked to: their weights have fewer bits than this has
+GGUF_DTYPE = "bfloat16"
+#: formats that transformers unpacks while it loads, on any device
+WHILE_LOADING = ("fp8", "mxfp4", "compressed-tensors", "metal")
+#: formats whose loaded model can be unpacked, where their package runs
+AFTERWARDS = ("bitsandbytes", "higgs")
+
+
+@contextmanager
+def dequantized(src: str | os.PathLike[str], beside: Path, *, revision: str | None = None) -> Iterator[Path]:
+    """A plain checkpoint of ``src`` in a folder that is there as long as the context.
+
+    Args:
+        src: a GGUF file, a folder with one or with a quantized checkpoint, or a hub id.
+        beside: where the result of the conversion will stand; the folder is made next to it, on the same disk.
+
+    Raises:
+        ConversionError: it is not quantized, or cannot be unpacked here.
+    """
+    parent = beside.expanduser().absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{beside.name}.plain-", dir=parent) as folder:
+        dequantize(src, folder, revision=revision)
+        yield Path(folder)
+
+
+def dequantize(src: str | os.PathLike[str], dst: str | os.PathLike[str], *, revision: str | None = None) -> None:
+    """Write the quantized checkpoint ``src`` as a plain one to the folder ``dst``, which is empty or new.
+
+    GGUF files become bf16, with the tokenizer that they hold; others keep the dtype that their config names.
+
+    Raises:
+        ConversionError: as :func:`dequantized`.
+    """
+    folder, gguf = _source(src, revision)
+    target = Path(dst).expanduser()
+    if target.exists() and any(target.iterdir()):
+        raise ConversionError(f"{target} is not empty")
+    target.mkdir(parents=True, exist_ok=True)
+    model = _loaded(folder, gguf)
+    _write(model, target)
+    if gguf is None:
+        for name in companions_of(folder):
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(inside(folder, name), target / name)
+    else:
+        _write_tokenizer(folder, gguf, target)
+
+
+def _source(src: str | os.PathLike[str], revision: str | None) -> tuple[Path, str | None]:
+    """The folder of a checkpoint, and the name of the GGUF file in it that is meant."""
+    path = Path(src).expanduser()
+    if path.is_file():
+        with open(path, "rb") as file:
+            start = file.read(4)
+        if start != b"GGUF":
+            raise ConversionError(f"{path} is no GGUF file; give a folder, a hub id or a .gguf file")
+        return path.absolute().parent, path.name
+    folder = path if path.is_dir() else fetched(os.fspath(src), revision, more=("*.gguf",))
+    files = sorted(p.name for p in folder.glob("*.gguf"))
+    if (folder / "config.json").is_file():
+        return folder, None
+    if len(files) != 1:
+        found = (
+            f"{len(files)} GGUF files ({', '.join(files[:4])})" if files else "neither a config.json nor a GGUF file"
+        )
+        raise ConversionError(f"{folder} holds {found}; name one file")
+    return folder, files[0]
+
+
+def _loaded(folder: Path, gguf: str | None) -> Any:
+    """The model on the CPU with plain weights."""
+    import transformers
+    from transformers import AutoConfig
+
+    from .loadcheck import model_class_of, quiet
+
+    where = folder / (gguf or "config.json")
+    options: dict[str, Any] = {"trust_remote_code": False}
+    method = "gguf"
+    if gguf is None:
+        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        method, options["quantization_config"] = _unpacking(raw, where)
+        options["dtype"] = "auto"
+    else:
+        try:
+            import gguf as _  # noqa: F401
+        except ImportError:
+            raise ConversionError(f"{where}: reading GGUF files needs the package gguf: pip install gguf") from None
+        options |= {"gguf_file": gguf, "dtype": GGUF_DTYPE, "quantization_config": _gguf_config()}
+    options = {key: value for key, value in options.items() if value is not None}
+    with quiet():
+        try:
+            known = {"gguf_file": gguf} if gguf else {}
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **known)
+            model_class = model_class_of(config.to_dict(), config) or (
+                transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
+            )
+            if hasattr(model_class, "config_class") and model_class.config_class is not None:
+                options.pop("trust_remote_code")
+            model = model_class.from_pretrained(folder, **options)
+            if method in AFTERWARDS:
+                model = model.dequantize()
+        except Exception as error:  # whatever the many formats' packages and devices refuse it with
+            text = " ".join(str(error).split())[:300]
+            raise ConversionError(f"{where} ({method}) cannot be unpacked here: {text}") from None
+    for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point() or parameter.element_size() < 2:
+            stays = str(parameter.dtype).removeprefix("torch.")
+            raise ConversionError(
+                f"{where} ({method}) cannot be unpacked here: {name} stays {stays}; convert the unquantized checkpoint"
+            )
+    return model
+
+
+def _unpacking(raw: dict[str, Any], where: Path) -> tuple[str, Any]:
+    """The name of a checkpoint's format, and the config that asks transformers to unpack it."""
+    from transformers.quantizers.auto import AutoQuantizationConfig
+
+    how = raw.get("quantization_config") or raw.get("compression_config")
+    if not how:
+        raise ConversionError(f"{where} describes no quantized checkpoint: leave --dequantize out")
+    method = str(how.get("quant_method") if isinstance(how, dict) else None)
+    if method not in (*WHILE_LOADING, *AFTERWARDS):
+        raise ConversionError(
+            f"{where} describes a {method} checkpoint, and transformers cannot unpack that on a CPU "
+            f"(it unpacks {', '.join(('GGUF', *WHILE_LOADING, *AFTERWARDS))}); convert the unquantized checkpoint"
+        )
+    if method in AFTERWARDS:
+        return method, None  # as the checkpoint says
+    try:
+        return method, AutoQuantizationConfig.from_dict({**how, "dequantize": True})
+    except Exception as error:  # the formats' classes check their options by exceptions of their own
+        text = " ".join(str(error).split())[:300]
+        raise ConversionError(f"{where} has no valid quantization_config: {text}") from None
+
+
+def _gguf_config() -> Any:
+    """What asks for plain weights; versions of transformers without it unpack GGUF files anyway."""
+    import transformers
+
+    config_class = getattr(transformers, "GgufConfig", None)
+    return None if config_class is None else config_class(dequantize=True)
+
+
+def _write(model: Any, target: Path) -> None:
+    """Save a model's tensors from one that never was quantized."""
+    import torch
+
+    from .families.layer_config import config_object
+    from .loadcheck import quiet
+
+    raw = {
+        k: v for k, v in model.config.to_dict().items() if k not in ("quantization_config", "_pre_quantization_dtype")
+    }
+    dtype = next(model.parameters()).dtype
+    check_space(target, sum(p.nbytes for p in model.parameters()))
+    with quiet():
+        with torch.device("meta"):
+            plain = type(model)(config_object(raw))
+        missing, unknown = plain.load_state_dict(model.state_dict(), strict=False, assign=True)
+        plain.tie_weights()
+        left = [name for name in missing if plain.get_parameter(name).is_meta]
+        if left or unknown:
+            raise ConversionError(
+                f"{type(model).__name__} unpacked lacks {', '.join(left[:3])}"
+                if left
+                else f"{type(model).__name__} unpacked has {', '.join(unknown[:3])}, which the plain model has not"
+            )
+        plain.config.dtype = dtype
+        plain.generation_config = model.generation_config
+        plain.save_pretrained(target)
+
+
+def _write_tokenizer(folder: Path, gguf: str, target: Path) -> None:
+    from transformers import AutoTokenizer
+
+    from .loadcheck import quiet
+
+    with quiet():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf, trust_remote_code=False)
+        except Exception as error:  # a tokenizer that transformers has no converter for
+            text = " ".join(str(error).split())[:200]
+            warnings.warn(
+                f"{folder / gguf}: transformers cannot read its tokenizer ({type(error).__name__}: {text}), so the "
+                "result has none: put the tokenizer's files beside it",
+                stacklevel=3,
+            )
+            return
+        tokenizer.save_pretrained(target)
