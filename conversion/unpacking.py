@@ -13,6 +13,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -107,10 +108,8 @@ def _loaded(folder: Path, gguf: str | None) -> Any:
         method, options["quantization_config"] = _unpacking(raw, where)
         options["dtype"] = "auto"
     else:
-        try:
-            import gguf as _  # noqa: F401
-        except ImportError:
-            raise ConversionError(f"{where}: reading GGUF files needs the package gguf: pip install gguf") from None
+        if find_spec("gguf") is None:
+            raise ConversionError(f"{where}: reading GGUF files needs the package gguf: pip install gguf")
         options |= {"gguf_file": gguf, "dtype": GGUF_DTYPE, "quantization_config": _gguf_config()}
     options = {key: value for key, value in options.items() if value is not None}
     with quiet():

@@ -15,7 +15,7 @@ from .answers import Answered
 from .calibrated import Calibrated, refuse
 from .collect import LENGTH, collected
 from .gather import OWN, gathered, reads_text
-from .layers import check_names, load
+from .layers import load_by_names
 from .meaningless import aligned
 from .text import INSTALLED, longest, tokenizer_of
 from .whole import Whole, on_device
@@ -64,8 +64,7 @@ def calibrated(
     if calibration_length is None and not (texts or refit or polish):
         calibration_length = longest(plan, MERGE_LENGTH)
     if refit or not alone or (texts and not polish):
-        source = load(plan)
-        check_names(plan, source)
+        source = load_by_names(plan)
         samples = collected(
             plan, source, calibrate, tokens=calibration_tokens, length=calibration_length, count=calibration_samples,
             device=where,
@@ -75,8 +74,7 @@ def calibrated(
             return Later(plan, steps, where, polish, group)
         return Answered(steps, polish) if plan.config.is_encoder_decoder else steps
     try:
-        original = on_device(load(plan), where)
-        check_names(plan, original)
+        original = on_device(load_by_names(plan), where)
         ids, about, notes = gathered(
             plan, original, tokenizer_of(plan) if texts else None, calibrate, tokens=calibration_tokens,
             length=calibration_length, longest=longest(plan, LENGTH, calibration_length), whole=False, device=where,

@@ -196,12 +196,13 @@ def _holds(module: nn.Module, weight: Tensor) -> bool:
     return isinstance(own, Tensor) and own.shape == weight.shape and torch.equal(own, weight.to(own))
 
 
-def check_names(plan: Plan, model: nn.Module) -> None:
-    """Raise where a model calls its attentions' tensors otherwise than its checkpoint (EXAONE, Sarvam).
+def load_by_names(plan: Plan) -> Any:
+    """:func:`load`, for who goes by the checkpoint's names of tensors.
 
     Raises:
-        ConversionError: names the first of them.
+        ConversionError: the model calls those of its attentions otherwise (EXAONE, Sarvam).
     """
+    model = load(plan)
     for unit in plan.units:
         attention = model.get_submodule(attention_name(model, unit.layer))
         known = {*dict(attention.named_parameters()), *dict(attention.named_buffers())}
@@ -211,6 +212,7 @@ def check_names(plan: Plan, model: nn.Module) -> None:
                     f"{type(model).__name__} keeps {name!r} under another name than its checkpoint, so it cannot be "
                     "calibrated; use --method aligned"
                 )
+    return model
 
 
 def layer_name(attention: str) -> str:
