@@ -41,7 +41,7 @@ lint: $(VENV)/.ready  ## ruff and mypy --strict
 	$(VENV)/bin/ruff format --check .
 	rm -rf build/types && mkdir -p build/types/hf_attn_patch  # the folders where they are imported from
 	ln -s $(CURDIR)/hf_attn_patch/* $(CURDIR)/modeling $(CURDIR)/conversion build/types/hf_attn_patch
-	$(VENV)/bin/mypy build/types/hf_attn_patch
+	MYPYPATH=tests/helpers $(VENV)/bin/mypy build/types/hf_attn_patch examples benchmarks
 
 unit: $(VENV)/.tools  ## the tests that need no GPU
 	$(WITH_TOOLS) $(VENV)/bin/python -m pytest -n $(JOBS) -m 'not gpu and not slow'

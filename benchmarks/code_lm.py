@@ -122,7 +122,9 @@ def corpus(size: Size, cache: Path, log: Callable[[str], None] = print) -> Corpu
         total += len(data)
         texts.append((hashlib.sha256(data).digest(), data.decode("utf-8", errors="replace")))
     texts.sort()  # by hash: a random order that is the same everywhere
-    kept, held, used = [], [], 0
+    kept: list[str] = []
+    held: list[str] = []
+    used = 0
     for digest, text in texts:
         if used >= size.corpus_bytes:
             break
@@ -201,7 +203,9 @@ class Recipe:
 
 def optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
     """AdamW on everything, or Muon on the layers' matrices and AdamW on the rest."""
-    attention, matrices, vectors = [], [], []
+    attention: list[nn.Parameter] = []
+    matrices: list[nn.Parameter] = []
+    vectors: list[nn.Parameter] = []
     for name, p in model.named_parameters():
         inside = ".self_attn." in name
         p.requires_grad_(recipe.only == "all" or inside)

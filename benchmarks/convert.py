@@ -87,7 +87,7 @@ def generate(folder: Path, *, layers: int, hidden: int, intermediate: int, heads
                     number += 1
                     start = number * 514229 % (block.size // 4) * 2
                     part = block[start : start + min(left, block.size // 2)]
-                    file.write(part)
+                    file.write(part.data)
                     left -= part.size
     (folder / "model.safetensors.index.json").write_text(
         json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map})

@@ -39,7 +39,7 @@ def ours(x: Inputs) -> Call:
         from hf_attn_patch.attn.kernels.decode import grouped_decode_paged
 
         return lambda i: grouped_decode_paged(x.q, *x.pages[i], x.table, x.end, scale=row.D**-0.5)  # type: ignore
-    if row.documents:
+    if x.borders is not None:
         q, cu, n = _packed(x.q), x.borders, x.longest
 
         def varlen(i: int) -> Tensor:
@@ -51,7 +51,7 @@ def ours(x: Inputs) -> Call:
     if row.pad:
         assert x.first is not None and x.end is not None
         seen = Padded(row.B, row.Sq, row.Sk, row.Sq > 1, first=x.first, length=x.end - x.first)
-        return lambda i: attend(x.q, *x.kv[i], visibility=seen, **options)[0]
+        return lambda i: attend(x.q, x.kv[i][0], x.kv[i][1], seen, **options)[0]
     return lambda i: hf_attn_patch.attention(x.q, *x.kv[i], causal=row.causal, window=row.window, **options)
 
 
@@ -70,7 +70,7 @@ def torch_sdpa(backend: str, x: Inputs) -> Call:
     mask = x.mask if (causal and not square) or (row.pad and not row.page) or row.documents else x.bias
     if backend == "flash" and mask is not None:
         raise UnsupportedError("takes no mask")
-    options = {"attn_mask": mask, "is_causal": square, "enable_gqa": row.HQ != row.HKV}
+    options: dict[str, Any] = {"attn_mask": mask, "is_causal": square, "enable_gqa": row.HQ != row.HKV}
     context = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}.get(backend)
     sdpa = torch.nn.functional.scaled_dot_product_attention
     if row.page:

@@ -81,7 +81,9 @@ def rows() -> list[Row]:
         out += [Row("decode", B, 1, S, HQ, HKV, D, pad=pad) for pad in ("", "left", "right") if B > 1 or not pad]
     prefill = Row("options", 1, 16384, 16384, 32, 8, 128)
     decode = Row("options", 16, 1, 8192, 32, 8, 128)
-    gemma, gpt_oss, t5 = {"HQ": 8, "HKV": 4, "D": 256}, {"HQ": 64, "HKV": 8, "D": 64}, {"HQ": 12, "HKV": 12, "D": 64}
+    gemma: dict[str, Any] = {"HQ": 8, "HKV": 4, "D": 256}
+    gpt_oss: dict[str, Any] = {"HQ": 64, "HKV": 8, "D": 64}
+    t5: dict[str, Any] = {"HQ": 12, "HKV": 12, "D": 64}
     out += [
         replace(prefill, **gemma),
         replace(decode, **gemma),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -100,7 +101,7 @@ class Inputs:
             self.positions = torch.cat([torch.arange(n, device=DEVICE) for n in self.lengths])[None]
             borders = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
             longest = max(self.lengths)
-            self.extra = {"cu_seq_lens_q": borders, "cu_seq_lens_k": borders}
+            self.extra: dict[str, Any] = {"cu_seq_lens_q": borders, "cu_seq_lens_k": borders}
             self.extra |= {"max_length_q": longest, "max_length_k": longest}
         else:
             left = row.kind != "train"  # generation pads on the left, training on the right

@@ -85,7 +85,8 @@ def bench(args: argparse.Namespace) -> dict[str, Any]:
     sizes, dtype = (TINY, torch.float32) if args.tiny else (FULL, torch.bfloat16)
     results: list[dict[str, Any]] = []
     conforms: dict[Variant, str] = {}
-    built, at, model, inputs, reference = None, None, None, None, None
+    built, at, inputs, reference = None, None, None, None
+    model: Any = None
     for kv_heads, row, variant in plan(args):
         entry: dict[str, Any] = {"work": row.name, "implementation": variant.name, **asdict(row), "kv_heads": kv_heads}
         results.append(entry)

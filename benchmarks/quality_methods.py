@@ -53,7 +53,7 @@ def varied(text: str, known: dict[str, Any]) -> Any:
     found = known[name]
     for change in changes:
         key, value = change.split("=")
-        refitted = getattr(found, "refit", None)
+        refitted: Any = getattr(found, "refit", None)
         owner = found if hasattr(found, key) else refitted
         old = getattr(owner, key)
         new = value == "True" if isinstance(old, bool) else type(old)(float(value) if isinstance(old, int) else value)
@@ -63,7 +63,7 @@ def varied(text: str, known: dict[str, Any]) -> Any:
     return found
 
 
-def heads_of(attention: torch.nn.Module, layer: LayerAttention) -> AttentionWeights:
+def heads_of(attention: Any, layer: LayerAttention) -> AttentionWeights:
     """The projections of a Llama attention module, head by head."""
     D = layer.head_dim
     q, k, v = (getattr(attention, n).weight.detach().unflatten(0, (-1, D)) for n in ("q_proj", "k_proj", "v_proj"))
@@ -103,21 +103,23 @@ def convert(model: LlamaForCausalLM, kv_heads: int, how: Conversion, ids: torch.
     known = moments(model, ids) if how.calibrated else [None] * len(model.model.layers)
     layers = [replace(x, new_kv_heads=kv_heads) for x in stack_layers(Stack(), model.config, "the base model")]
     generator = torch.Generator().manual_seed(seed)
+    new: Any
     for new, old, layer, moment in zip(student.model.layers, model.model.layers, layers, known, strict=True):
         weights = heads_of(old.self_attn, layer)
         if how.similar:
             weights = permuted(weights, similar_order(pair_losses(weights, moment=moment), kv_heads))
-        assert weights.k is not None
-        assert weights.v is not None
+        k, v = weights.k, weights.v
+        assert k is not None and v is not None
         if how.merge == "aligned":
             weights = merge_aligned(weights, moment=moment)
         elif how.merge == "random":
-            shape = (kv_heads, *weights.k.shape[1:])
-            drawn = [torch.randn(shape, generator=generator).to(weights.k) * 0.02 for _ in range(2)]
+            shape = (kv_heads, *k.shape[1:])
+            drawn = [torch.randn(shape, generator=generator).to(k) * 0.02 for _ in range(2)]
             weights = replace(weights, k=drawn[0], v=drawn[1])
         else:
             pool = mean_of if how.merge == "mean" else first_of
-            weights = replace(weights, k=pool(weights.k, layer.merged), v=pool(weights.v, layer.merged))
+            weights = replace(weights, k=pool(k, layer.merged), v=pool(v, layer.merged))
+        assert weights.o is not None
         with torch.no_grad():
             for name in "qkv":
                 getattr(new.self_attn, f"{name}_proj").weight.copy_(getattr(weights, name).flatten(0, 1))
@@ -129,7 +131,7 @@ def convert(model: LlamaForCausalLM, kv_heads: int, how: Conversion, ids: torch.
             model.model.layers,
             ids,
             how.refit,
-            trained=lambda layer: list(layer.self_attn.parameters()),
+            trained=lambda layer: list(layer.get_submodule("self_attn").parameters()),
             autocast=lambda: autocast(ids.device),
             noise=1e-5 if ids.is_cuda else 1e-10,
         )

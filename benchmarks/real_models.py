@@ -106,7 +106,9 @@ class Bench:
         if row.after is not None:
             return self.distilled(row, name, seed)
         if row.kind == "convert":
-            filled = {k: v.format(texts=self.texts) if isinstance(v, str) else v for k, v in row.options}
+            filled: dict[str, Any] = {
+                k: v.format(texts=self.texts) if isinstance(v, str) else v for k, v in row.options
+            }
             record = convert(self.source, self.folder(name), self.options.kv_heads, overwrite=True, seed=seed, **filled)
             return self.loaded(self.folder(name)), {"options": record["options"], **(record["details"] or {})}
         made = plan(self.source, self.options.kv_heads, method="aligned", seed=seed)

@@ -15,7 +15,7 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,8 @@ class Case:
         for dtype in (torch.bfloat16, torch.float32):
             rows = []
             for b in range(self.B):
-                ends = {n: None if t is None else t[b : b + 1] for n, t in (("first", self.first), ("end", self.end))}
+                ends: dict[str, Any] = {"first": self.first, "end": self.end}
+                ends = {name: None if t is None else t[b : b + 1] for name, t in ends.items()}
                 q, k, v = (t[b : b + 1].to(dtype) for t in (self.q, *self.kv[0]))
                 rows.append(grouped_decode_reference(q, k, v, scale=self.D**-0.5, **ends)[0])
             out.append(torch.cat(rows))
@@ -172,7 +173,7 @@ def compile_share(jobs: list[tuple[tuple[int, ...], str, Tuning]]) -> None:
                 return
 
 
-def precompile(rows: list[tuple[int, ...]], seconds: float) -> None:
+def precompile(rows: Sequence[tuple[int, ...]], seconds: float) -> None:
     kinds: dict[Any, tuple[tuple[int, ...], str, Tuning]] = {}
     for row in rows:
         for pad in ("plain", "right"):

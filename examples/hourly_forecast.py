@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -43,7 +44,7 @@ def generated_market(hours: int = 8760, seed: int = 0) -> Tensor:
     switch, drawn = torch.rand(hours, generator=rng), torch.randn(hours, generator=rng, dtype=torch.float64)
     wild, level = False, 0.0
     for hour in range(hours):
-        wild = (switch[hour] > 0.01) if wild else bool(switch[hour] < 0.003)
+        wild = bool(switch[hour] > 0.01) if wild else bool(switch[hour] < 0.003)
         level = 0.97 * level + (4.0 if wild else 1.0) * float(drawn[hour])
         price[hour] += level + (10.0 if wild else 0.0)
     return price.float()
@@ -284,17 +285,17 @@ def main(arguments: list[str] | None = None) -> dict[str, Tensor]:
             latency = {}
             for attention in ("eager", "hf_attn_patch"):
                 model.body.set_attn_implementation(attention)
-                latency[attention] = timed(lambda m=model, w=window: m(w), args.device)[0] * 1e3
+                latency[attention] = timed(functools.partial(model, window), args.device)[0] * 1e3
             latency["cached"] = timed(model.cached_step(window), args.device, repeats=8)[0] * 1e3
-            error = float(errors[f"{name} {kind}"].mean())
+            off = float(errors[f"{name} {kind}"].mean())
             speed = " | ".join(f"{ms:.1f}" for ms in latency.values())
-            print(f"| {name} | {kind} ({kv_heads}) | {model.kv_bytes:,} | {error:.3f} | {speed} |", flush=True)
+            print(f"| {name} | {kind} ({kv_heads}) | {model.kv_bytes:,} | {off:.3f} | {speed} |", flush=True)
     print(f"| same hour last week | | | {float(naive.mean()):.3f} | | | |")
 
     whole = {}
     for attention in ("eager", "hf_attn_patch"):
         model = make(CONTEXTS["year"], HEADS, attention)
-        whole[attention] = timed(lambda m=model: m(data.x), args.device, repeats=1)
+        whole[attention] = timed(functools.partial(model, data.x), args.device, repeats=1)
     S = data.x.shape[1]
     print(f"\nOne pass over all {S:,} hours: {whole['eager'][0]:.3f} s with standard attention, "
           f"{whole['hf_attn_patch'][0]:.3f} s with ours; standard attention's scores alone are "

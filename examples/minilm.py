@@ -121,7 +121,7 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         text = Path(folder, "sentences.txt")
         text.write_text("\n".join(others), encoding="utf-8")
-        known = {"calibrate": str(text), "calibration_tokens": calibration_tokens}
+        known: dict[str, Any] = {"calibrate": str(text), "calibration_tokens": calibration_tokens}
         for heads in map(int, kv_heads.split(",")):
             for method in methods.split(","):
                 name = f"{folder}/{method}-{heads}"

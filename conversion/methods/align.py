@@ -21,6 +21,7 @@ neither a root nor an inverse of C, so a rank-deficient C does no harm.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -122,7 +123,7 @@ def merge_aligned(
     return replace(done, **_averaged(weights, "v"))
 
 
-def _averaged(weights: AttentionWeights, role: str) -> dict[str, Tensor | None]:
+def _averaged(weights: AttentionWeights, role: str) -> dict[str, Any]:
     """Keys or values that are not aligned: the mean, in fp64."""
     heads: dict[str, Tensor | None] = {name: getattr(weights, name) for name in (role, f"{role}_bias")}
     return {
