@@ -29,22 +29,26 @@ def enable(
     model: torch.nn.Module,
     *,
     backend: str | None = None,
-    cache: str | None = None,
-    cuda_graphs: bool | str | None = None,
+    cache: str | None = "auto",
+    cuda_graphs: bool | str | None = "auto",
 ) -> Any:
-    """Switch a loaded transformers model to ``hf_attn_patch``.
+    """Switch a loaded transformers model to ``hf_attn_patch``, and to all that is exact and makes it faster.
+
+    A call says all of it anew: what it does not name takes its default.
 
     Args:
         model: a ``PreTrainedModel``; its sub-models (vision tower, text decoder) are switched with it.
         backend: insist on one backend (see :data:`~hf_attn_patch.attn.backends.registry.BACKENDS`);
             None leaves the choice to each
             call.
-        cache: "growing" makes ``generate`` use :class:`hf_attn_patch.GrowingCache`; None: the model's own cache again
-            (unless :func:`hf_attn_patch.cache.growing_cache.use_growing_cache` asks for another).
-        cuda_graphs: on a GPU, record decoding steps with a growing cache as CUDA graphs, one launch a token (see
-            :func:`~hf_attn_patch.decoding.cuda_graphs.use_cuda_graphs`);
-            "compiled": those of the model compiled by torch.compile, the
-            fastest, after a minute of compiling; False turns it off again, None leaves it as it is.
+        cache: what ``generate`` caches into. "auto": on a machine with a GPU :class:`hf_attn_patch.GrowingCache`, else
+            the model's own; "growing": a GrowingCache anywhere; None: the model's own (unless
+            :func:`hf_attn_patch.cache.growing_cache.use_growing_cache` asks for another).
+        cuda_graphs: whether decoding steps on a GPU are recorded as CUDA graphs, one launch a token (see
+            :func:`~hf_attn_patch.decoding.cuda_graphs.use_cuda_graphs`). "auto": wherever they can be; what cannot be
+            recorded runs as it always did, and the log says why, once, as information. True: the same, and a warning
+            says why. "compiled": steps of the model compiled by torch.compile, the fastest, after a minute of
+            compiling. False: no more; None: as it is.
 
     Returns:
         The model.
@@ -60,12 +64,13 @@ def enable(
     refuse_outside(model)
     if backend is not None:
         backend_named(backend)
-    if cache not in (None, "growing"):
+    if cache not in (None, "auto", "growing"):
         raise AttentionError(f"there is no cache {cache!r}; choose 'growing', or None for the model's own")
-    if (cache or cuda_graphs) and not any(isinstance(module, GenerationMixin) for module in model.modules()):
-        raise AttentionError(f"{type(model).__name__} cannot generate: it has no use for cache= and cuda_graphs=")
-    if isinstance(cuda_graphs, str) and cuda_graphs != "compiled":
+    if isinstance(cuda_graphs, str) and cuda_graphs not in ("auto", "compiled"):
         raise AttentionError(f"cuda_graphs={cuda_graphs!r} is not known; choose True, 'compiled' or False")
+    generates = any(isinstance(module, GenerationMixin) for module in model.modules())
+    if not generates and (cache == "growing" or cuda_graphs in (True, "compiled")):
+        raise AttentionError(f"{type(model).__name__} cannot generate: it has no use for cache= and cuda_graphs=")
     register()
     model.set_attn_implementation(NAME)
     kinds = {type(module.config) for module in model.modules() if isinstance(module, PreTrainedModel)}
@@ -81,20 +86,32 @@ def enable(
             module.__dict__.pop(BACKEND_ATTRIBUTE, None)
         else:
             module.__dict__[BACKEND_ATTRIBUTE] = backend
-    from .cache.growing_cache import ask_for_growing, withdraw_growing
-
-    if cache is None:
-        withdraw_growing(model, _OWNER)
-    else:
-        ask_for_growing(model, _OWNER)
-    if cuda_graphs is not None:
-        from .decoding.cuda_graphs import ask_for_cuda_graphs, leave_cuda_graphs
-
-        if cuda_graphs:
-            ask_for_cuda_graphs(model, _OWNER, cuda_graphs == "compiled")
-        else:
-            leave_cuda_graphs(model)
+    if generates:
+        _speed_up_generate(model, cache, cuda_graphs)
     return model
+
+
+def _speed_up_generate(model: torch.nn.Module, cache: str | None, cuda_graphs: bool | str | None) -> None:
+    """What :func:`enable` does for a model that generates."""
+    from .cache.growing_cache import ask_for_growing, withdraw_growing
+    from .decoding.cuda_graphs import (
+        Wish,
+        ask_for_cuda_graphs,
+        can_record_here,
+        leave_cuda_graphs,
+        withdraw_cuda_graphs,
+    )
+
+    if cache == "growing" or (cache == "auto" and can_record_here()):
+        ask_for_growing(model, _OWNER)
+    else:
+        withdraw_growing(model, _OWNER)
+    if cuda_graphs is False:
+        leave_cuda_graphs(model)
+    elif cuda_graphs == "auto" and not can_record_here():
+        withdraw_cuda_graphs(model, _OWNER)
+    elif cuda_graphs is not None:
+        ask_for_cuda_graphs(model, _OWNER, Wish(cuda_graphs == "compiled", loud=cuda_graphs != "auto"))
 
 
 def refuse_outside(model: torch.nn.Module) -> None:

@@ -7,8 +7,8 @@ what is recorded is its ``forward``, on a cache whose layers write at a place th
 loops of one's own take part, and the cache is a :class:`GrowingCache` before and after each step.
 
 A step runs as it always did wherever it cannot be recorded: hooks, several devices, offloading, another cache, models
-that look at lengths on the host, and so on; a warning says why, once for each model and reason. What a recorded step
-computes is compared with the ordinary one, once a model.
+that look at lengths on the host, and so on; the log says why, once for each model and reason: as a warning if recording
+was asked for by name, else as information. What a recorded step computes is compared with the ordinary one, once a model.
 
 A recorded step can be compiled as well: its shapes never change, so torch.compile takes it whole, and fuses the many
 small kernels between the large ones.
@@ -22,7 +22,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from types import MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,6 +45,18 @@ logger = logging.getLogger("hf_attn_patch")
 DEVICES = {"cuda"}
 
 _inside = threading.local()
+
+
+class Wish(NamedTuple):
+    """How somebody wants steps recorded: compiled before, and told loudly where they are not."""
+
+    compiled: bool
+    loud: bool = True
+
+
+def can_record_here() -> bool:
+    """Whether this machine has a device on which steps are recorded."""
+    return any(kind == "cpu" or torch.get_device_module(kind).is_available() for kind in DEVICES)
 
 
 def why_not(model: Any) -> str | None:
@@ -106,21 +118,22 @@ class ModelState:
             self.reason = why_not(model)
         return self.reason
 
-    def refuse(self, model: torch.nn.Module, reason: str, compiled: bool) -> None:
+    def refuse(self, model: torch.nn.Module, reason: str, compiled: bool, loud: bool) -> None:
         """Once and for all: the model goes on without compiling, or else as it always did."""
         if compiled:
             self.uncompiled = True
         else:
             self.refused = reason
         self.caches.clear()
-        self.say(model, reason, compiled)
+        self.say(model, reason, loud, compiled)
 
-    def say(self, model: torch.nn.Module, reason: str, compiled: bool = False) -> None:
-        """A warning, once for each reason."""
+    def say(self, model: torch.nn.Module, reason: str, loud: bool, compiled: bool = False) -> None:
+        """A warning (or information, where nobody asked by name), once for each reason."""
         if reason not in self.said:
             self.said.add(reason)
             what = "compiled" if compiled else "recorded as CUDA graphs"
-            logger.warning("decoding steps of %s are not %s: %s", type(model).__name__, what, reason)
+            level = logging.WARNING if loud else logging.INFO
+            logger.log(level, "decoding steps of %s are not %s: %s", type(model).__name__, what, reason)
 
 
 _states: weakref.WeakKeyDictionary[torch.nn.Module, ModelState] = weakref.WeakKeyDictionary()
@@ -135,10 +148,11 @@ def _state(model: torch.nn.Module) -> ModelState:
 class RecordedForward:
     """Stands before a model's ``forward``: decoding steps are recorded and run again, everything else goes through."""
 
-    def __init__(self, inner: Callable[..., Any], arguments: Arguments, asked: dict[Any, bool]) -> None:
+    def __init__(self, inner: Callable[..., Any], arguments: Arguments, asked: dict[Any, Wish]) -> None:
         self.inner, self.arguments = inner, arguments
-        self.asked = asked  # by whom, and whether compiled: the last one counts
-        self.compiled = torch.compile(inner, fullgraph=True) if [*asked.values()][-1] else None
+        self.asked = asked  # by whom, and how: the last one counts
+        self.loud = any(wish.loud for wish in asked.values())
+        self.compiled = torch.compile(inner, fullgraph=True) if [*asked.values()][-1].compiled else None
         functools.update_wrapper(self, inner)
 
     def __call__(self, model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -179,14 +193,17 @@ class RecordedForward:
             if room is None:
                 raise UnfitError("its cache has layers that do not grow in place, or not together")
         except UnfitError as error:
-            state.say(model, str(error))
+            state.say(model, str(error), self.loud)
             return self.inner(model, **kwargs)
         if steps is None:
             steps = state.caches[cache] = Steps()
+        if steps.too_early(call, room):
+            return self.inner(model, **kwargs)
         compiled = None if state.uncompiled else self.compiled
         step = steps.find(model, compiled or self.inner, compiled is not None, call, room)
         if step is None:
-            state.say(model, "the form of its inputs or the memory of its cache changes too often for that to pay")
+            reason = "the form of its inputs or the memory of its cache changes too often for that to pay"
+            state.say(model, reason, self.loud)
             return self.inner(model, **kwargs)
         steps.runs += 1
         ordinary = None
@@ -201,7 +218,7 @@ class RecordedForward:
             output = step.run(cache)
         except Exception as error:  # whatever a model's code does not stand; if it is not that, it is raised below
             kind = "" if isinstance(error, (UnfitError, WaitsError)) else f"{type(error).__name__}: "
-            state.refuse(model, f"{kind}{error}".split("\n")[0], compiled is not None)
+            state.refuse(model, f"{kind}{error}".split("\n")[0], compiled is not None, self.loud)
             return self.inner(model, **kwargs) if ordinary is None else ordinary
         advance(growing_of(cache))
         return output
@@ -243,17 +260,24 @@ def use_cuda_graphs(model: torch.nn.Module, compiled: bool = False) -> Handle:
     Raises:
         TypeError: if nothing in ``model`` can generate.
     """
-    return ask_for_cuda_graphs(model, object(), compiled)
+    return ask_for_cuda_graphs(model, object(), Wish(compiled))
 
 
-def ask_for_cuda_graphs(model: torch.nn.Module, owner: Any, compiled: bool) -> Handle:
+def ask_for_cuda_graphs(model: torch.nn.Module, owner: Any, wish: Wish) -> Handle:
     """:func:`use_cuda_graphs` in the name of ``owner``, who asks once however often it asks."""
     generators = [module for module in model.modules() if isinstance(module, GenerationMixin)]
     if not generators:
         raise TypeError(f"{type(model).__name__} cannot generate, so it has no decoding steps to record")
     for module in generators:
-        _change(module, lambda asked: {**{k: v for k, v in asked.items() if k != owner}, owner: compiled})
+        _change(module, lambda asked: {**{k: v for k, v in asked.items() if k != owner}, owner: wish})
     return of_each(generators, functools.partial(_withdraw, owner=owner))
+
+
+def withdraw_cuda_graphs(model: torch.nn.Module, owner: Any) -> None:
+    """Undo :func:`ask_for_cuda_graphs`."""
+    for module in model.modules():
+        if _recorded(module.__dict__.get("forward")):
+            _withdraw(module, owner)
 
 
 def leave_cuda_graphs(model: torch.nn.Module) -> None:
@@ -270,7 +294,19 @@ def _withdraw(module: torch.nn.Module, owner: Any) -> None:
         _state(module).off = True
 
 
-def _change(module: Any, change: Callable[[dict[Any, bool]], dict[Any, bool]]) -> None:
+def recording_of(model: torch.nn.Module) -> str | None:
+    """What becomes of a model's decoding steps, in a few words; None if nobody asks for recordings."""
+    asked = [module for module in model.modules() if _recorded(module.__dict__.get("forward"))]
+    if not asked:
+        return None
+    module: Any = asked[0]
+    reason = _state(module).refused or why_not(module)
+    compiled = module.__dict__["forward"].__func__.compiled is not None and not _state(module).uncompiled
+    how = "compiled and recorded as CUDA graphs" if compiled else "recorded as CUDA graphs"
+    return how if reason is None else f"not recorded as CUDA graphs: {reason}"
+
+
+def _change(module: Any, change: Callable[[dict[Any, Wish]], dict[Any, Wish]]) -> None:
     """Other wishes, and with them another wrapper (copies of the model share the old one); none: its own forward."""
     own = module.__dict__.get("forward")
     if _recorded(own):

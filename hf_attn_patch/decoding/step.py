@@ -22,6 +22,8 @@ REHEARSALS = 1  # steps that run unrecorded first, watched for what cannot be re
 COMPILATIONS = 1  # steps before those, of a compiled model: compiling waits for the device
 MOST_STEPS = 4  # recordings kept for one cache
 PAYS = 8  # runs that a recording must have served on average, after the first few
+WARM = 2  # steps after a prompt that run unrecorded: an answer of a word or two is over before a recording pays
+SHORT = 8  # nor does it pay for fewer steps than these, where their number is known
 CONSTANT = 1 << 18  # inputs of more elements are used where they are, not copied
 MASK_STEP = 1024  # columns that a mask grows by where no buffer says how long it can get
 
@@ -225,14 +227,28 @@ class Steps:
 
     def __init__(self) -> None:
         self.known: dict[Any, Step] = {}
-        self.recorded = self.runs = 0
+        self.recorded = self.runs = self.seen = 0
+
+    def too_early(self, call: StepCall, room: StepRoom) -> bool:
+        """Whether a step for this call would have to be recorded, and that does not pay yet, or any more."""
+        if self._fitting(call, room) is not None:
+            return False
+        self.seen += 1
+        if self.seen > WARM and not 0 <= room.expected - room.position < SHORT:
+            return False
+        self.forget_other_rooms(room)
+        return True
+
+    def _fitting(self, call: StepCall, room: StepRoom) -> Step | None:
+        step = self.known.get(call.signature)
+        return step if step is not None and step.fits(call, room) else None
 
     def find(
         self, model: Any, inner: Callable[..., Any], compiled: bool, call: StepCall, room: StepRoom
     ) -> Step | None:
         """The step for a call, made if there is none; None if recording does not pay for this cache."""
-        step = self.known.get(call.signature)
-        if step is not None and step.fits(call, room):
+        step = self._fitting(call, room)
+        if step is not None:
             return step
         if self.recorded >= MOST_STEPS and self.runs < PAYS * self.recorded:
             return None
@@ -249,4 +265,6 @@ class Steps:
         self.known = {k: s for k, s in self.known.items() if s.room.same_buffers(room)}
 
     def forget(self) -> None:
+        """A new prompt: what follows it is seen anew."""
         self.known.clear()
+        self.seen = 0

@@ -108,6 +108,7 @@ class StepRoom:
     sliding: list[bool]
     position: int
     slot: int
+    expected: int  # keys that the cache is expected to hold in the end; -1 if nobody said
 
     def same_buffers(self, other: StepRoom) -> bool:
         """Whether a step recorded for ``other`` writes to the right memory here."""
@@ -128,7 +129,7 @@ def reserve(cache: Any) -> StepRoom | None:
     """
     rooms: list[Any] = []
     sliding: list[bool] = []
-    position = slot = -1
+    position = slot = expected = -1
     for layer in cache.layers:
         kind = type(layer)
         if kind is GrowingLayer:
@@ -148,10 +149,11 @@ def reserve(cache: Any) -> StepRoom | None:
         else:
             return None
         rooms.append(room)
+        expected = layer.expected_length or -1
         sliding.append(kind is GrowingSlidingWindowLayer)
     if position < 0:
         return None
-    return StepRoom(rooms, [room and room.buffers for room in rooms], sliding, position, max(slot, 0))
+    return StepRoom(rooms, [room and room.buffers for room in rooms], sliding, position, max(slot, 0), expected)
 
 
 def advance(cache: Any) -> None:

@@ -71,7 +71,8 @@ class LayerKind:
 class Explanation:
     """The answer of :func:`explain`: the ``kinds`` of layer, and parts that could not be asked, with the reason.
 
-    ``note`` says where the order of the backends was measured on another GPU.
+    ``note`` says where the order of the backends was measured on another GPU; ``decoding`` what becomes of decoding steps
+    (None: nobody asked for recordings).
 
     ``request``, ``reasons``, ``chosen`` and :meth:`rows` are those of the kind that has the most layers.
     """
@@ -79,6 +80,7 @@ class Explanation:
     kinds: tuple[LayerKind, ...]
     unasked: tuple[tuple[str, str], ...] = ()
     note: str | None = None
+    decoding: str | None = None
 
     @property
     def main(self) -> LayerKind:
@@ -113,6 +115,8 @@ class Explanation:
 
     def _notes(self) -> list[str]:
         notes = [f"{path} was not asked: {reason}" for path, reason in self.unasked]
+        if self.decoding:
+            notes.append(f"Decoding steps are {self.decoding}.")
         return [*notes, f"The ladder is {self.note}."] if self.note else notes
 
     def __str__(self) -> str:
@@ -173,6 +177,7 @@ def explain(
     'torch_sdpa'
     """
     from hf_attn_patch.compat.torch import uncompiled
+    from hf_attn_patch.decoding.cuda_graphs import recording_of
 
     from .rehearsal import Rehearsed, built, rehearse, shadow
     from .situations import Situation
@@ -192,7 +197,8 @@ def explain(
         raise AttentionError(
             f"no layer of {type(copied).__name__} asked for attention{whys}; ask with inputs= as you call it"
         )
-    return Explanation(tuple(_kinds(heard)), tuple(heard.unasked), _note(kind, capability))
+    decoding = recording_of(model) if isinstance(model, nn.Module) else None
+    return Explanation(tuple(_kinds(heard)), tuple(heard.unasked), _note(kind, capability), decoding)
 
 
 def _check(batch: int, q_len: int, kv_len: int, packed: bool) -> None:
@@ -256,7 +262,7 @@ def _switch(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and not any(module in set(outer.modules()) for outer in inside):
             inside.append(module)
-            enable(module)
+            enable(module, cache=None, cuda_graphs=False)
             module.set_experts_implementation("eager")  # the others ask the device what it can do
     if not inside:
         raise AttentionError(f"{type(model).__name__} is neither a transformers model nor a config")

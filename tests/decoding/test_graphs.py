@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 from decoding import FAMILIES, batch, build, generate, recorded
+from transformers import BertConfig, BertModel, DynamicCache
 
 import hf_attn_patch
+from hf_attn_patch.compat.calls import cache_of as cache_of_output
 from hf_attn_patch.decoding import cuda_graphs as graphs
 from hf_attn_patch.errors import AttentionError
 
@@ -89,3 +91,86 @@ def test_turned_off_again() -> None:
 def test_an_unknown_way_is_refused() -> None:
     with pytest.raises(AttentionError, match="'compile' is not known; choose True, 'compiled' or False"):
         hf_attn_patch.enable(build("llama", "cpu"), cuda_graphs="compile")
+
+
+def cache_of(model: Any, **kwargs: Any) -> type:
+    out = model.generate(**batch("cpu"), do_sample=False, return_dict_in_generate=True, **kwargs)
+    return type(cache_of_output(out))
+
+
+def test_one_line_gives_all_of_it(caplog: pytest.LogCaptureFixture) -> None:
+    model, inputs = build("llama", "cpu"), batch("cpu")
+    expected = generate(model, inputs)
+    caplog.set_level("INFO", logger="hf_attn_patch")
+    hf_attn_patch.enable(model)
+    out = model.generate(**inputs, do_sample=False, max_new_tokens=60, return_dict_in_generate=True)
+    torch.testing.assert_close(out.sequences, expected, rtol=0, atol=0)
+    assert type(cache_of_output(out)) is hf_attn_patch.GrowingCache
+    assert recorded(model) == 1
+    assert "Decoding steps are recorded as CUDA graphs." in str(hf_attn_patch.explain(model))
+    assert not [message for message in caplog.messages if "decoding steps of" in message]
+    before = dict(vars(model))
+    hf_attn_patch.enable(model)
+    assert dict(vars(model)) == before
+
+
+def test_each_is_off_by_name() -> None:
+    model = build("llama", "cpu")
+    bare = dict(vars(model))
+    hf_attn_patch.enable(model, cache=None)
+    assert cache_of(model, max_new_tokens=30) is DynamicCache
+    assert recorded(model) == 0
+    hf_attn_patch.enable(model, cuda_graphs=False)
+    assert cache_of(model, max_new_tokens=30) is hf_attn_patch.GrowingCache
+    assert recorded(model) == 0
+    hf_attn_patch.enable(model, cache=None, cuda_graphs=False)
+    assert dict(vars(model)) == bare
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 5])
+def test_a_short_answer_is_not_recorded(tokens: int) -> None:
+    model, inputs = build("llama", "cpu"), batch("cpu")
+    expected = generate(model, inputs, max_new_tokens=tokens)
+    hf_attn_patch.enable(model)
+    out = model.generate(**inputs, do_sample=False, max_new_tokens=tokens, return_dict_in_generate=True)
+    torch.testing.assert_close(out.sequences, expected, rtol=0, atol=0)
+    steps = graphs._states[model].caches.get(cache_of_output(out))
+    assert steps is None or not steps.known
+
+
+def test_nothing_is_done_where_nothing_can_be_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("llama", "cpu")
+    bare = dict(vars(model))
+    monkeypatch.setattr(graphs, "DEVICES", {"cuda"})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    hf_attn_patch.enable(model)
+    assert dict(vars(model)) == bare
+    assert cache_of(model, max_new_tokens=3) is DynamicCache
+    assert "Decoding steps" not in str(hf_attn_patch.explain(model, device="cpu"))
+
+
+@pytest.mark.parametrize("loud", [False, True])
+def test_what_cannot_be_recorded_is_said_once(loud: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """Quietly where nobody asked by name."""
+    model, inputs = build("llama", "cpu"), batch("cpu")
+    expected = generate(model, inputs)
+    model.model.layers[1].register_forward_hook(lambda *_: None)
+    caplog.set_level("INFO", logger="hf_attn_patch")
+    hf_attn_patch.enable(model, **({"cuda_graphs": True} if loud else {}))
+    for _ in range(2):
+        torch.testing.assert_close(generate(model, inputs), expected, rtol=0, atol=0)
+    said = [(r.levelname, r.message) for r in caplog.records if "decoding steps of" in r.message]
+    level = "WARNING" if loud else "INFO"
+    why = "it has hooks (model.layers.1)"
+    assert said == [(level, f"decoding steps of LlamaForCausalLM are not recorded as CUDA graphs: {why}")]
+    assert f"Decoding steps are not recorded as CUDA graphs: {why}." in str(hf_attn_patch.explain(model))
+
+
+def test_models_that_do_not_generate_are_switched_all_the_same() -> None:
+    model = BertModel(BertConfig(hidden_size=32, num_attention_heads=2, num_hidden_layers=1, intermediate_size=32))
+    bare = {*vars(model)}
+    hf_attn_patch.enable(model)
+    assert {*vars(model)} == bare
+    for explicit in ({"cache": "growing"}, {"cuda_graphs": True}, {"cuda_graphs": "compiled"}):
+        with pytest.raises(AttentionError, match="BertModel cannot generate"):
+            hf_attn_patch.enable(model, **explicit)
