@@ -105,11 +105,11 @@ class GrowingMixin:
             self._keep(room, 0, stored)
         return room
 
-    def appended(self) -> None:
-        """One token was written into the room of :meth:`reserve`."""
+    def appended(self, tokens: int = 1) -> None:
+        """So many tokens were written into the room of :meth:`reserve`."""
         room = self._held()
         assert room is not None
-        self._keep(room, room.start, room.end + 1)
+        self._keep(room, room.start, room.end + tokens)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append ``[B, HKV, S, D]`` states; return all that is cached, ``[B, HKV, Sk, D]``, as views of the buffers."""
@@ -207,11 +207,12 @@ class GrowingSlidingMixin(GrowingMixin):
         past = self.sliding_window - 1
         return None if self.record_past else past + max(ROUND_TO, past // 4)
 
-    def appended(self) -> None:
+    def appended(self, tokens: int = 1) -> None:
         room = self._held()
         assert room is not None
-        self.cumulative_length += 1
-        self._keep(room, max(room.start, room.end + 2 - self.sliding_window), room.end + 1)
+        self.cumulative_length += tokens
+        end = room.end + tokens
+        self._keep(room, max(room.start, end + 1 - self.sliding_window), end)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append ``[B, HKV, S, D]`` states; return those before them in the window, and them."""

@@ -8,7 +8,8 @@ loops of one's own take part, and the cache is a :class:`GrowingCache` before an
 
 A step runs as it always did wherever it cannot be recorded: hooks, several devices, offloading, another cache, models
 that look at lengths on the host, and so on; the log says why, once for each model and reason: as a warning if recording
-was asked for by name, else as information. What a recorded step computes is compared with the ordinary one, once a model.
+was asked for by name, else as information. What a recorded step computes is compared with the ordinary one, once a
+model.
 
 A recorded step can be compiled as well: its shapes never change, so torch.compile takes it whole, and fuses the many
 small kernels between the large ones.
@@ -17,41 +18,22 @@ small kernels between the large ones.
 from __future__ import annotations
 
 import functools
-import logging
-import threading
-import weakref
 from collections.abc import Callable
 from types import MethodType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 from transformers import GenerationMixin
-from transformers.cache_utils import Cache
 
 from hf_attn_patch.compat.calls import Arguments
 from hf_attn_patch.compat.torch import forward_hooks
-from hf_attn_patch.compat.transformers import attention_name, captures_outputs, has_accelerate_hook
+from hf_attn_patch.compat.transformers import captures_outputs, has_accelerate_hook
 from hf_attn_patch.handle import Handle, of_each
-from hf_attn_patch.hf.attention_function import NAME
 
-from .capture import WaitsError
-from .step import StepCall, Steps, UnfitError, growing_of, is_prompt, tensors_of
-from .step_layers import advance, reserve
-
-logger = logging.getLogger("hf_attn_patch")
+from .generating import leave_generate, stand_before_generate
+from .recorded_forward import RecordedForward, Wish, _states, state_of
 
 DEVICES = {"cuda"}
-
-_inside = threading.local()
-
-
-class Wish(NamedTuple):
-    """How somebody wants steps recorded: compiled before, and told loudly where they are not."""
-
-    compiled: bool
-    loud: bool = True
 
 
 def can_record_here() -> bool:
@@ -92,152 +74,6 @@ def _rope_types(config: Any) -> set[str]:
 def _hooked(module: torch.nn.Module) -> bool:
     """Hooks run when a step is recorded, not when it runs; those of transformers' output capturing do nothing then."""
     return any(not captures_outputs(hook) for hook in forward_hooks(module))
-
-
-class ModelState:
-    """What is known of one model: whether its steps can be recorded, and those that are."""
-
-    def __init__(self) -> None:
-        self.hooks = -1
-        self.reason: str | None = None
-        self.refused: str | None = None
-        self.off = False  # nobody asks for recordings any more
-        self.uncompiled = False  # compiling was tried, and failed
-        self.checked: set[Any] = set()
-        self.said: set[str] = set()
-        self.caches: weakref.WeakKeyDictionary[Any, Steps] = weakref.WeakKeyDictionary()
-
-    def why_not(self, model: Any) -> str | None:
-        """Why the model's steps are not recorded; asks it again only where something may have been hooked in since."""
-        if self.refused is not None:
-            return self.refused
-        if (name := attention_name(model.config)) != NAME:
-            return f"its attn_implementation is {name!r} and not {NAME!r}"
-        if self.hooks != RemovableHandle.next_id:
-            self.hooks = RemovableHandle.next_id
-            self.reason = why_not(model)
-        return self.reason
-
-    def refuse(self, model: torch.nn.Module, reason: str, compiled: bool, loud: bool) -> None:
-        """Once and for all: the model goes on without compiling, or else as it always did."""
-        if compiled:
-            self.uncompiled = True
-        else:
-            self.refused = reason
-        self.caches.clear()
-        self.say(model, reason, loud, compiled)
-
-    def say(self, model: torch.nn.Module, reason: str, loud: bool, compiled: bool = False) -> None:
-        """A warning (or information, where nobody asked by name), once for each reason."""
-        if reason not in self.said:
-            self.said.add(reason)
-            what = "compiled" if compiled else "recorded as CUDA graphs"
-            level = logging.WARNING if loud else logging.INFO
-            logger.log(level, "decoding steps of %s are not %s: %s", type(model).__name__, what, reason)
-
-
-_states: weakref.WeakKeyDictionary[torch.nn.Module, ModelState] = weakref.WeakKeyDictionary()
-
-
-def _state(model: torch.nn.Module) -> ModelState:
-    if model not in _states:
-        _states[model] = ModelState()
-    return _states[model]
-
-
-class RecordedForward:
-    """Stands before a model's ``forward``: decoding steps are recorded and run again, everything else goes through."""
-
-    def __init__(self, inner: Callable[..., Any], arguments: Arguments, asked: dict[Any, Wish]) -> None:
-        self.inner, self.arguments = inner, arguments
-        self.asked = asked  # by whom, and how: the last one counts
-        self.loud = any(wish.loud for wish in asked.values())
-        self.compiled = torch.compile(inner, fullgraph=True) if [*asked.values()][-1].compiled else None
-        functools.update_wrapper(self, inner)
-
-    def __call__(self, model: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.arguments.renames(kwargs):
-            args, kwargs = (), self.arguments.by_name(args, kwargs)
-        if (
-            torch.compiler.is_compiling()
-            or torch.is_grad_enabled()
-            or model.training
-            or getattr(_inside, "busy", False)
-            or (kwargs.get(self.arguments.cache) is None and not args)
-        ):
-            return self.inner(model, *args, **kwargs)
-        given = self.arguments.by_name(args, kwargs) if args else kwargs
-        if given.get(self.arguments.cache) is None:
-            return self.inner(model, *args, **kwargs)
-        _inside.busy = True
-        try:
-            return self._step(model, given)
-        finally:
-            _inside.busy = False
-
-    def _step(self, model: Any, kwargs: dict[str, Any]) -> Any:
-        cache, state = kwargs[self.arguments.cache], _state(model)
-        if state.off:
-            return self.inner(model, **kwargs)
-        steps = state.caches.get(cache) if isinstance(cache, Cache) else None
-        if is_prompt(kwargs, cache):  # whatever else changed with it: what follows is recorded anew
-            state.hooks = -1
-            if steps is not None:
-                steps.forget()
-            return self.inner(model, **kwargs)
-        try:
-            if reason := state.why_not(model):
-                raise UnfitError(reason)
-            call = StepCall(kwargs, self.arguments.cache)
-            room = reserve(growing_of(cache))
-            if room is None:
-                raise UnfitError("its cache has layers that do not grow in place, or not together")
-        except UnfitError as error:
-            state.say(model, str(error), self.loud)
-            return self.inner(model, **kwargs)
-        if steps is None:
-            steps = state.caches[cache] = Steps()
-        if steps.too_early(call, room):
-            return self.inner(model, **kwargs)
-        compiled = None if state.uncompiled else self.compiled
-        step = steps.find(model, compiled or self.inner, compiled is not None, call, room)
-        if step is None:
-            reason = "the form of its inputs or the memory of its cache changes too often for that to pay"
-            state.say(model, reason, self.loud)
-            return self.inner(model, **kwargs)
-        steps.runs += 1
-        ordinary = None
-        try:
-            step.load(call, room)
-            form = call.mask is None, call.device, room.buffers[0] is not None and room.buffers[0][0].dtype
-            if form not in state.checked:
-                ordinary = self.inner(model, **kwargs)
-                _compare(tensors_of(step.run(cache), cache), tensors_of(ordinary, cache))
-                state.checked.add(form)
-                return ordinary
-            output = step.run(cache)
-        except Exception as error:  # whatever a model's code does not stand; if it is not that, it is raised below
-            kind = "" if isinstance(error, (UnfitError, WaitsError)) else f"{type(error).__name__}: "
-            state.refuse(model, f"{kind}{error}".split("\n")[0], compiled is not None, self.loud)
-            return self.inner(model, **kwargs) if ordinary is None else ordinary
-        advance(growing_of(cache))
-        return output
-
-
-def _compare(found: list[Tensor], expected: list[Tensor]) -> None:
-    """A step on whole buffers against the ordinary one: the same but for rounding, or it is not recorded."""
-    pairs = list(zip(found, expected, strict=True))
-    far = [_distance(a, b) for a, b in pairs]
-    worst = float(torch.stack(far).max()) if far else 0.0
-    limit = 0.05 if any(a.dtype in (torch.float16, torch.bfloat16) for a, _ in pairs) else 1e-3
-    if not worst <= limit:
-        raise UnfitError(f"its step on a buffer with room gives other results (by {worst:.2g})")
-
-
-def _distance(a: Tensor, b: Tensor) -> Tensor:
-    if a.shape != b.shape:
-        raise UnfitError("its step on a buffer with room gives results of other shapes")
-    return (a.float() - b.float()).norm() / b.float().norm().clamp(min=1e-30)
 
 
 def _without_self(method: Callable[..., Any], _: Any, *args: Any, **kwargs: Any) -> Any:
@@ -291,7 +127,7 @@ def _withdraw(module: torch.nn.Module, owner: Any) -> None:
     if _recorded(module.__dict__.get("forward")):
         _change(module, lambda asked: {k: v for k, v in asked.items() if k != owner})
     else:  # something else stands before ours, which lets everything through from now on
-        _state(module).off = True
+        state_of(module).off = True
 
 
 def recording_of(model: torch.nn.Module) -> str | None:
@@ -300,8 +136,8 @@ def recording_of(model: torch.nn.Module) -> str | None:
     if not asked:
         return None
     module: Any = asked[0]
-    reason = _state(module).refused or why_not(module)
-    compiled = module.__dict__["forward"].__func__.compiled is not None and not _state(module).uncompiled
+    reason = state_of(module).refused or why_not(module)
+    compiled = module.__dict__["forward"].__func__.compiled is not None and not state_of(module).uncompiled
     how = "compiled and recorded as CUDA graphs" if compiled else "recorded as CUDA graphs"
     return how if reason is None else f"not recorded as CUDA graphs: {reason}"
 
@@ -320,8 +156,12 @@ def _change(module: Any, change: Callable[[dict[Any, Wish]], dict[Any, Wish]]) -
     if asked and [*asked.items()] == [*before.items()]:
         return
     if asked:
+        stand_before_generate(module)
+    else:
+        leave_generate(module)
+    if asked:
         # a method of the instance: a deep copy of the model takes it along, bound to the copy
-        module.__dict__["forward"] = MethodType(RecordedForward(inner, arguments, asked), module)
+        module.__dict__["forward"] = MethodType(RecordedForward(inner, arguments, asked, why_not), module)
     elif isinstance(inner, functools.partial):
         module.__dict__["forward"] = inner.args[0]
     else:

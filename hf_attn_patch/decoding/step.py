@@ -68,16 +68,27 @@ class Step:
             self.mask[:, : call.mask.shape[1]].copy_(call.mask)
         self.place.set(room.position, room.slot)
 
-    def work(self, cache: Any) -> Any:
-        """The step itself, on the step's own memory; leaves the cache as it found it, but for K and V."""
+    def forward(self, cache: Any) -> Any:
+        """The model on the step's own memory; leaves the cache as it found it, but for K and V."""
         growing = growing_of(cache)
         with standing_in(growing, step_layers(growing, self.room, self.place)):
-            output = self.inner(self.model(), **self.kwargs, **{self.cache_name: cache})
+            return self.inner(self.model(), **self.kwargs, **{self.cache_name: cache})
+
+    def work(self, cache: Any) -> Any:
+        """What is recorded: the model's forward, and its output."""
+        output = self.forward(cache)
         self.place.advance()
         return _map(output, lambda t: t, cache, _CACHE)
 
     def run(self, cache: Any) -> Any:
-        """Run the step on what was loaded: unrecorded at first, then recorded."""
+        """Run the step on what was loaded; its output is the caller's."""
+        result = self.launch(cache)
+        constants = {id(t) for t in self.kwargs.values() if isinstance(t, Tensor)}
+        # a copy: the next run writes to the same memory
+        return _map(result, lambda t: t if id(t) in constants else t.clone(), _CACHE, cache)
+
+    def launch(self, cache: Any) -> Any:
+        """Start the step: unrecorded at first, then recorded. What it gives is overwritten by the next one."""
         if self.recording is None:
             if self.runs < self.unwatched + REHEARSALS:
                 result = rehearse(functools.partial(self.work, cache), self.device, self.runs >= self.unwatched)
@@ -88,9 +99,7 @@ class Step:
             result = self.recording.replay()
         self.runs += 1
         self.place.advanced()
-        constants = {id(t) for t in self.kwargs.values() if isinstance(t, Tensor)}
-        # a copy: the next run writes to the same memory
-        return _map(result, lambda t: t if id(t) in constants else t.clone(), _CACHE, cache)
+        return result
 
 
 _CACHE = object()  # stands for the cache in a result that is kept, which must not keep the cache
@@ -140,7 +149,8 @@ class StepCall:
         tokens = new_tokens(kwargs, cache)
         if tokens is None:
             raise UnfitError("it is given neither ids nor embeddings")
-        self.device = tokens.device
+        self.device, self.tokens = tokens.device, tokens
+        self.tokens_name = next(name for name, value in kwargs.items() if value is tokens)
         decoder = "decoder_" if isinstance(cache, EncoderDecoderCache) else ""
         self.mask_name = f"{decoder}attention_mask"
         self.mask: Any = kwargs.get(self.mask_name)
@@ -239,15 +249,17 @@ class Steps:
         self.forget_other_rooms(room)
         return True
 
-    def _fitting(self, call: StepCall, room: StepRoom) -> Step | None:
-        step = self.known.get(call.signature)
+    def _fitting(self, call: StepCall, room: StepRoom, key: Any = None) -> Step | None:
+        step = self.known.get((call.signature, key))
         return step if step is not None and step.fits(call, room) else None
 
-    def find(
-        self, model: Any, inner: Callable[..., Any], compiled: bool, call: StepCall, room: StepRoom
-    ) -> Step | None:
-        """The step for a call, made if there is none; None if recording does not pay for this cache."""
-        step = self._fitting(call, room)
+    def find(self, call: StepCall, room: StepRoom, make: Callable[[], Step], key: Any = None) -> Step | None:
+        """The step for a call, made if there is none; None if recording does not pay for this cache.
+
+        Args:
+            key: what steps for the same call are told apart by.
+        """
+        step = self._fitting(call, room, key)
         if step is not None:
             return step
         if self.recorded >= MOST_STEPS and self.runs < PAYS * self.recorded:
@@ -256,7 +268,7 @@ class Steps:
         if len(self.known) >= MOST_STEPS:
             self.known.pop(next(iter(self.known)))
         settle(room)
-        step = self.known[call.signature] = Step(model, inner, compiled, call, room)
+        step = self.known[call.signature, key] = make()
         self.recorded += 1
         return step
 

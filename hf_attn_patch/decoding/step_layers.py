@@ -156,11 +156,11 @@ def reserve(cache: Any) -> StepRoom | None:
     return StepRoom(rooms, [room and room.buffers for room in rooms], sliding, position, max(slot, 0), expected)
 
 
-def advance(cache: Any) -> None:
-    """Tell the growing layers that a step has written a token behind their last one."""
+def advance(cache: Any, tokens: int = 1) -> None:
+    """Tell the growing layers that steps have written so many tokens behind their last one."""
     for layer in cache.layers:
         if isinstance(layer, GrowingMixin):
-            layer.appended()
+            layer.appended(tokens)
 
 
 def step_layers(cache: Any, room: StepRoom, place: TokenPlace) -> list[Any]:

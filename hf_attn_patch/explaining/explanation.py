@@ -71,8 +71,8 @@ class LayerKind:
 class Explanation:
     """The answer of :func:`explain`: the ``kinds`` of layer, and parts that could not be asked, with the reason.
 
-    ``note`` says where the order of the backends was measured on another GPU; ``decoding`` what becomes of decoding steps
-    (None: nobody asked for recordings).
+    ``note`` says where the order of the backends was measured on another GPU; ``decoding`` what becomes of decoding
+    steps (None: nobody asked for recordings).
 
     ``request``, ``reasons``, ``chosen`` and :meth:`rows` are those of the kind that has the most layers.
     """

@@ -1,0 +1,51 @@
+"""Private names of transformers' ``generate``: the parts of its loop that another loop goes on using."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+from .ground import known
+
+#: the way of decoding that chooses one token a row and step: greedy search and sampling (transformers 5.17 to 5.24)
+_ONE_BY_ONE = "_sample"
+
+
+@known("transformers", f"GenerationMixin.{_ONE_BY_ONE}")
+def one_by_one(model: Any) -> Callable[..., Any]:
+    """The loop of greedy search and sampling of a model's class, unbound."""
+    return getattr(type(model), _ONE_BY_ONE)  # type: ignore[no-any-return]
+
+
+@known("transformers", f"GenerationMixin.{_ONE_BY_ONE}")
+def decodes_like_all(model: Any) -> bool:
+    """Whether a model's class has ``generate`` and its loop from ``GenerationMixin``, and not a way of its own."""
+    from transformers import GenerationMixin
+
+    theirs, all_have = type(model), GenerationMixin
+    return theirs.generate is all_have.generate and one_by_one(model) is getattr(all_have, _ONE_BY_ONE)
+
+
+@known("transformers", "GenerationMixin._prefill")
+def prefill_of(model: Any) -> Callable[..., Any]:
+    """``(input_ids, generation_config, model_kwargs, is_first_iteration=)`` -> the model's output for the prompt."""
+    return model._prefill  # type: ignore[no-any-return]
+
+
+@known("transformers", "GenerationMixin._update_model_kwargs_for_generation")
+def next_arguments_of(model: Any) -> Callable[..., dict[str, Any]]:
+    """``(outputs, model_kwargs, is_encoder_decoder=, num_new_tokens=)`` -> the model_kwargs after so many tokens."""
+    return model._update_model_kwargs_for_generation  # type: ignore[no-any-return]
+
+
+@known("transformers", "GenerationMixin._optimize_model_for_decode")
+def decoding_context(model: Any) -> AbstractContextManager[Any]:
+    """Within, experts run as transformers has them run while decoding."""
+    return model._optimize_model_for_decode()  # type: ignore[no-any-return]
+
+
+@known("transformers", "GenerationConfig._pad_token_tensor")
+def pad_token(generation_config: Any) -> Any:
+    """The token that finished rows go on with, a tensor [], in the config of a running call; None if there is none."""
+    return generation_config._pad_token_tensor

@@ -1,0 +1,220 @@
+"""What stands before a model's ``forward``: decoding steps are recorded and run again, everything else goes through."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+from transformers.cache_utils import Cache
+
+from hf_attn_patch.compat.calls import Arguments
+from hf_attn_patch.compat.transformers import attention_name
+from hf_attn_patch.hf.attention_function import NAME
+
+from .capture import WaitsError
+from .step import Step, StepCall, Steps, UnfitError, growing_of, is_prompt, tensors_of
+from .step_layers import StepRoom, advance, reserve
+
+logger = logging.getLogger("hf_attn_patch")
+
+T = TypeVar("T")
+
+_inside = threading.local()
+
+
+class Wish(NamedTuple):
+    """How somebody wants steps recorded: compiled before, and told loudly where they are not."""
+
+    compiled: bool
+    loud: bool = True
+
+
+class ModelState:
+    """What is known of one model: whether its steps can be recorded, and those that are."""
+
+    def __init__(self) -> None:
+        self.hooks = -1
+        self.chooses_outside = False  # tokens were to be chosen inside the step, and that failed
+        self.reason: str | None = None
+        self.refused: str | None = None
+        self.off = False  # nobody asks for recordings any more
+        self.uncompiled = False  # compiling was tried, and failed
+        self.checked: set[Any] = set()
+        self.said: set[str] = set()
+        self.caches: weakref.WeakKeyDictionary[Any, Steps] = weakref.WeakKeyDictionary()
+
+    def why_not(self, model: Any, ask: Callable[[Any], str | None], anew: bool = False) -> str | None:
+        """Why the model's steps are not recorded; asks it again where something may have been hooked in since."""
+        if self.refused is not None:
+            return self.refused
+        if (name := attention_name(model.config)) != NAME:
+            return f"its attn_implementation is {name!r} and not {NAME!r}"
+        if anew or self.hooks != RemovableHandle.next_id:
+            self.hooks = RemovableHandle.next_id
+            self.reason = ask(model)
+        return self.reason
+
+    def refuse(self, model: torch.nn.Module, reason: str, compiled: bool, loud: bool) -> None:
+        """Once and for all: the model goes on without compiling, or else as it always did."""
+        if compiled:
+            self.uncompiled = True
+        else:
+            self.refused = reason
+        self.caches.clear()
+        self.say(model, reason, loud, compiled)
+
+    def say(self, model: torch.nn.Module, reason: str, loud: bool, compiled: bool = False) -> None:
+        """A warning (or information, where nobody asked by name), once for each reason."""
+        if reason not in self.said:
+            self.said.add(reason)
+            what = "compiled" if compiled else "recorded as CUDA graphs"
+            level = logging.WARNING if loud else logging.INFO
+            logger.log(level, "decoding steps of %s are not %s: %s", type(model).__name__, what, reason)
+
+
+_states: weakref.WeakKeyDictionary[torch.nn.Module, ModelState] = weakref.WeakKeyDictionary()
+
+
+def state_of(model: torch.nn.Module) -> ModelState:
+    """What is known of a model; made if nothing is."""
+    if model not in _states:
+        _states[model] = ModelState()
+    return _states[model]
+
+
+class RecordedForward:
+    """Stands before a model's ``forward``: decoding steps are recorded and run again, everything else goes through."""
+
+    def __init__(
+        self,
+        inner: Callable[..., Any],
+        arguments: Arguments,
+        asked: dict[Any, Wish],
+        why_not: Callable[[Any], str | None],
+    ) -> None:
+        self.inner, self.arguments, self.why_not = inner, arguments, why_not
+        self.asked = asked  # by whom, and how: the last one counts
+        self.loud = any(wish.loud for wish in asked.values())
+        self.compiled = torch.compile(inner, fullgraph=True) if [*asked.values()][-1].compiled else None
+        functools.update_wrapper(self, inner)
+
+    def __call__(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.arguments.renames(kwargs):
+            args, kwargs = (), self.arguments.by_name(args, kwargs)
+        if (
+            torch.compiler.is_compiling()
+            or torch.is_grad_enabled()
+            or model.training
+            or getattr(_inside, "busy", False)
+            or (kwargs.get(self.arguments.cache) is None and not args)
+        ):
+            return self.inner(model, *args, **kwargs)
+        given = self.arguments.by_name(args, kwargs) if args else kwargs
+        if given.get(self.arguments.cache) is None:
+            return self.inner(model, *args, **kwargs)
+        return self.alone(functools.partial(self._step, model, given))
+
+    def alone(self, work: Callable[[], T]) -> T:
+        """Within, calls of models go through."""
+        _inside.busy = True
+        try:
+            return work()
+        finally:
+            _inside.busy = False
+
+    def fitting(self, model: Any, state: ModelState, kwargs: dict[str, Any]) -> tuple[StepCall, StepRoom, Steps] | None:
+        """A call as a step that can be recorded, the memory it writes to, and the steps of its cache; None, and the log
+        says why, if it is none."""
+        try:
+            if reason := state.why_not(model, self.why_not):
+                raise UnfitError(reason)
+            cache = kwargs.get(self.arguments.cache)
+            call = StepCall(kwargs, self.arguments.cache)
+            room = reserve(growing_of(cache))
+            if room is None:
+                raise UnfitError("its cache has layers that do not grow in place, or not together")
+        except UnfitError as error:
+            state.say(model, str(error), self.loud)
+            return None
+        steps = state.caches.get(cache)
+        if steps is None:
+            steps = state.caches[cache] = Steps()
+        return call, room, steps
+
+    def making(self, model: Any, state: ModelState, call: StepCall, room: StepRoom) -> tuple[Any, ...]:
+        """What a :class:`Step` is made of."""
+        compiled = None if state.uncompiled else self.compiled
+        return model, compiled or self.inner, compiled is not None, call, room
+
+    def form(self, call: StepCall, room: StepRoom) -> Any:
+        """What steps are compared with ordinary ones for."""
+        return call.mask is None, call.device, room.buffers[0] is not None and room.buffers[0][0].dtype
+
+    def _step(self, model: Any, kwargs: dict[str, Any]) -> Any:
+        cache, state = kwargs[self.arguments.cache], state_of(model)
+        if state.off:
+            return self.inner(model, **kwargs)
+        steps = state.caches.get(cache) if isinstance(cache, Cache) else None
+        if is_prompt(kwargs, cache):  # whatever else changed with it: what follows is recorded anew
+            state.hooks = -1
+            if steps is not None:
+                steps.forget()
+            return self.inner(model, **kwargs)
+        found = self.fitting(model, state, kwargs)
+        if found is None:
+            return self.inner(model, **kwargs)
+        call, room, steps = found
+        if steps.too_early(call, room):
+            return self.inner(model, **kwargs)
+        making = self.making(model, state, call, room)
+        step = steps.find(call, room, functools.partial(Step, *making))
+        if step is None:
+            reason = "the form of its inputs or the memory of its cache changes too often for that to pay"
+            state.say(model, reason, self.loud)
+            return self.inner(model, **kwargs)
+        steps.runs += 1
+        ordinary = None
+        try:
+            step.load(call, room)
+            form = self.form(call, room)
+            if form not in state.checked:
+                ordinary = self.inner(model, **kwargs)
+                _compare(tensors_of(step.run(cache), cache), tensors_of(ordinary, cache))
+                state.checked.add(form)
+                return ordinary
+            output = step.run(cache)
+        except Exception as error:  # whatever a model's code does not stand; if it is not that, it is raised below
+            kind = "" if isinstance(error, (UnfitError, WaitsError)) else f"{type(error).__name__}: "
+            state.refuse(model, f"{kind}{error}".split("\n")[0], making[2], self.loud)
+            return self.inner(model, **kwargs) if ordinary is None else ordinary
+        advance(growing_of(cache))
+        return output
+
+
+def _compare(found: list[Tensor], expected: list[Tensor]) -> None:
+    """A step on whole buffers against the ordinary one: the same but for rounding, or it is not recorded."""
+    pairs = list(zip(found, expected, strict=True))
+    far = [_distance(a, b) for a, b in pairs]
+    worst = float(torch.stack(far).max()) if far else 0.0
+    limit = 0.05 if any(a.dtype in (torch.float16, torch.bfloat16) for a, _ in pairs) else 1e-3
+    if not worst <= limit:
+        raise UnfitError(f"its step on a buffer with room gives other results (by {worst:.2g})")
+
+
+def _distance(a: Tensor, b: Tensor) -> Tensor:
+    if a.shape != b.shape:
+        raise UnfitError("its step on a buffer with room gives results of other shapes")
+    return (a.float() - b.float()).norm() / b.float().norm().clamp(min=1e-30)
+
+
+def recorder_of(model: torch.nn.Module) -> RecordedForward | None:
+    """What records a model's steps, if somebody asks for it."""
+    recorder = getattr(model.__dict__.get("forward"), "__func__", None)
+    return recorder if isinstance(recorder, RecordedForward) else None

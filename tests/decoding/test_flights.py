@@ -1,0 +1,283 @@
+"""Tokens chosen inside recorded steps, several in flight: the same tokens, cache and random numbers as without."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import pickle
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from decoding import batch, build, generate
+from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
+from transformers.generation import BaseStreamer
+
+import hf_attn_patch
+from hf_attn_patch.compat.calls import cache_of, generate_keyword
+from hf_attn_patch.decoding import cuda_graphs as graphs
+from hf_attn_patch.decoding import flight, step
+
+MANY = list(range(5, 40))  # a third of the words end a row
+
+
+@pytest.fixture(autouse=True)
+def _anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "DEVICES", {"cpu"})
+
+
+@pytest.fixture
+def landings(monkeypatch: pytest.MonkeyPatch) -> list[flight.Landing]:
+    """What the flights of a test came to."""
+    found: list[flight.Landing] = []
+    run = flight.Flight.run
+
+    def kept(self: flight.Flight) -> flight.Landing:
+        found.append(run(self))
+        return found[-1]
+
+    monkeypatch.setattr(flight.Flight, "run", kept)
+    return found
+
+
+def both(family: str, inputs: dict[str, torch.Tensor], **how: Any) -> tuple[Any, Any, torch.Tensor, torch.Tensor]:
+    """A model, and what it gives without and with our steps; the random generator is where it was without."""
+    model = build(family, "cpu")
+    expected = generate(model, inputs, **how)
+    after = torch.get_rng_state()
+    hf_attn_patch.enable(model)
+    found = generate(model, inputs, **how)
+    torch.testing.assert_close(torch.get_rng_state(), after, rtol=0, atol=0)
+    return model, inputs, expected, found
+
+
+HOW: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "sampling": {"do_sample": True},
+    "common": {"do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 0.9},
+    "min-p and penalty": {"do_sample": True, "min_p": 0.1, "repetition_penalty": 1.3},
+    "typical": {"do_sample": True, "typical_p": 0.8, "epsilon_cutoff": 1e-3, "renormalize_logits": True},
+    "greedy penalty": {"repetition_penalty": 1.5, "suppress_tokens": [3, 4]},
+    "rows end": {"do_sample": True, "eos_token_id": MANY, "min_new_tokens": 12},
+    "rows end early": {"do_sample": True, "eos_token_id": MANY, "min_length": 52},
+    "never ends": {"do_sample": True, "eos_token_id": MANY, "min_new_tokens": 40},
+    "forced at the end": {"forced_eos_token_id": 9, "eos_token_id": 9, "do_sample": True, "temperature": 2.0},
+    "several answers": {"do_sample": True, "num_return_sequences": 3, "eos_token_id": [7, 8, 9]},
+    "max time": {"max_time": 1e6},
+}
+
+
+@pytest.mark.parametrize("how", HOW.values(), ids=HOW.keys())
+@pytest.mark.parametrize("family", ["llama", "gemma3", "bart"])
+def test_the_same_tokens(family: str, how: dict[str, Any], landings: list[flight.Landing]) -> None:
+    *_, expected, found = both(family, batch("cpu"), max_new_tokens=40, **how)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert sum(landing.steps for landing in landings) >= 8
+    assert not any(landing.error for landing in landings)
+
+
+@pytest.mark.parametrize(
+    ("family", "padded"), [("llama", False), ("llama", True), ("mistral", True), ("gemma2", True), ("bart", True)]
+)
+def test_past_windows_and_buffers(family: str, padded: bool, landings: list[flight.Landing]) -> None:
+    """Buffers are full at 256 keys: the flight lands, the cache grows, the next one starts."""
+    *_, expected, found = both(family, batch("cpu", 2, 37, padded), max_new_tokens=275)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert len(landings) >= 2
+    assert sum(landing.steps for landing in landings) >= 260
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "bart"])
+def test_what_was_started_late_leaves_nothing_in_the_cache(family: str, landings: list[flight.Landing]) -> None:
+    model, inputs = build(family, "cpu"), batch("cpu")
+    ends = list(range(2, 66))
+    how = {"do_sample": True, "eos_token_id": ends, "min_new_tokens": 12, "return_dict_in_generate": True}
+    expected = generate(model, inputs, **how)
+    hf_attn_patch.enable(model)
+    found = generate(model, inputs, **how)
+    assert [landing.stopped for landing in landings] == [True]
+    torch.testing.assert_close(found.sequences, expected.sequences, rtol=0, atol=0)
+    assert {k for k, v in found.items() if v is not None} == {k for k, v in expected.items() if v is not None}
+    ours, theirs = cache_of(found), cache_of(expected)
+    assert ours.get_seq_length() == theirs.get_seq_length()
+    ours, theirs = step.growing_of(ours), step.growing_of(theirs)
+    for mine, other in zip(ours.layers, theirs.layers, strict=True):
+        torch.testing.assert_close(mine.keys, other.keys)
+        torch.testing.assert_close(mine.values, other.values)
+
+
+def test_a_conversation_goes_on_from_the_cache() -> None:
+    model, inputs = build("llama", "cpu"), batch("cpu", 2, 20, padded=False)
+    answers = []
+    for switch in (False, True):
+        if switch:
+            hf_attn_patch.enable(model)
+        cache = hf_attn_patch.GrowingCache(config=model.config)
+        said = {generate_keyword(): cache, "max_new_tokens": 30, "eos_token_id": MANY, "min_new_tokens": 14}
+        first = generate(model, inputs, do_sample=True, **said)
+        more = torch.cat([first, batch("cpu", 2, 9, padded=False)["input_ids"]], 1)
+        answers.append(generate(model, {"input_ids": more}, do_sample=True, **said))
+    torch.testing.assert_close(answers[1], answers[0], rtol=0, atol=0)
+
+
+class Kept(BaseStreamer):
+    def __init__(self) -> None:
+        self.put_: list[Any] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.put_.append(value.tolist())
+
+    def end(self) -> None:
+        self.put_.append("end")
+
+
+def test_a_streamer_is_given_every_token_once(landings: list[flight.Landing]) -> None:
+    model, inputs = build("llama", "cpu"), batch("cpu", 1)
+    how = {"do_sample": True, "eos_token_id": MANY, "min_new_tokens": 12}
+    streams = [Kept(), Kept()]
+    generate(model, inputs, streamer=streams[0], **how)
+    hf_attn_patch.enable(model)
+    generate(model, inputs, streamer=streams[1], **how)
+    assert streams[1].put_ == streams[0].put_
+    assert landings[0].stopped
+
+
+class Odd(LogitsProcessor):
+    """Forbids the words that were said an odd number of times."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        counts = torch.zeros_like(scores).scatter_add_(1, input_ids, torch.ones_like(scores)[:, : input_ids.shape[1]])
+        return scores.masked_fill(counts % 2 == 1, -torch.inf)
+
+
+class Seven(StoppingCriteria):
+    """Ends a row whose last word can be divided by 7."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        return input_ids[:, -1] % 7 == 0
+
+
+EACH: dict[str, dict[str, Any]] = {
+    "processor": {"logits_processor": transformers.LogitsProcessorList([Odd()])},
+    "criterion": {"stopping_criteria": transformers.StoppingCriteriaList([Seven()]), "pad_token_id": 0},
+    "ngrams": {"no_repeat_ngram_size": 2},
+    "scores": {"output_scores": True, "return_dict_in_generate": True},
+    "beams": {"num_beams": 3},
+    "prompt lookup": {"prompt_lookup_num_tokens": 3},
+    "no cache": {"use_cache": False},
+    "static": {"cache_implementation": "static"},
+    "short": {"max_new_tokens": 9},
+}
+
+
+@pytest.mark.parametrize("how", EACH.values(), ids=EACH.keys())
+def test_what_needs_each_token_goes_token_by_token(how: dict[str, Any], landings: list[flight.Landing]) -> None:
+    *_, expected, found = both("llama", batch("cpu", 1 if "prompt_lookup_num_tokens" in how else 3), **how)
+    if "output_scores" in how:
+        torch.testing.assert_close(found.scores, expected.scores, rtol=1e-4, atol=1e-4)
+        found, expected = found.sequences, expected.sequences
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert not landings
+
+
+def test_beams_asked_for_in_a_config(landings: list[flight.Landing]) -> None:
+    *_, expected, found = both("llama", batch("cpu"), generation_config=GenerationConfig(num_beams=2))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    model = build("llama", "cpu")
+    model.generation_config.num_beams = 2
+    expected = generate(model, batch("cpu"))
+    hf_attn_patch.enable(model)
+    torch.testing.assert_close(generate(model, batch("cpu")), expected, rtol=0, atol=0)
+    assert not landings
+    assert generate(model, batch("cpu"), num_beams=1).shape == (4, 97)
+    assert landings
+
+
+def test_an_error_in_flight_is_said_once_and_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, landings: list[flight.Landing]
+) -> None:
+    model, inputs = build("llama", "cpu"), batch("cpu")
+    expected = generate(model, inputs, do_sample=True)
+    hf_attn_patch.enable(model)
+    work, calls = flight.ChoosingStep.work, []
+
+    def fails(self: Any, cache: Any) -> None:
+        work(self, cache)
+        calls.append(1)
+        if len(calls) == 5:
+            raise ValueError("not again")
+
+    monkeypatch.setattr(flight.ChoosingStep, "work", fails)
+    caplog.set_level("INFO", logger="hf_attn_patch")
+    for _ in range(2):
+        torch.testing.assert_close(generate(model, inputs, do_sample=True), expected, rtol=0, atol=0)
+    assert [landing.steps for landing in landings] == [4]
+    said = [message for message in caplog.messages if "outside its recorded steps" in message]
+    assert said == ["tokens of LlamaForCausalLM are chosen outside its recorded steps: ValueError: not again"]
+
+
+def test_scores_that_are_not_a_number_are_told_as_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = build("llama", "cpu"), batch("cpu")
+    hf_attn_patch.enable(model)
+    generate(model, inputs, do_sample=True)
+    processed = flight.Choosing.processed
+    monkeypatch.setattr(flight.Choosing, "processed", lambda self, scores: processed(self, scores) * torch.nan)
+    with pytest.raises(RuntimeError, match="probability tensor contains either `inf`, `nan`"):
+        generate(model, inputs, do_sample=True)
+
+
+def test_positions_that_move_in_a_way_of_their_own_are_refused(
+    caplog: pytest.LogCaptureFixture, landings: list[flight.Landing]
+) -> None:
+    model, inputs = build("llama", "cpu"), batch("cpu")
+    prepare = model.prepare_inputs_for_generation
+
+    def doubled(ids: torch.Tensor, **kwargs: Any) -> dict[str, Any]:
+        made = prepare(ids, **kwargs)
+        made["position_ids"] = 2 * made["position_ids"]
+        return made
+
+    model.prepare_inputs_for_generation = doubled
+    expected = generate(model, inputs)
+    hf_attn_patch.enable(model)
+    caplog.set_level("INFO", logger="hf_attn_patch")
+    torch.testing.assert_close(generate(model, inputs), expected, rtol=0, atol=0)
+    assert not landings
+    assert any(message.endswith("its position_ids changes with each token") for message in caplog.messages)
+
+
+def test_generate_is_put_back_and_goes_along_with_copies(landings: list[flight.Landing]) -> None:
+    model, inputs = build("llama", "cpu"), batch("cpu")
+    expected = generate(model, inputs)
+    hf_attn_patch.enable(model)
+    twin = copy.deepcopy(model)
+    again = pickle.loads(pickle.dumps(model))
+    assert twin.generate.model is twin
+    assert again.generate.model is again
+    hf_attn_patch.enable(model, cuda_graphs=False)
+    assert "generate" not in vars(model)
+    for other, flown in ((model, 0), (again, 0), (twin, 1)):  # a pickle has its class's forward
+        torch.testing.assert_close(generate(other, inputs), expected, rtol=0, atol=0)
+        assert len(landings) == flown
+
+
+def test_a_way_to_generate_that_somebody_put_in_place_stays(landings: list[flight.Landing]) -> None:
+    model, inputs = build("llama", "cpu"), batch("cpu")
+    theirs = model.generate
+    model.generate = lambda *args, **kwargs: theirs(*args, **kwargs)
+    mine = vars(model)["generate"]
+    hf_attn_patch.enable(model)
+    assert vars(model)["generate"] is mine
+    generate(model, inputs)
+    hf_attn_patch.enable(model, cache=None, cuda_graphs=False)
+    assert vars(model)["generate"] is mine
+    assert not landings
+
+
+def test_its_signature_is_that_of_generate() -> None:
+
+    model = build("llama", "cpu")
+    before = inspect.signature(model.generate)
+    hf_attn_patch.enable(model)
+    assert inspect.signature(model.generate) == before
