@@ -107,7 +107,7 @@ def prompts(B: int, S: int, vocabulary: int) -> dict[str, torch.Tensor]:
 
 
 def switch(model: Any, form: Form) -> None:
-    torch._dynamo.reset()
+    torch.compiler.reset()
     if form.enable is None:
         hf_attn_patch.enable(model, cache=None, cuda_graphs=False)
         model.set_attn_implementation(form.attention)

@@ -142,7 +142,7 @@ class Choosing:
         else:
             chosen = torch.argmax(scores, dim=-1)
             broken = torch.zeros((), dtype=torch.bool, device=scores.device)
-        if self.eos is not None:
+        if self.eos is not None and self.pad is not None:
             chosen = chosen * self.unfinished + self.pad * (1 - self.unfinished)
             self.unfinished.mul_((chosen[:, None] != self.eos).all(1))
         for said in self.said.values():

@@ -91,7 +91,7 @@ def test_past_windows_and_buffers(family: str, padded: bool, landings: list[flig
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "bart"])
 def test_what_was_started_late_leaves_nothing_in_the_cache(family: str, landings: list[flight.Landing]) -> None:
     model, inputs = build(family, "cpu"), batch("cpu")
-    ends = list(range(2, 66))
+    ends = list(range(2, 118))
     how = {"do_sample": True, "eos_token_id": ends, "min_new_tokens": 12, "return_dict_in_generate": True}
     expected = generate(model, inputs, **how)
     hf_attn_patch.enable(model)
@@ -103,8 +103,8 @@ def test_what_was_started_late_leaves_nothing_in_the_cache(family: str, landings
     assert ours.get_seq_length() == theirs.get_seq_length()
     ours, theirs = step.growing_of(ours), step.growing_of(theirs)
     for mine, other in zip(ours.layers, theirs.layers, strict=True):
-        torch.testing.assert_close(mine.keys, other.keys)
-        torch.testing.assert_close(mine.values, other.values)
+        torch.testing.assert_close(mine.keys, other.keys, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(mine.values, other.values, rtol=1e-4, atol=1e-4)
 
 
 def test_a_conversation_goes_on_from_the_cache() -> None:
