@@ -48,6 +48,35 @@ def test_the_scripts_start_and_kernels_py_passes_for_no_package() -> None:
         assert f"usage: {script.name}" in done.stdout
 
 
+def test_generate(load: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    generate = load("generate")
+    path = tmp_path / "generate.json"
+    args = ["--small", "--out", str(path), "--forms"]
+    assert generate.main([*args, "sdpa,flash"]) == 0
+    assert generate.main([*args, "sdpa,one at a time,sampling"]) == 0
+    result = json.loads(path.read_text())
+    rows = {generate.key(row): row for row in result["rows"]}
+    forms = ("sdpa", "sdpa, static cache, compiled", "flash_attention_4", *(f.name for f in generate.FORMS[6:8]))
+    assert set(rows) == {(form, B, 24) for form in forms for B in (1, 2)}  # and none of them twice
+    assert len(rows) == len(result["rows"])
+    for (form, B, _), row in rows.items():
+        assert ("failed" in row) == (form == "flash_attention_4")
+        if "failed" not in row:
+            weights = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96 + 2 * 64) + 64 * 128
+            keys = (24 if B == 1 else 12 + 24) + B * 8  # on average, of each layer and KV head
+            limit = B * row["copy_bytes"] / (4 * (weights + 2 * 2 * 2 * 16 * keys))
+            assert row["of_limit"] == pytest.approx(row["tokens_per_second"] / limit)
+    capsys.readouterr()
+    assert generate.main(["--report", "--out", str(path)]) == 0
+    assert "### 2 prompts of 12 to 24 tokens, padded on the left" in capsys.readouterr().out
+    model = generate.build(generate.SMALL, torch.float32)
+    inputs = generate.prompts(2, 24, 128)
+    best = generate.generate(model, generate.FORMS[0], inputs, 8)
+    assert generate.worst_choice(model, inputs, best) < 1e-3
+    best[1, -3] = (best[1, -3] + 1) % 128
+    assert generate.worst_choice(model, inputs, best) > 0.1
+
+
 def test_models(load: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     models = load("models")
     args = ["--tiny", "--kv-heads", "8", "--peers", "sdpa", "--sections", "prefill,train", "--forms", "padded,packed"]
