@@ -28,7 +28,7 @@ MAY = {
     "compat": {"errors", "grouping"},
     "attn": EVERYWHERE,
     "hf": ATTN | EVERYWHERE,
-    "cache": EVERYWHERE,
+    "cache": ATTN | EVERYWHERE,
     "decoding": DECODING | EVERYWHERE,
     "modeling": HF | EVERYWHERE,
     "enabling": ENABLE | EVERYWHERE,

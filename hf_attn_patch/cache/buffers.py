@@ -10,13 +10,22 @@ from hf_attn_patch.compat.torch import storage_users
 ROUND_TO = 256  # capacities are multiples of this many keys
 
 
-def capacity_for(needed: int, growth: float, expected: int | None, limit: int | None = None) -> int:
-    """Keys to make room for when ``needed`` must fit: more by ``growth``, but not past what is known to be enough."""
+def capacity_for(
+    needed: int, growth: float, expected: int | None, limit: int | None = None, bounded_to: int | None = None
+) -> int:
+    """Keys to make room for when ``needed`` must fit: more by ``growth``, but not past what is known to be enough.
+
+    Args:
+        bounded_to: what is known to be enough counts to a multiple of this, where :data:`ROUND_TO` is too coarse.
+    """
     target = max(needed, int(needed * growth))
+    if bounded_to is not None:
+        target = -(-target // ROUND_TO) * ROUND_TO
     for bound in (expected, limit):
         if bound is not None and needed <= bound:
             target = min(target, bound)
-    return -(-target // ROUND_TO) * ROUND_TO
+    multiple = bounded_to or ROUND_TO
+    return -(-target // multiple) * multiple
 
 
 def buffer_from(old: Tensor, like: Tensor, capacity: int) -> Tensor:

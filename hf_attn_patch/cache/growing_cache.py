@@ -11,9 +11,10 @@ they hold there, and code that slices or replaces them is noticed and followed (
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,10 +23,12 @@ from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache, GenerationMixin, PretrainedConfig
 from transformers.cache_utils import Cache
 
-from hf_attn_patch.compat.transformers import PREPARE_CACHE, prepare_cache_method
+from hf_attn_patch.compat.transformers import PREFILL, PREPARE_CACHE, generate_method
 from hf_attn_patch.handle import Asked, Handle, of_each
 
+from .beginnings import begin_with, can_begin, rows_of, take_rows
 from .layers import GrowingLayer, GrowingMixin, GrowingSlidingWindowLayer, growing, new_layer
+from .repeated_prompts import prefill_once
 
 __all__ = ["GrowingCache", "GrowingLayer", "GrowingSlidingWindowLayer", "use_growing_cache"]
 
@@ -125,7 +128,72 @@ class GrowingCache(DynamicCache):
         """How many keys fit into a layer before it has to grow."""
         layer = self.layers[layer_idx]
         room = layer._held() if isinstance(layer, GrowingMixin) else None
-        return int(layer.get_seq_length()) if room is None else room.capacity - room.start
+        if room is None:
+            return int(layer.get_seq_length())
+        return room.capacity - room.start + getattr(layer, "shared_length", 0)
+
+    def share(self, rows: int | None = None) -> GrowingCache:
+        """Another cache that begins with all that this one holds, which is kept once for both: a prefix of many calls.
+
+        Full-attention layers share their memory, sliding ones are copied. Both caches may be used on: what either adds,
+        drops or reorders, the other does not see.
+
+        Args:
+            rows: how many rows the new cache has, a multiple of this one's, each of which comes that many times in a
+                row. None: as many as this one's.
+
+        Raises:
+            ValueError: the cache holds nothing yet, or ``rows`` is no multiple of its rows.
+            TypeError: it has layers that hold more than keys and values (linear attention and the like).
+
+        >>> import torch
+        >>> from hf_attn_patch import GrowingCache
+        >>> prefix, token = GrowingCache(), torch.ones(1, 4, 1, 64)
+        >>> with torch.no_grad():
+        ...     _ = prefix.update(token.expand(1, 4, 900, 64), token.expand(1, 4, 900, 64), layer_idx=0)
+        ...     cache = prefix.share(rows=8)
+        ...     keys, values = cache.update(token.expand(8, 4, 1, 64), token.expand(8, 4, 1, 64), layer_idx=0)
+        >>> tuple(keys.shape), prefix.get_seq_length(), cache.get_seq_length()
+        ((8, 4, 901, 64), 900, 901)
+        """
+        before = rows_of(self.layers)
+        if not before:
+            raise ValueError("the cache holds nothing yet that could be shared: run the model on the prefix first")
+        rows = before if rows is None else rows
+        if rows < 1 or rows % before:
+            raise ValueError(f"rows={rows} is no multiple of the {before} rows of the cache")
+        made = copy.copy(self)
+        made.layers = begin_with(self.layers, [row for row in range(before) for _ in range(rows // before)], keep=True)
+        return made
+
+    def begin_rows(self, of: Sequence[int], share: bool = True) -> None:
+        """Make the batch one of ``len(of)`` rows, of which row i goes on from row ``of[i]``.
+
+        What full-attention layers hold so far is kept once for all rows that go on from it, where it is long enough for
+        that to pay.
+
+        Args:
+            share: False: each row has its own copy.
+        """
+        self.layers = begin_with(self.layers, of, share)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """As in ``Cache``. Where rows share a prompt, only what is their own moves (``beam_idx`` is read once)."""
+        if not take_rows(self.layers, beam_idx):
+            super().reorder_cache(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """As in ``Cache``: rows that share a prompt go on sharing it."""
+        if not take_rows(self.layers, indices):
+            super().batch_select_indices(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """As in ``Cache``, but what full-attention layers hold is kept once for the rows that are repeated."""
+        rows = rows_of(self.layers)
+        if rows and can_begin(self.layers):
+            self.begin_rows([row for row in range(rows) for _ in range(repeats)])
+        else:
+            super().batch_repeat_interleave(repeats)
 
     def trim(self) -> None:
         """Give the unused room of all layers back, say before a prefix is kept for later."""
@@ -135,28 +203,38 @@ class GrowingCache(DynamicCache):
 
 
 @dataclass(eq=False)
-class _PrepareGrowing:
-    """Stands before the method by which a model's ``generate`` makes a cache, and makes that a growing one.
-
-    The cross-attention cache is written once, so it is left at its exact size. An object, and not a bound function:
-    copies and pickles of the model take it along.
+class _StandsBefore:
+    """Stands before a method of a model's ``generate``. An object, and not a bound function: copies and pickles of the
+    model take it along.
 
     Args:
+        name: of the method.
+        work: called with the method (its ``self`` given), the model, and the arguments.
         inner: the method that it stands before: the class's, or one that lay in the instance and has its ``self``.
         asked: by whom, with what growth. Nobody: it is only still there because something else stands before it.
     """
 
     model: Any
+    name: str
+    work: Callable[..., Any]
     inner: Callable[..., Any]
     bound: bool
     asked: Asked = field(default_factory=Asked)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         inner = self.inner if self.bound else functools.partial(self.inner, self.model)
-        return _prepare(inner, self.asked.setting, *args, **kwargs) if self.asked else inner(*args, **kwargs)
+        return self.work(inner, self, *args, **kwargs) if self.asked else inner(*args, **kwargs)
 
 
-def _prepare(inner: Callable[..., Any], growth: float, *args: Any, **kwargs: Any) -> Any:
+def _prefill(inner: Callable[..., Any], standing: _StandsBefore, *args: Any, **kwargs: Any) -> Any:
+    """Compute prompts that are repeated once."""
+    return prefill_once(inner, standing.model, *args, **kwargs)
+
+
+def _prepare(inner: Callable[..., Any], standing: _StandsBefore, *args: Any, **kwargs: Any) -> Any:
+    """Make the cache that a model's ``generate`` makes a growing one. The cross-attention cache is written once, so it
+    is left at its exact size."""
+    growth = standing.asked.setting
     names = ("generation_config", "model_kwargs", "generation_mode", "batch_size", "max_cache_length")
     given = dict(zip(names, args, strict=False)) | kwargs
     model_kwargs, expected = given["model_kwargs"], given.get("max_cache_length")
@@ -198,28 +276,30 @@ def ask_for_growing(model: torch.nn.Module, owner: Any, growth: float = 1.25) ->
         raise TypeError(f"{type(model).__name__} cannot generate, so it has no use for a growing cache")
     standing = []
     for module in generators:
-        own = module.__dict__.get(PREPARE_CACHE)
-        if not isinstance(own, _PrepareGrowing):
-            own = _PrepareGrowing(module, own or prepare_cache_method(module), own is not None)
-            module.__dict__[PREPARE_CACHE] = own
-        own.asked.ask(owner, growth)
-        standing.append(own)
+        for name, work in ((PREPARE_CACHE, _prepare), (PREFILL, _prefill)):
+            own = module.__dict__.get(name)
+            if not isinstance(own, _StandsBefore):
+                own = _StandsBefore(module, name, work, own or generate_method(module, name), own is not None)
+                module.__dict__[name] = own
+            own.asked.ask(owner, growth)
+            standing.append(own)
     return of_each(standing, functools.partial(_withdraw, owner=owner))
 
 
 def withdraw_growing(model: torch.nn.Module, owner: Any) -> None:
     """Undo :func:`ask_for_growing`."""
     for module in model.modules():
-        if isinstance(own := module.__dict__.get(PREPARE_CACHE), _PrepareGrowing):
-            _withdraw(own, owner)
+        for name in (PREPARE_CACHE, PREFILL):
+            if isinstance(own := module.__dict__.get(name), _StandsBefore):
+                _withdraw(own, owner)
 
 
-def _withdraw(standing: _PrepareGrowing, owner: Any) -> None:
+def _withdraw(standing: _StandsBefore, owner: Any) -> None:
     """A model has its own method back once nobody asks any more (and nothing else stands before ours)."""
     own = standing.model.__dict__
     standing.asked.withdraw(owner)
-    if not standing.asked and own.get(PREPARE_CACHE) is standing:
+    if not standing.asked and own.get(standing.name) is standing:
         if standing.bound:
-            own[PREPARE_CACHE] = standing.inner
+            own[standing.name] = standing.inner
         else:
-            del own[PREPARE_CACHE]
+            del own[standing.name]

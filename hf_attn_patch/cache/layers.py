@@ -24,6 +24,7 @@ class GrowingMixin:
 
     growth: float = 1.25
     expected_length: int | None = None
+    bounded_to: int | None = None
     _room: KVBuffers | None = None
 
     keys: Any
@@ -80,7 +81,8 @@ class GrowingMixin:
 
     def _new_room(self, like_keys: Tensor, like_values: Tensor, stored: int, limit: int | None) -> KVBuffers:
         """Larger buffers that start with the stored states and have room for one more ``like`` them."""
-        capacity = capacity_for(stored + like_keys.shape[2], self.growth, self.expected_length, limit)
+        needed = stored + like_keys.shape[2]
+        capacity = capacity_for(needed, self.growth, self.expected_length, limit, self.bounded_to)
         buffers = (buffer_from(self.keys, like_keys, capacity), buffer_from(self.values, like_values, capacity))
         return KVBuffers(buffers, 0, stored)
 

@@ -11,6 +11,8 @@ from .ground import changed, known
 
 #: the method by which ``generate`` makes the cache of a call (transformers 5.17 to 5.24)
 PREPARE_CACHE = "_prepare_cache_for_generation"
+#: the method by which ``generate`` computes the prompt (transformers 5.17 to 5.24)
+PREFILL = "_prefill"
 
 
 @known("transformers", "where a config keeps its attention implementation (PreTrainedConfig._attn_implementation)")
@@ -140,10 +142,10 @@ def config_class_names() -> dict[str, str]:
     return CONFIG_MAPPING_NAMES  # type: ignore[no-any-return]
 
 
-@known("transformers", f"GenerationMixin.{PREPARE_CACHE}")
-def prepare_cache_method(model: Any) -> Callable[..., Any]:
-    """The method of a model's class by which ``generate`` makes the cache of a call, unbound."""
-    return getattr(type(model), PREPARE_CACHE)  # type: ignore[no-any-return]
+@known("transformers", f"GenerationMixin.{PREPARE_CACHE} and {PREFILL}")
+def generate_method(model: Any, name: str) -> Callable[..., Any]:
+    """A method of a model's class that ``generate`` calls, unbound: :data:`PREPARE_CACHE` or :data:`PREFILL`."""
+    return getattr(type(model), name)  # type: ignore[no-any-return]
 
 
 @known("transformers", "the table of config classes (CONFIG_MAPPING)")

@@ -151,6 +151,10 @@ class RecordedForward:
     def making(self, model: Any, state: ModelState, call: StepCall, room: StepRoom) -> tuple[Any, ...]:
         """What a :class:`Step` is made of."""
         compiled = None if state.uncompiled else self.compiled
+        if compiled and any(room.shared):
+            reason = "rows that share a prompt are gone over in parts, which torch.compile cannot trace"
+            state.say(model, reason, self.loud, True)
+            compiled = None
         return model, compiled or self.inner, compiled is not None, call, room
 
     def form(self, call: StepCall, room: StepRoom) -> Any:

@@ -48,8 +48,7 @@ class Step:
             self.copied[name] = self.kwargs[name] = torch.empty_like(value, memory_format=torch.contiguous_format)
         self.mask: Tensor | None = None
         if call.mask is not None:
-            ends = [b[0].shape[2] for b, sliding in zip(room.buffers, room.sliding, strict=True) if b and not sliding]
-            longest = max(ends, default=(call.mask.shape[1] // MASK_STEP + 2) * MASK_STEP)
+            longest = max(room.ends(), default=(call.mask.shape[1] // MASK_STEP + 2) * MASK_STEP)
             self.mask = self.kwargs[call.mask_name] = call.mask.new_zeros(call.mask.shape[0], longest)
         self.cache_name = call.cache_name
         self.kwargs.pop(self.cache_name)
@@ -66,7 +65,7 @@ class Step:
             self.copied[name].copy_(value)
         if self.mask is not None:
             self.mask[:, : call.mask.shape[1]].copy_(call.mask)
-        self.place.set(room.position, room.slot)
+        self.place.set(*room.where)
 
     def forward(self, cache: Any) -> Any:
         """The model on the step's own memory; leaves the cache as it found it, but for K and V."""

@@ -7,6 +7,7 @@ and the mask says which keys are valid. The buffers are those of the growing lay
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,30 +17,36 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from hf_attn_patch.attn.shared import Parted, SharedPart
 from hf_attn_patch.cache.layers import GrowingLayer, GrowingMixin, GrowingSlidingWindowLayer
+from hf_attn_patch.cache.shared_prefix import SharedLayer, later, shared_keys
+
+#: shared by a layer's rows, in most layers: one object, so that rooms are compared by identity
+NOTHING: tuple[SharedPart, ...] = ()
 
 
 class TokenPlace:
-    """Where the next token goes, on the device: int64 [2], its position and its index in the sliding layers' buffers.
+    """Where the next token goes, on the device: int64 [3], its position, its index in the sliding layers' buffers, and
+    that in the buffers of rows that share what is before.
 
     Each step moves both on by itself (:meth:`advance`), so that nothing is sent in a run of steps; ``host`` says what
     the device holds.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.tensor = torch.zeros(2, dtype=torch.int64, device=device)
-        self.position, self.slot = self.tensor[0], self.tensor[1]
-        self.indices = self.tensor[0:1], self.tensor[1:2]
-        self.host: tuple[int, int] | None = (0, 0)
+        self.tensor = torch.zeros(3, dtype=torch.int64, device=device)
+        self.position = self.tensor[0]
+        self.indices = self.tensor[0:1], self.tensor[1:2], self.tensor[2:3]
+        self.host: tuple[int, int, int] | None = (0, 0, 0)
 
-    def set(self, position: int, slot: int) -> None:
-        """Two kernels at most, none if the device is there already; nothing waits."""
-        if self.host == (position, slot):
+    def set(self, *where: int) -> None:
+        """Three kernels at most, none if the device is there already; nothing waits."""
+        if self.host == where:
             return
         self.host = None
-        self.position.fill_(position)
-        self.slot.fill_(slot)
-        self.host = position, slot
+        for index, value in zip(self.indices, where, strict=True):
+            index.fill_(value)
+        self.host = where  # type: ignore[assignment]
 
     def advance(self) -> None:
         """Inside the step, on the device alone; :meth:`advanced` follows on the host."""
@@ -47,7 +54,7 @@ class TokenPlace:
 
     def advanced(self) -> None:
         assert self.host is not None
-        self.host = self.host[0] + 1, self.host[1] + 1
+        self.host = self.host[0] + 1, self.host[1] + 1, self.host[2] + 1
 
 
 class StepLayer(CacheLayerMixin):
@@ -55,13 +62,14 @@ class StepLayer(CacheLayerMixin):
 
     is_sliding = False
     is_compileable = True
+    which = 0  # of the indices in a TokenPlace
 
     def __init__(self, buffers: tuple[Tensor, Tensor], place: TokenPlace) -> None:
         super().__init__()
         self.keys, self.values = buffers
         self.dtype, self.device = self.keys.dtype, self.keys.device
         self.is_initialized = True
-        self.place, self.index = place, place.indices[int(self.is_sliding)]
+        self.place, self.index = place, place.indices[self.which]
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing: the buffers are there."""
@@ -92,11 +100,30 @@ class StepSlidingLayer(StepLayer):
     """A sliding layer: the window walks through the buffer."""
 
     is_sliding = True
+    which = 1
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, Any]:
         """All of the buffer, and the position of its first key (which may be one that is no longer kept)."""
         assert self.keys is not None
-        return self.keys.shape[2], self.place.position - self.place.slot
+        return self.keys.shape[2], self.place.position - self.place.tensor[1]
+
+
+class StepSharedLayer(StepLayer):
+    """A full-attention layer whose rows share what is before their own buffers ``[B, HKV, capacity, D]``."""
+
+    which = 2
+
+    def __init__(self, buffers: tuple[Tensor, Tensor], place: TokenPlace, shared: tuple[SharedPart, ...]) -> None:
+        super().__init__(buffers, place)
+        self.shared = shared
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write ``[B, HKV, 1, D]`` states; return the shared keys and values and the whole buffers behind them."""
+        return later(Parted(self.shared, *super().update(key_states, value_states)))
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, Any]:
+        """The shared keys and all of the buffer."""
+        return shared_keys(self.shared) + super().get_mask_sizes(query_length)[0], 0
 
 
 @dataclass
@@ -106,9 +133,21 @@ class StepRoom:
     rooms: list[Any]  # one a layer; None: a layer that stores nothing
     buffers: list[tuple[Tensor, Tensor] | None]
     sliding: list[bool]
+    shared: list[tuple[SharedPart, ...]]  # what a layer's rows share before their buffers; none in most
     position: int
     slot: int
+    own: int
     expected: int  # keys that the cache is expected to hold in the end; -1 if nobody said
+
+    @property
+    def where(self) -> tuple[int, int, int]:
+        """What a :class:`TokenPlace` holds."""
+        return self.position, self.slot, self.own
+
+    def ends(self) -> list[int]:
+        """The keys that layers can hold which see all of them."""
+        layers = zip(self.buffers, self.sliding, self.shared, strict=True)
+        return [b[0].shape[2] + shared_keys(shared) for b, sliding, shared in layers if b and not sliding]
 
     def same_buffers(self, other: StepRoom) -> bool:
         """Whether a step recorded for ``other`` writes to the right memory here."""
@@ -118,7 +157,7 @@ class StepRoom:
         for a, b in zip(mine, theirs):  # noqa: B905 - compared just above, and this runs per token
             if a is not b and (a is None or b is None or a[0] is not b[0] or a[1] is not b[1]):
                 return False
-        return True
+        return all(map(operator.is_, self.shared, other.shared))
 
 
 def reserve(cache: Any) -> StepRoom | None:
@@ -129,14 +168,20 @@ def reserve(cache: Any) -> StepRoom | None:
     """
     rooms: list[Any] = []
     sliding: list[bool] = []
-    position = slot = expected = -1
+    shared: list[tuple[SharedPart, ...]] = []
+    position = slot = own = expected = -1
     for layer in cache.layers:
         kind = type(layer)
-        if kind is GrowingLayer:
+        shared.append(layer.shared if kind is SharedLayer else NOTHING)
+        if kind is GrowingLayer or kind is SharedLayer:
             room = layer.reserve()
-            if room is None or room.start or position not in (-1, room.end):
+            if room is None or room.start or position not in (-1, room.end + shared_keys(shared[-1])):
                 return None
-            position = room.end
+            position = room.end + shared_keys(shared[-1])
+            if shared[-1]:
+                if own not in (-1, room.end):
+                    return None
+                own = room.end
         elif kind is GrowingSlidingWindowLayer and not layer.record_past:
             room = layer.reserve()
             if room is None or slot not in (-1, room.end) or position not in (-1, layer.cumulative_length):
@@ -153,7 +198,8 @@ def reserve(cache: Any) -> StepRoom | None:
         sliding.append(kind is GrowingSlidingWindowLayer)
     if position < 0:
         return None
-    return StepRoom(rooms, [room and room.buffers for room in rooms], sliding, position, max(slot, 0), expected)
+    buffers = [room and room.buffers for room in rooms]
+    return StepRoom(rooms, buffers, sliding, shared, position, max(slot, 0), max(own, 0), expected)
 
 
 def advance(cache: Any, tokens: int = 1) -> None:
@@ -165,10 +211,13 @@ def advance(cache: Any, tokens: int = 1) -> None:
 
 def step_layers(cache: Any, room: StepRoom, place: TokenPlace) -> list[Any]:
     """The layers that ``cache`` has while the step runs."""
-    return [
-        layer if buffers is None else (StepSlidingLayer if sliding else StepLayer)(buffers, place)
-        for layer, buffers, sliding in zip(cache.layers, room.buffers, room.sliding, strict=True)
-    ]
+    layers: list[Any] = []
+    for layer, buffers, sliding, shared in zip(cache.layers, room.buffers, room.sliding, room.shared, strict=True):
+        if buffers is not None:
+            kind = StepSlidingLayer if sliding else StepLayer
+            layer = StepSharedLayer(buffers, place, shared) if shared else kind(buffers, place)
+        layers.append(layer)
+    return layers
 
 
 @contextmanager
@@ -184,8 +233,8 @@ def standing_in(cache: Any, layers: list[Any]) -> Iterator[None]:
 def settle(room: StepRoom) -> None:
     """Prepare the buffers for steps that are recorded: zeros where nothing was written yet (kernels that multiply by a
     mask must not meet NaN there), and no leaving them without need."""
-    for one, sliding in zip(room.rooms, room.sliding, strict=True):
+    for one in room.rooms:
         if one is not None:
             one.recorded = True
             for buffer in one.buffers:
-                buffer[:, :, room.slot if sliding else room.position :].zero_()
+                buffer[:, :, one.end :].zero_()

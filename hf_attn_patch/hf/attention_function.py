@@ -16,11 +16,13 @@ from hf_attn_patch.attn.request import PlainKind, plain_kind
 from hf_attn_patch.attn.visibility import NO_WINDOW
 from hf_attn_patch.compat.batching import layer_writes_pages
 from hf_attn_patch.compat.cache_keyword import is_paged
+from hf_attn_patch.compat.later import LaterTensor
 from hf_attn_patch.compat.torch import any_autocast, has_forward_hooks
 from hf_attn_patch.compat.transformers import output_collector
 from hf_attn_patch.errors import AttentionError
 
-from .call_visibility import visibility_of
+from .call_visibility import Borders, visibility_of
+from .shared_attention import Asked, over_parts
 
 NAME = "hf_attn_patch"
 #: keyword arguments that change which keys are seen or how they are weighed, and that no backend here knows
@@ -56,9 +58,7 @@ def attention_forward(
     deterministic: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """transformers' attention function: query [B, HQ, Sq, D], key [B, HKV, Sk, D], value [B, HKV, Sk, Dv].
-
-    The parameter names are transformers' own (some families pass them by keyword).
+    """transformers' attention function, by its names: q [B, HQ, Sq, D], k [B, HKV, Sk, D], v [B, HKV, Sk, Dv].
 
     Returns:
         out [B, Sq, HQ, Dv], and the weights [B, HQ, Sq, Sk] if ``output_attentions``, else None.
@@ -68,23 +68,25 @@ def attention_forward(
     """
     if kwargs and not (UNKNOWN.isdisjoint(kwargs) and UNTAKEN.isdisjoint(kwargs)):
         _refuse_unknown(module, kwargs)
+    given = cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k
     if cache is not None or (kwargs and layer_writes_pages(kwargs)):
-        kwargs |= {"scaling": scaling, "sliding_window": sliding_window, "softcap": softcap, "sinks": s_aux}
-        kwargs |= {"cu_seq_lens_q": cu_seq_lens_q, "cu_seq_lens_k": cu_seq_lens_k}
-        return _paged(module, query, key, value, cache, max_length_q=max_length_q, max_length_k=max_length_k, **kwargs)
+        return _paged(module, query, key, value, cache, (scaling, sliding_window, softcap, s_aux), given, kwargs)
     tracing = is_compiling()
-    collecting = _may_be_collected(module) if tracing else _collector.get() is not None
-    weights = bool(output_attentions) or (collecting and _weights_are_collected())
+    weights = bool(output_attentions) or _weights_are_collected(module, tracing)
     name = module.__dict__.get(BACKEND_ATTRIBUTE)
+    if type(key) is LaterTensor:
+        scores, more = (scaling, softcap, s_aux, position_bias), weights or bool(dropout) or cu_seq_lens_q is not None
+        asked = Asked(name, is_causal, sliding_window, scores, position_ids, more)
+        by_parts, key, value = over_parts(module, query, key, value, attention_mask, asked)
+        if by_parts is not None:
+            return by_parts, None
     kind, causal, window = _NOT_PLAIN, False, NO_WINDOW
-    if attention_mask is None:
-        # a module that doesn't say is an encoder's, and sees all; nothing but numbers: decoding, and such encoders
+    if attention_mask is None:  # a module that doesn't say is an encoder's, and sees all
         causal = bool(getattr(module, "is_causal", False) if is_causal is None else is_causal)
-        if sliding_window is not None and causal:
-            window = (sliding_window - 1, None)
+        window = (sliding_window - 1, None) if sliding_window is not None and causal else NO_WINDOW
         plain = position_bias is None and cu_seq_lens_q is None and not tracing and type(query) is Tensor
         if plain and (position_ids is None or not causal or query.shape[2] == 1) and not any_autocast():
-            name = asked_for() if name is None else name
+            name = asked_for() if name is None else name  # nothing but numbers: decoding, and such encoders
             kind = plain_kind(
                 query, key, value, causal, window, scaling, softcap, s_aux, dropout, weights, deterministic, name
             )
@@ -94,7 +96,6 @@ def attention_forward(
                 return out.transpose(1, 2).contiguous(), found
     query, key, value = _one_dtype(module, query, key, value, tracing)
     memo.asks(module, tracing)
-    given = cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k
     seen, bias = visibility_of(query, key, attention_mask, position_bias, position_ids, given, causal, window, tracing)
     out, found = attend(
         query, key, value, seen, scaling, softcap, s_aux, bias, dropout, weights, deterministic, name, tracing
@@ -105,12 +106,21 @@ def attention_forward(
 
 
 def _paged(
-    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, cache: Any, **kwargs: Any
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cache: Any,
+    options: tuple[float | None, int | None, float | None, Tensor | None],
+    borders: Borders,
+    kwargs: dict[str, Any],
 ) -> tuple[Tensor, None]:
     from .continuous_batching import paged_forward
 
     if cache is not None and not is_paged(cache):
         _refuse_cache(module, "cache", cache)
+    kwargs |= dict(zip(("scaling", "sliding_window", "softcap", "sinks"), options, strict=True))
+    kwargs |= dict(zip(("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"), borders, strict=True))
     return paged_forward(module, query, key, value, cache, **kwargs)
 
 
@@ -141,8 +151,10 @@ def _may_be_collected(module: torch.nn.Module) -> bool:
     return bool(_collector.compiling or has_forward_hooks(module))
 
 
-def _weights_are_collected() -> bool:
+def _weights_are_collected(module: torch.nn.Module, tracing: bool) -> bool:
     """Whether transformers' hooks collect attention weights: some families keep ``output_attentions`` to themselves."""
+    if not (_may_be_collected(module) if tracing else _collector.get() is not None):
+        return False
     collected = _collector.get()
     return bool(collected) and any("attentions" in key for key in collected)
 

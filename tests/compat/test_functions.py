@@ -142,7 +142,10 @@ CHANGED: dict[str, Callable[[], Any]] = {
     "_global_mapping": lambda: of_transformers.global_functions(SimpleNamespace()),
     "_from_config": lambda: of_transformers.model_from_config(SimpleNamespace(), None),
     "_model_mapping": lambda: of_transformers.classes_of(SimpleNamespace(), None),
-    "_prepare_cache_for_generation": lambda: of_transformers.prepare_cache_method(SimpleNamespace()),
+    "_prepare_cache_for_generation": lambda: of_transformers.generate_method(
+        SimpleNamespace(), of_transformers.PREPARE_CACHE
+    ),
+    "_prefill": lambda: of_transformers.generate_method(SimpleNamespace(), of_transformers.PREFILL),
     "_forward_hooks": lambda: of_torch.forward_hooks(SimpleNamespace()),  # type: ignore[arg-type]
     "_version": lambda: of_torch.write_count(SimpleNamespace()),  # type: ignore[arg-type]
     "_actions": lambda: python.actions_of(SimpleNamespace()),  # type: ignore[arg-type]

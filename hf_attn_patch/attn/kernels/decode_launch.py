@@ -18,7 +18,7 @@ from .decode_plan import Tuning, choose, merge_shape, overlaps, plan, power_of_t
 from .launcher import Launch
 from .mask_bounds import mask_bounds
 
-MAX_QUERIES = 16
+MAX_QUERIES = 1024
 MAX_HEAD_DIM = 512
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 SHORT = 1024  # keys: for no more, finding where a mask begins and ends costs more than it saves
@@ -78,8 +78,14 @@ _launches: dict[Any, LaunchPlan] = {}
 _MOST_LAUNCHES = 4096  # a growing cache makes a new kind at each token
 
 
-def launch(o: DecodeOperands, tuning: Tuning | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Check the operands, plan the split and start the kernels; for a kind of call that is known, only the last."""
+def launch(
+    o: DecodeOperands, tuning: Tuning | None = None, wide: bool = False
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Check the operands, plan the split and start the kernels; for a kind of call that is known, only the last.
+
+    Args:
+        wide: the output in fp32, for results that are merged with others.
+    """
     mask = o.mask
     if mask is not None and mask.shape[-1] > SHORT and o.end is None and o.first is None and not o.causal:
         first, end = mask_bounds(mask.expand(*o.q.shape[:3], -1))  # so that the split counts only keys that are seen
@@ -99,7 +105,7 @@ def launch(o: DecodeOperands, tuning: Tuning | None = None) -> tuple[torch.Tenso
     else:
         pointers += [None] * 6
     aligned = low % 16 == 0 or tuple([p is None or p % 16 == 0 for p in pointers])
-    key = (*kinds, which, aligned, o[TENSORS:], tuning)
+    key = (*kinds, which, aligned, o[TENSORS:], tuning, wide)
     known = _launches.get(key)
     if known is not None:
         return _start(known, tensors, pointers)
@@ -107,8 +113,10 @@ def launch(o: DecodeOperands, tuning: Tuning | None = None) -> tuple[torch.Tenso
     rows: dict[str, Any] = {name: _contiguous_rows(getattr(o, name)) for name in _WITH_ROWS}
     ready = o._replace(**rows)
     if any(new is not old for new, old in zip(ready, o, strict=True)):
-        return launch(ready, tuning)
+        return launch(ready, tuning, wide)
     planned, strides = _plan(o, tuning)
+    if wide:
+        planned.dtype = torch.float32
     if 0 in planned.shape:
         return _outputs(planned)
     result = _start(planned, tensors, pointers, strides)
