@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -170,12 +171,11 @@ def generate_row(model: Any, ids: torch.Tensor, answers: int, new: int, name: st
     return row
 
 
-def generate_rows(quick: bool) -> list[dict[str, Any]]:
+def generate_rows(quick: bool) -> Iterator[dict[str, Any]]:
     torch.manual_seed(0)
     with torch.device(DEVICE):
         config = LlamaConfig(**HALF_LLAMA_3_8B, **NO_END)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa").eval()
-    rows = []
     for prompts, answers, length, new in ((1, 16, 2048, 128), (1, 16, 8192, 128), (4, 16, 2048, 128)):
         ids = torch.randint(3, 128000, (prompts, length), device=DEVICE)
         variants = ["shared, recorded", "each its own, recorded", "sdpa"]
@@ -191,8 +191,7 @@ def generate_rows(quick: bool) -> list[dict[str, Any]]:
                 hf_attn_patch.enable(model, cache="growing", cuda_graphs="recorded" in variant)
                 if "own" in variant:
                     model.__dict__.pop(PREFILL)
-            rows.append(generate_row(model, ids, answers, new, variant))
-    return rows
+            yield generate_row(model, ids, answers, new, variant)
 
 
 def main() -> None:
@@ -203,11 +202,18 @@ def main() -> None:
     args = parser.parse_args()
     with torch.inference_mode(False), torch.no_grad():
         check_kernel()
-        check_tokens()
-        limit = limits()
-        result: dict[str, Any] = {**environment(), "limits": limit, "kernels": kernel_rows(args.quick)}
-        result["generate"] = [] if args.kernels_only else generate_rows(args.quick)
-    write_json(result, args.out, "shared_prompt")
+        result: dict[str, Any] = {
+            **environment(),
+            "limits": limits(),
+            "kernels": kernel_rows(args.quick),
+            "generate": [],
+        }
+        write_json(result, args.out, "shared_prompt")
+        if not args.kernels_only:
+            check_tokens()
+            for row in generate_rows(args.quick):
+                result["generate"].append(row)
+                write_json(result, args.out, "shared_prompt")  # as far as it came
     print(report(result))
 
 

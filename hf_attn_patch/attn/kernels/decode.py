@@ -42,7 +42,7 @@ def grouped_decode(
     sinks: torch.Tensor | None = None,
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Softmax attention of 1 to 16 query tokens, forward only.
+    """Softmax attention of a few query tokens (up to 1,024; fast for up to 64 rows of a group), forward only.
 
     Args:
         q: [B, HQ, Sq, D], fp16, bf16 or fp32; any strides.
