@@ -11,12 +11,15 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+
 from hf_attn_patch.errors import ConversionError
 
 from .calibration.calibrated import Calibrated, refuse
 from .calibration.collect import text_samples
 from .calibration.layers import load, sides
 from .calibration.moments import Moments
+from .calibration.samples import Samples
 from .checkpoints.hub import resolve
 from .checkpoints.reader import no_reading_errors
 from .families.kv_field import format_numbers
@@ -74,7 +77,7 @@ def kv_heads_under_budget(
         if not plans or min(plans) * sum(kept) > most:
             least = min([*plans, *before]) * sum(kept) / sum(n * k for n, k in zip(before, kept, strict=True))
             raise ConversionError(f"--kv-budget {budget} is less than heads can be merged to; give at least {least:g}")
-        errors = _Probe(plans, options).errors()
+        errors = _probe(plans, options).errors()
     for known, n in zip(errors, before, strict=True):
         known[n] = 0.0
     return allot(errors, most, kept)
@@ -107,25 +110,24 @@ def allot(errors: Sequence[Mapping[int, float]], most: int, costs: Sequence[int]
 
 
 class _Probe(Calibrated):
-    """Sends the text through the original alone, and at each layer tries every number of KV heads."""
+    """Sends the text through the original alone, and at each layer tries every number of KV heads.
 
-    def __init__(self, plans: Mapping[int, Plan], options: Mapping[str, Any]) -> None:
-        plan = plans[min(plans)]
-        refuse(plan)
-        device, original = device_named(options["device"]), load(plan)
-        samples = text_samples(
-            plan, original, options["calibrate"], tokens=options["calibration_tokens"],
-            length=options["calibration_length"], device=device,
-        )  # fmt: skip
-        super().__init__(plan, original, samples, refit=False, group=options["group"], device=device)
+    Args:
+        plans: by the number of KV heads. The others are those of :class:`~.calibration.calibrated.Calibrated`.
+    """
+
+    def __init__(
+        self, plans: Mapping[int, Plan], original: Any, samples: Samples, *, group: str | None, device: torch.device
+    ) -> None:
+        super().__init__(plans[min(plans)], original, samples, refit=False, group=group, device=device)
         self.tried: list[dict[int, float]] = []
         self.plans = plans
         self.blocks = {n: sides(plan, self.original)[0].blocks for n, plan in plans.items()}
 
     def errors(self) -> list[dict[int, float]]:
         """For each layer: number of KV heads -> relative squared error of what the layer gives."""
-        while len(self.tried) < len(self._current.blocks):
-            self._pass()
+        while len(self.tried) < len(self.sides[0].blocks):
+            self.step()
         self.bar.close()
         return self.tried
 
@@ -139,8 +141,6 @@ class _Probe(Calibrated):
         self._check(size)
         self.tried.append({n: self._try(n, layer, truth, moments, own, size) for n in self.plans})
         streams.ours = streams.theirs.clone()
-        self.number += 1
-        self.bar.update()
 
     def _try(self, n: int, layer: LayerAttention, truth: Any, moments: Moments, own: Any, size: float) -> float:
         (unit,) = (unit for unit in self.plans[n].units if unit.layer.prefix == layer.prefix)
@@ -148,6 +148,18 @@ class _Probe(Calibrated):
         student = self._student(block, truth, [(unit, block.attentions[0][1])], [self._merge(unit, moments)])
         error = self.streams.error(own(student), size)
         return error if error > self.streams.noise else 0.0
+
+
+def _probe(plans: Mapping[int, Plan], options: Mapping[str, Any]) -> _Probe:
+    """What is tried, with the model and the text that the options name."""
+    plan = plans[min(plans)]
+    refuse(plan)
+    device, original = device_named(options["device"]), load(plan)
+    samples = text_samples(
+        plan, original, options["calibrate"], tokens=options["calibration_tokens"],
+        length=options["calibration_length"], device=device,
+    )  # fmt: skip
+    return _Probe(plans, original, samples, group=options["group"], device=device)
 
 
 def describe(numbers: Sequence[int], budget: float) -> str:

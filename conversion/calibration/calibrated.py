@@ -37,6 +37,7 @@ from .samples import Samples
 class Calibrated:
     """A merge of whole layers. ``record`` tells what it was calibrated on and how well layers fit.
 
+    Made, it has done nothing yet; :meth:`prepare` looks at what the first layer reads; to ask for a layer is to run it.
     Layers are gone through in the model's order, whichever is asked for first; what came out on the way is kept.
 
     Args:
@@ -64,20 +65,32 @@ class Calibrated:
         self.half = next(self.original.parameters()).dtype in (torch.float16, torch.bfloat16)
         self.sides = sides(plan, self.original)
         notes = [*self.aligned.record["notes"], *samples.notes]
-        self.record = self.aligned.record | {
+        self.record: dict[str, Any] = self.aligned.record | {
             "calibration": samples.about, "refit": refit, "layers": {}, "notes": notes
         }  # fmt: skip
         self.side = self.number = -1
         self.memory: tuple[Tensor | None, Tensor | None] = (None, None)
         self.done: dict[str, AttentionWeights] = {}
-        self.bar = progress_bar(total=self._count(), desc="calibrating", unit="layer")
-        known = samples.memory
+        self.streams: TwoStreams  # of the side that is gone through
+        self.bar: Any = None  # while layers are passed
+
+    def prepare(self) -> None:
+        """See what the first layer reads, so that what cannot be calibrated is known before anything is written. Twice
+        is once.
+
+        Raises:
+            ConversionError: the model's embeddings of all samples are not finite.
+        """
+        if self.side >= 0:
+            return
+        known = self.samples.memory
         if known is not None and not any(self._units(block) for block in self.sides[0].blocks):
             self.side, self.memory = 0, (known, known)  # the encoder is the original's
-            self.bar.update(len(self.sides[0].blocks))
         self._begin()
-        if refit and not self.streams.unseen:
-            notes.append("too few calibration samples to fit layers on: heads were merged, and nothing was fitted")
+        if self.refit and not self.streams.unseen:
+            self.record["notes"].append(
+                "too few calibration samples to fit layers on: heads were merged, and nothing was fitted"
+            )
 
     def autocast(self) -> Any:
         if self.device.type == "cuda":
@@ -88,7 +101,7 @@ class Calibrated:
         """The merged layer; the layers below it are passed on the way."""
         prefix = weights.layer.prefix
         while prefix not in self.done:
-            self._pass()
+            self.step()
         if self.bar.n == self.bar.total:
             self.bar.close()
         return self.done.pop(prefix)
@@ -96,9 +109,22 @@ class Calibrated:
     def all(self) -> dict[str, AttentionWeights]:
         """All merged layers, by prefix."""
         while len(self.done) < len(self.units):
-            self._pass()
+            self.step()
         self.bar.close()
         return self.done
+
+    def step(self) -> None:
+        """Send both streams through the next layer."""
+        self.prepare()
+        if self.bar is None:  # an encoder that is the original's is behind us
+            passed = sum(len(side.blocks) for side in self.sides[: self.side])
+            self.bar = progress_bar(total=self._count(), desc="calibrating", unit="layer", initial=passed)
+        if self.number == len(self._current.blocks):
+            self._finish()
+            self._begin()
+        self._pass()
+        self.number += 1
+        self.bar.update()
 
     def _count(self) -> int:
         """How many layers have to be passed: those above the last one that changes need not be."""
@@ -114,7 +140,7 @@ class Calibrated:
         self.side, self.number = self.side + 1, 0
         self._look()
         theirs, ours = self.memory
-        self.streams: TwoStreams = TwoStreams(
+        self.streams = TwoStreams(
             self._placed(self._current.hidden),
             RefitRecipe(seed=self.plan.seed),
             device=self.device,
@@ -133,8 +159,9 @@ class Calibrated:
 
     def heard(self) -> tuple[Tensor, Tensor]:
         """What a decoder reads of its encoder, the original's and the converted one's, [N, S, E] each."""
+        self.prepare()
         while self.side == 0 and self.number < len(self._current.blocks):
-            self._pass()
+            self.step()
         if self.side == 0:
             self._finish()
         theirs, ours = self.memory
@@ -181,10 +208,7 @@ class Calibrated:
         return hidden
 
     def _pass(self) -> None:
-        """Send both streams through the next layer, and keep its merged attentions if it has any."""
-        if self.number == len(self._current.blocks):
-            self._finish()
-            self._begin()
+        """Both streams through the next layer; its merged attentions are kept, if it has any."""
         block, streams = self._current.blocks[self.number], self.streams
         units = self._units(block)
         truth, theirs, own = self._open(block)
@@ -212,8 +236,6 @@ class Calibrated:
             streams.converted(ours)
             for (unit, _), weights in zip(units, merged, strict=True):
                 self.done[unit.layer.prefix] = heads_of(unit, trained, weights)
-        self.number += 1
-        self.bar.update()
 
     def _counting(self, layer: LayerFunction, moments: list[Moments]) -> LayerFunction:
         """``layer``, of whose inputs only those that are more than padding are counted."""

@@ -70,6 +70,7 @@ def calibrated(
             device=where,
         )  # fmt: skip
         steps = Calibrated(plan, source, samples, refit=refit, group=group, device=where)
+        steps.prepare()
         if alone:
             return Later(plan, steps, where, polish, group)
         return Answered(steps, polish) if plan.config.is_encoder_decoder else steps
