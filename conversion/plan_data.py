@@ -9,7 +9,7 @@ from typing import Any
 from .checkpoints.reader import Source
 from .checkpoints.safetensors_header import tensor_nbytes
 from .checkpoints.shards import MARGIN, Shard
-from .families.config import speaks
+from .families.config import answers, speaks
 from .families.layer import LayerAttention
 from .families.table import Family, Norm, Projection
 from .methods.method import Method
@@ -67,6 +67,11 @@ class Plan:
     def speaks(self) -> bool:
         """Whether the source is a causal language model by itself, which can write text of its own."""
         return speaks(self.source.config, self.family, self.config, self.text_config)
+
+    @property
+    def answers(self) -> bool:
+        """Whether the source is an encoder-decoder with a head, which can say something of what it reads."""
+        return answers(self.source.config, self.config, self.text_config)
 
     @property
     def bytes_before(self) -> int:

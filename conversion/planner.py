@@ -17,7 +17,7 @@ from .checkpoints.dtypes import FLOATS
 from .checkpoints.reader import Source
 from .checkpoints.shards import same_shards, split_shards
 from .families.accounts import refuse_unaccounted
-from .families.config import LanguageModel, architectures, read_config, speaks
+from .families.config import LanguageModel, answers, architectures, read_config, speaks
 from .families.layer import LayerAttention, attribute, norm_tensors, of_one_number
 from .families.table import Norm, Projection, Stack
 from .methods.registry import method_named
@@ -49,9 +49,7 @@ def make_plan(
         ConversionError: the conversion cannot be done.
     """
     model = read_config(source.config, str(source.folder / "config.json"))
-    chosen = method_named(
-        method, options or {}, speaks=speaks(source.config, model.family, model.config, model.text_config)
-    )
+    chosen = method_named(method, options or {}, speaks=_makes_samples(source, model))
     model.locate(source.tensors)
     layers = _with_targets(model, kv_heads := _of_caches(model, kv_heads))
     new_config = copy.deepcopy(source.config)
@@ -79,6 +77,12 @@ def make_plan(
     pieces = {name: tensor.nbytes for name, tensor in plan.tensors.items()}
     plan.shards = same_shards(source, pieces) if max_shard_size is None else split_shards(pieces, max_shard_size)
     return plan
+
+
+def _makes_samples(source: Source, model: LanguageModel) -> bool:
+    """Whether the source can write calibration samples by itself."""
+    raw, config, text = source.config, model.config, model.text_config
+    return speaks(raw, model.family, config, text) or answers(raw, config, text)
 
 
 def _tokenizer_has_code(source: Source) -> bool:

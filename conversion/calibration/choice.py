@@ -24,6 +24,8 @@ from .whole import Whole, on_device
 GPU_TOKENS, TOKENS, MERGE_TOKENS = 1 << 20, 500_000, 1 << 12
 #: of a sequence that a model writes where nothing is fitted
 MERGE_LENGTH = 64
+#: recordings that a model makes itself where nothing is fitted
+MERGE_SAMPLES = 24
 #: tokens of the last pass end to end on a GPU
 POLISH = 4_000_000
 
@@ -49,31 +51,27 @@ def calibrated(
     gpu, alone = where.type == "cuda", plan.speaks
     asked = calibrate is not None
     if calibrate is None:
-        calibrate = _without_text(plan, gpu)
+        calibrate = _without_text(plan, gpu) if alone else OWN
     texts = reads_text(calibrate)
     if calibration_samples is not None and plan.family.reads == "text":
         raise ConversionError(f"--calibration-samples counts recordings and pictures, and {plan.model_type} reads text")
-    if polish and not (alone or plan.config.is_encoder_decoder):
+    if polish and not (alone or plan.answers):
         raise ConversionError(f"--polish is for models that write, and {plan.model_type} does not")
     if polish is None:
         polish = POLISH if gpu and alone else 0
     if refit is None:
-        refit = texts and not (alone and gpu)
+        refit = (texts and not gpu) if alone else (texts or gpu)
     if calibration_tokens is None:
-        calibration_tokens = GPU_TOKENS if polish else TOKENS if texts or refit else MERGE_TOKENS
-    if calibration_length is None and not (texts or refit or polish):
+        calibration_tokens = GPU_TOKENS if polish and alone else TOKENS if texts or refit else MERGE_TOKENS
+    small = not (texts or refit or polish)
+    if calibration_length is None and small and alone:
         calibration_length = longest(plan, MERGE_LENGTH)
-    if refit or not alone or (texts and not polish):
-        source = load_by_names(plan)
-        samples = collected(
-            plan, source, calibrate, tokens=calibration_tokens, length=calibration_length, count=calibration_samples,
-            device=where,
-        )  # fmt: skip
-        steps = Calibrated(plan, source, samples, refit=refit, group=group, device=where)
-        steps.prepare()
-        if alone:
-            return Later(plan, steps, where, polish, group)
-        return Answered(steps, polish) if plan.config.is_encoder_decoder else steps
+    if not alone:
+        made = (calibration_tokens, calibration_length, calibration_samples or (MERGE_SAMPLES if small else None))
+        return _by_layers(plan, calibrate, made, refit, polish, group, where, asked)
+    if refit or (texts and not polish):
+        made = (calibration_tokens, calibration_length, None)
+        return Later(plan, _steps(plan, calibrate, made, refit, group, where), where, polish, group)
     try:
         original = on_device(load_by_names(plan), where)
         ids, about, notes = gathered(
@@ -93,6 +91,43 @@ def calibrated(
             " here, and keep far more"
         )
     return Whole(plan, original, ids, about, notes, polish_tokens=polish, group=group)
+
+
+Amounts = tuple[int, int | None, int | None]
+
+
+def _steps(
+    plan: Plan, calibrate: str, amounts: Amounts, refit: bool, group: str | None, device: torch.device
+) -> Calibrated:
+    """Layer by layer; ``amounts``: tokens, length and count, see :func:`~.collect.collected`."""
+    source, (tokens, length, count) = load_by_names(plan), amounts
+    samples = collected(plan, source, calibrate, tokens=tokens, length=length, count=count, device=device)
+    steps = Calibrated(plan, source, samples, refit=refit, group=group, device=device)
+    steps.prepare()
+    return steps
+
+
+def _by_layers(
+    plan: Plan, calibrate: str, amounts: Amounts, refit: bool, polish: int, group: str | None, device: torch.device,
+    asked: bool,
+) -> Merge:  # fmt: skip
+    """What encoders and encoder-decoders get; what nobody ``asked`` for may fail, and is replaced."""
+    try:
+        steps = _steps(plan, calibrate, amounts, refit, group, device)
+    except ConversionError as error:
+        if asked:
+            raise
+        merge = aligned(plan, group)
+        merge.record["notes"].append(f"heads were merged by what layers read on random inputs: {error}")
+        return merge
+    if not refit:
+        steps.record["notes"].append(
+            f"heads were merged by what layers read on {len(steps.samples)} samples"
+            + " that the model made itself" * (calibrate == OWN)
+            + ", and nothing was fitted to the original's after that: --refit does it, on data of the model's use"
+            " (--calibrate) it keeps far more"
+        )
+    return Answered(steps, polish) if plan.answers else steps
 
 
 def _without_text(plan: Plan, gpu: bool) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -9,7 +10,8 @@ import torch
 from hf_attn_patch.conversion.plan_data import Plan
 from hf_attn_patch.errors import ConversionError
 
-from .gather import gathered, reads_text
+from .gather import gathered, reads_text, writes_itself
+from .own_pairs import own_pairs
 from .pairs import text_pairs
 from .samples import IGNORE, Samples
 from .sound import sound_samples
@@ -17,6 +19,8 @@ from .text import longest, tokenizer_of
 
 #: tokens of a sequence at most, where nothing else is asked for
 LENGTH, PAIR_LENGTH, ENCODER_LENGTH = 1024, 512, 128
+#: of what an encoder-decoder makes itself: tokens that either side reads at most, and pairs at most
+OWN_LENGTH, MOST_OWN = 48, 4096
 
 
 def collected(
@@ -43,8 +47,10 @@ def text_samples(
     plan: Plan, original: Any, calibrate: str, *, tokens: int, length: int | None, device: torch.device
 ) -> Samples:
     """Samples for a model that reads text: see :func:`collected`."""
-    tokenizer = tokenizer_of(plan) if reads_text(calibrate) else None
     both = bool(plan.config.is_encoder_decoder)
+    if both and writes_itself(calibrate):
+        return _own_pairs(plan, original, calibrate, tokens, length, device)
+    tokenizer = tokenizer_of(plan) if reads_text(calibrate) else None
     causal = both or plan.units[0].layer.stack.causal
     ids, about, notes = gathered(
         plan, original, tokenizer, calibrate, tokens=tokens, length=length,
@@ -58,3 +64,17 @@ def text_samples(
     encoder, decoder, about["pairs"] = text_pairs(ids, tokenizer, plan.config)
     labels = torch.cat([decoder[:, 1:], torch.full_like(decoder[:, :1], IGNORE)], 1)
     return Samples([encoder, decoder], about, notes, labels=labels)
+
+
+def _own_pairs(
+    plan: Plan, original: Any, calibrate: str, tokens: int, length: int | None, device: torch.device
+) -> Samples:
+    if reads_text(calibrate):
+        raise ConversionError(
+            f"--calibrate {calibrate}: an encoder-decoder's own samples and texts have other lengths; give one of them"
+        )
+    if not plan.answers:
+        raise ConversionError(f"{plan.source.name} has no head, so it cannot write; give --calibrate TEXT")
+    size = length or longest(plan, OWN_LENGTH, length)
+    writer = original if original.device == device else copy.deepcopy(original).to(device)
+    return own_pairs(plan, writer, max(1, min(MOST_OWN, tokens // size)), size)

@@ -134,12 +134,12 @@ def sides(plan: Plan, model: Any) -> list[LayerStack]:
     second = [b for b in blocks.values() if id(b.original) not in inside]
     norm = getattr(encoder, "final_layer_norm", None) or getattr(encoder, "layer_norm", None)
     return [
-        LayerStack(first, lambda given: encoder(_as_read(given, encoder)), norm or (lambda x: x)),
+        LayerStack(first, lambda given: encoder(as_read(given, encoder)), norm or (lambda x: x)),
         LayerStack(second, lambda ids, memory: decoder(input_ids=ids, encoder_hidden_states=memory), reads=True),
     ]
 
 
-def _as_read(given: Tensor, model: nn.Module) -> Tensor:
+def as_read(given: Tensor, model: nn.Module) -> Tensor:
     """Ids as they are; features and pixels in the model's dtype."""
     return given.to(next(model.parameters()).dtype) if given.is_floating_point() else given
 

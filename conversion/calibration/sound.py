@@ -20,13 +20,17 @@ from hf_attn_patch.documents.recordings import Recording, recordings
 from hf_attn_patch.documents.tokenizers import first_line
 from hf_attn_patch.errors import ConversionError, TrainingError
 
+from .babble import babble
 from .gather import OWN, parse_sources
+from .own_pairs import heard
 from .samples import Samples, ended
 from .text import tokenizer_of
 from .written_pairs import written
 
 #: recordings, and tokens of a transcript, at most
 COUNT, LENGTH = 256, 96
+#: samples a second of sound that is made here
+BABBLED = 16_000
 #: languages from here on have a token; English models have one id less
 MULTILINGUAL = 51865
 
@@ -45,7 +49,7 @@ def sound_samples(
     limit = int(plan.config.max_target_positions)
     if length is not None and not 4 <= length <= limit:
         raise ConversionError(f"--calibration-length {length}: give 4 to {limit} tokens")
-    extractor, tokenizer = extractor_of(plan), tokenizer_of(plan)
+    extractor, tokenizer = extractor_of(plan), _tokenizer(plan, calibrate)
     found: list[Tensor] = []
     texts: list[str | None] = []
     about: dict[str, Any] = {"source": calibrate, "seed": plan.seed, "parts": {}}
@@ -65,9 +69,17 @@ def sound_samples(
     return samples
 
 
+def _babbled(seed: int) -> Iterator[Recording]:
+    """Without end: a few seconds each of sound like speech (:mod:`.babble`)."""
+    draw = torch.Generator().manual_seed(seed)
+    while True:
+        seconds = 2 + 6 * float(torch.rand((), generator=draw))
+        yield Recording(babble(seconds, BABBLED, draw), BABBLED, None, OWN)
+
+
 def _recordings(name: str, seed: int) -> Iterator[Recording]:
     if name == OWN:
-        raise ConversionError("--calibrate own is for models that write by themselves; give recordings")
+        yield from _babbled(seed)
     try:
         yield from recordings(name, seed)
     except TrainingError as error:
@@ -89,6 +101,16 @@ def _features(found: Iterator[Recording], extractor: Any, count: int) -> Iterato
             given += 1
             if given == count:
                 return
+
+
+def _tokenizer(plan: Plan, calibrate: str) -> Any:
+    """The checkpoint's tokenizer; None where it has none and nothing but its own words is read."""
+    try:
+        return tokenizer_of(plan)
+    except ConversionError:
+        if calibrate != OWN:
+            raise
+        return None
 
 
 def extractor_of(plan: Plan) -> Any:
@@ -126,7 +148,7 @@ class Writer:
         Args:
             length: of a decoder's input, at most.
         """
-        memory = self.heard(features)
+        memory = heard(self.model, features).to(self.kept)
         prefix = self.prefix(memory)
         unknown = [i for i, text in enumerate(texts) if text is None]
         rows: list[list[int]] = [[] for _ in texts]
@@ -144,13 +166,6 @@ class Writer:
         ids, kept, labels = ended(rows, length, prefix.shape[1], self.end)
         about |= {"samples": len(ids), "tokens": int(kept.sum()), "transcripts": len(texts) - len(unknown)}
         return Samples([features, ids], about, [], kept, labels, memory)
-
-    @torch.no_grad()
-    def heard(self, features: Tensor) -> Tensor:
-        """The encoder's output [N, S', E], in the checkpoint's dtype, on the CPU."""
-        encoder, model = self.model.get_encoder(), self.model
-        parts = [encoder(part.to(model.device, model.dtype))[0].to("cpu", self.kept) for part in features.split(8)]
-        return torch.cat(parts)
 
     @torch.no_grad()
     def prefix(self, memory: Tensor) -> Tensor:
@@ -171,7 +186,7 @@ class Writer:
         return torch.stack(columns, 1)
 
     def _id(self, word: str) -> int | None:
-        found = self.tokenizer.convert_tokens_to_ids(word)
+        found = None if self.tokenizer is None else self.tokenizer.convert_tokens_to_ids(word)
         words = self.plan.config.vocab_size
         return None if found is None or found == self.tokenizer.unk_token_id or found >= words else int(found)
 
@@ -185,7 +200,8 @@ class Writer:
 
     def _marks(self) -> Tensor:
         """Ids that are no words: what stands before a transcript, and times."""
-        ids = {i for i in self.tokenizer.all_special_ids if i < self.plan.config.vocab_size} - {self.end}
+        special = () if self.tokenizer is None else self.tokenizer.all_special_ids
+        ids = {i for i in special if i < self.plan.config.vocab_size} - {self.end}
         last = self._id("<|notimestamps|>")
         if last is not None:
             ids |= set(range(last, self.plan.config.vocab_size))

@@ -104,14 +104,30 @@ def speaks(raw: Mapping[str, Any], family: Family, config: Any, text_config: Any
         config, text_config: as transformers reads it, and the language model's part of it.
     """
     (stack, *others) = family.stacks
+    reads_none = all(other.cross and other.optional for other in others) and not getattr(
+        config, "add_cross_attention", False
+    )
     alibi = stack.no_rope_layers == "alibi" and bool(getattr(config, "alibi", False))
     return (
-        not others
+        reads_none
         and stack.causal
         and not (stack.cross or alibi or stack.fixed_heads)
         and not config.is_encoder_decoder
         and text_config is config
         and any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures(raw))
+    )
+
+
+def answers(raw: Mapping[str, Any], config: Any, text_config: Any) -> bool:
+    """Whether a checkpoint is an encoder-decoder with a head: one whose decoder can say something of what was read.
+
+    Arguments as for :func:`speaks`.
+    """
+    heads = ("ForConditionalGeneration", "MTModel", "LMHeadModel")
+    return (
+        bool(config.is_encoder_decoder)
+        and text_config is config
+        and any(name.endswith(heads) for name in architectures(raw))
     )
 
 

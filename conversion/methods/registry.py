@@ -79,8 +79,8 @@ METHODS: dict[str, Method] = {
     )
 }
 
-#: the best that can be done with what is given: ``calibrated`` with a calibration text or for a causal language model,
-#: which writes one; ``aligned`` for everything else
+#: the best that can be done with what is given: ``calibrated`` with calibration data or for a model that makes its own
+#: (one that writes); ``aligned`` for everything else
 AUTO = "auto"
 #: where no method is named
 DEFAULT = AUTO
@@ -93,7 +93,7 @@ def method_named(name: str | None, options: Mapping[str, Any], speaks: bool = Fa
 
     Args:
         options: the method's.
-        speaks: the model can write a calibration text.
+        speaks: the model can make calibration samples itself.
 
     Raises:
         ConversionError: there is none.

@@ -12,12 +12,14 @@ from hf_attn_patch.conversion.plan_data import Plan
 BOUND = 0.2
 #: text that a model writes where a method needs none: sequences and tokens of each
 ROWS, LENGTH = 16, 64
+#: recordings that are made for models that hear: each has thousands of frames
+RECORDINGS = 4
 #: on a CPU nothing is measured of models with more weights than this: it takes minutes and their memory twice
 CPU_WEIGHTS = 1_000_000_000
 
 
 def measure(plan: Plan, converted: Path) -> dict[str, Any] | None:
-    """Loss of source and result on a little text that the source writes; None for what writes none.
+    """Loss of source and result on a little that the source writes, or says of something; None for what cannot.
 
     Raises:
         ConversionError: one of them cannot be loaded, or the source cannot write.
@@ -34,16 +36,45 @@ def measure(plan: Plan, converted: Path) -> dict[str, Any] | None:
 
     weights = sum(t.nbytes for t in plan.source.tensors.values()) // cache_itemsize(plan)
     gpu = torch.cuda.is_available()
-    if not plan.speaks or not plan.units or (weights > CPU_WEIGHTS and not gpu):
+    if not (plan.speaks or plan.answers) or not plan.units or (weights > CPU_WEIGHTS and not gpu):
         return None
     device = device_named(None)
     dtype = torch.bfloat16 if gpu else torch.float32
     original = copy.copy(load(plan)).to(device, dtype)
+    if plan.answers:
+        return _of_answers(plan, original, converted)
     row_bytes = LENGTH * kv_bytes_per_token(plan.layers, 4, new=False)
     ids = own_samples(original, ROWS * LENGTH, LENGTH, seed=plan.seed, row_bytes=row_bytes)
     student = load_causal(str(converted), device, str(dtype).removeprefix("torch."), "hf_attn_patch")
     found = losses(Speaker(original), Speaker(student), ids, ROWS)
     return {"tokens": ids.numel(), "seen": False} | found
+
+
+def _of_answers(plan: Plan, original: Any, converted: Path) -> dict[str, Any]:
+    """The same of an encoder-decoder: what it says of what it makes itself."""
+    import torch
+    from transformers import AutoConfig, AutoModel
+
+    from hf_attn_patch.conversion.calibration.answers import Answerer, losses
+    from hf_attn_patch.conversion.calibration.collect import OWN_LENGTH, collected
+    from hf_attn_patch.conversion.calibration.gather import OWN
+    from hf_attn_patch.conversion.calibration.own_pairs import heard
+    from hf_attn_patch.conversion.loadcheck import model_class_of, quiet
+
+    samples = collected(
+        plan, original, OWN, tokens=ROWS * OWN_LENGTH, length=None, count=RECORDINGS, device=original.device
+    )  # fmt: skip
+    config = AutoConfig.from_pretrained(converted)
+    with quiet():
+        kind = model_class_of(plan.new_config, config) or AutoModel
+        student = kind.from_pretrained(converted, dtype=original.dtype).to(original.device).eval()
+    memory = samples.memory if samples.memory is not None else heard(original, samples.inputs[0])
+    own = any(not unit.layer.stack.cached for unit in plan.units)
+    theirs = heard(student, samples.inputs[0]) if own else memory
+    found = losses(
+        Answerer(original, memory, samples), Answerer(student, theirs, samples), samples, torch.arange(len(samples))
+    )  # fmt: skip
+    return {"tokens": found.pop("tokens"), "seen": False} | found
 
 
 def told(held_out: dict[str, Any]) -> str:

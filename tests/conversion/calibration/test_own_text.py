@@ -10,7 +10,7 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
 from tiny import save_tiny, tiny_llama
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM
 
 from hf_attn_patch.cli import main
 from hf_attn_patch.conversion import convert, plan, verify
@@ -159,12 +159,12 @@ def test_the_command_tells_what_was_lost(src: Path, tmp_path: Path) -> None:
 
 
 def test_what_cannot_write_reads_random_inputs(src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    T5ForConditionalGeneration(
-        T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0)
-    ).save_pretrained(tmp_path / "t5")
-    assert plan(tmp_path / "t5", 1).method.name == "aligned"
+    BertForMaskedLM(
+        BertConfig(vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    ).save_pretrained(tmp_path / "bert")
+    assert plan(tmp_path / "bert", 1).method.name == "aligned"
     with pytest.raises(ConversionError, match="needs a calibration text"):
-        plan(tmp_path / "t5", 1, method="calibrated")
+        plan(tmp_path / "bert", 1, method="calibrated")
 
     def fails(*_: object, **__: object) -> None:
         raise ConversionError("it cannot write")

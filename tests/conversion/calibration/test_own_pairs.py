@@ -1,0 +1,132 @@
+"""Encoder-decoders without data: what their decoders say follows their own distribution, they are calibrated on it by
+default, and what was lost is told after every conversion of one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from click.testing import CliRunner
+from zoo_cases import BY_NAME, output
+
+from hf_attn_patch.cli import main
+from hf_attn_patch.conversion import ConversionError, convert, plan
+from hf_attn_patch.conversion.calibration.babble import babble
+from hf_attn_patch.conversion.calibration.layers import load
+from hf_attn_patch.conversion.calibration.own_pairs import heard, own_pairs
+from hf_attn_patch.conversion.calibration.written_pairs import written
+from hf_attn_patch.conversion.methods import registry
+
+SMALL = {"calibration_tokens": 2048, "calibration_length": 16}
+
+
+@pytest.fixture(autouse=True)
+def _real_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "DEFAULT", registry.AUTO)
+
+
+def made(stock: str, folder: Path, **more: Any) -> Path:
+    model = BY_NAME[stock].make(None, **({"eos_token_id": 2} | more))
+    model.save_pretrained(folder)
+    return folder
+
+
+def distance(stock: str, one: Path, other: Path) -> float:
+    """KL between two checkpoints' words, by transformers alone, on what neither made."""
+    case = BY_NAME[stock]
+    feed = case.inputs(batch=12, seed=7)
+    with torch.no_grad():
+        p, q = (
+            output(getattr(transformers, case.auto).from_pretrained(f).eval(), feed).log_softmax(-1)
+            for f in (one, other)
+        )
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+def test_words_follow_the_decoder(tmp_path: Path) -> None:
+    """First words occur as often as a plain forward says: chi-square; nothing forbidden, nothing after the end."""
+    made("bart", tmp_path / "src", vocab_size=12)
+    model = BY_NAME["bart"].make(None, vocab_size=12, eos_token_id=2)
+    N, read = 4096, torch.randint(3, 12, (1, 6), generator=torch.Generator().manual_seed(0))
+    memory = heard(model, read).expand(N, -1, -1)
+    said = written(
+        model, memory, torch.zeros(N, 1, dtype=torch.int64), 4, end=2, seed=1, forbidden=torch.tensor([5, 1])
+    )
+    with torch.no_grad():
+        logits = model(input_ids=read, decoder_input_ids=torch.zeros(1, 1, dtype=torch.int64)).logits[0, 0]
+    logits[[5, 1]] = -torch.inf
+    want = N * logits.softmax(-1)
+    got = torch.bincount(torch.tensor([row[1] for row in said]), minlength=12)
+    there = want > 0
+    assert not got[~there].any()
+    assert ((got - want).square() / want)[there].sum() < 9 + 5 * 18**0.5
+    assert all(2 not in row[1:-1] and len(row) <= 4 for row in said)
+    assert any(row[-1] == 2 and len(row) < 4 for row in said)
+    assert said == written(model, memory, start, 4, end=2, seed=1, forbidden=never)
+
+
+@pytest.mark.parametrize("stock", ["t5", "bart", "marian"])
+def test_pairs_are_what_the_decoder_says_of_what_it_said(stock: str, tmp_path: Path) -> None:
+    made(stock, tmp_path / "src")
+    ready = plan(tmp_path / "src", 2, check_load=False)
+    assert ready.method.name == "calibrated"
+    pairs = own_pairs(ready, load(ready), 24, 10)
+    read, ids = pairs.inputs
+    assert read.shape == (24, 10) and (read[:, -1] == 2).all() and len(ids) == 24 and ids.shape[1] <= 10
+    assert pairs.labels is not None and pairs.kept is not None
+    words = pairs.labels >= 0
+    assert (words == pairs.kept).all() and bool((ids[:, 1:][words[:, 1:]] == pairs.labels[:, :-1][words[:, 1:]]).all())
+
+
+@pytest.mark.parametrize("stock", ["t5", "bart", "marian", "whisper"])
+def test_without_data_less_is_lost_than_by_the_mean(stock: str, tmp_path: Path) -> None:
+    src = made(stock, tmp_path / "src")
+    if stock == "whisper":
+        from transformers import WhisperFeatureExtractor
+
+        WhisperFeatureExtractor(8, sampling_rate=3840, chunk_length=1).save_pretrained(src)
+        record = convert(src, tmp_path / "own", 1)
+    else:
+        record = convert(src, tmp_path / "own", 1, **SMALL)
+    convert(src, tmp_path / "mean", 1, method="mean")
+    assert any("made itself" in note and "--calibrate" in note for note in record["details"]["notes"])
+    assert record["details"]["held_out"]["kl"] > 0
+    assert distance(stock, src, tmp_path / "own") < 0.8 * distance(stock, src, tmp_path / "mean")
+
+
+def test_what_cannot_be_made_is_replaced_or_refused(tmp_path: Path) -> None:
+    """A Whisper without its feature extractor."""
+    src = made("whisper", tmp_path / "src")
+    record = convert(src, tmp_path / "dst", 1)
+    assert any("random inputs" in note and "feature extractor" in note for note in record["details"]["notes"])
+    with pytest.raises(ConversionError, match="feature extractor"):
+        convert(src, tmp_path / "asked", 1, calibrate="own")
+    made("t5", tmp_path / "t5")
+    with pytest.raises(ConversionError, match="other lengths"):
+        convert(tmp_path / "t5", tmp_path / "asked", 1, calibrate="own,python")
+
+
+@pytest.mark.parametrize("method", ["random", "auto"])
+def test_the_command_tells_what_an_encoder_decoder_lost(method: str, tmp_path: Path) -> None:
+    src = made("bart", tmp_path / "src")
+    words = ["convert", str(src), str(tmp_path / "dst"), "--kv-heads", "1", "--method", method]
+    shown = CliRunner().invoke(main, words)
+    assert shown.exit_code == 0, shown.output
+    assert "before" in shown.output and "encoder's attention keeps its 4 KV heads" in shown.output
+
+
+def test_babble_is_sound_of_a_voice() -> None:
+    """As loud as it says, of one seed one sound; most of its power where speech has it, and silence between."""
+    one, again = (babble(3.0, 16_000, torch.Generator().manual_seed(4)) for _ in range(2))
+    other = babble(3.0, 16_000, torch.Generator().manual_seed(5))
+    assert torch.equal(one, again) and not torch.equal(one, other)
+    assert len(one) == 48_000 and float(one.abs().max()) == pytest.approx(0.5) and bool(one.isfinite().all())
+    power = torch.fft.rfft(one.double()).abs().square()
+    frequency = torch.linspace(0, 8000, len(power))
+    assert power[(frequency > 80) & (frequency < 4000)].sum() > 0.6 * power.sum()
+    loudness = one.unfold(0, 800, 800).square().mean(1).sqrt()
+    assert float(loudness.min()) < 0.05 * float(loudness.max())
+    assert len(babble(0.5, 3840, torch.Generator().manual_seed(1))) == 1920  # no harmonics above half the rate
