@@ -53,7 +53,7 @@ def babble(seconds: float, rate: int, draw: torch.Generator) -> Tensor:
     pitch = between(85, 230) * torch.linspace(between(1.0, 1.25), between(0.75, 1.0), count)
     pitch = pitch * (1 + 0.05 * torch.sin(torch.arange(count) * between(0.02, 0.08)))
     T = round(seconds * rate)
-    sound = _voice(*(_stretched(x, T) for x in (pitch, voiced)), _stretched(formants.T, T), rate)
+    sound = _voice(_stretched(pitch, T), _stretched(voiced, T), _stretched(formants.T, T), rate)
     sound = sound / sound.abs().max().clamp_min(1e-6) + 0.25 * _hisses(_stretched(hiss, T), rate, draw)
     sound = sound + 1e-3 * torch.randn(T, generator=draw)
     return 0.5 * sound / sound.abs().max().clamp_min(1e-6)

@@ -67,7 +67,9 @@ def calibrated(
     if calibration_length is None and small and alone:
         calibration_length = longest(plan, MERGE_LENGTH)
     if not alone:
-        made = (calibration_tokens, calibration_length, calibration_samples or (MERGE_SAMPLES if small else None))
+        if calibration_samples is None and small:
+            calibration_samples = MERGE_SAMPLES
+        made = (calibration_tokens, calibration_length, calibration_samples)
         return _by_layers(plan, calibrate, made, refit, polish, group, where, asked)
     if refit or (texts and not polish):
         made = (calibration_tokens, calibration_length, None)

@@ -52,9 +52,8 @@ def test_words_follow_the_decoder(tmp_path: Path) -> None:
     model = BY_NAME["bart"].make(None, vocab_size=12, eos_token_id=2)
     N, read = 4096, torch.randint(3, 12, (1, 6), generator=torch.Generator().manual_seed(0))
     memory = heard(model, read).expand(N, -1, -1)
-    said = written(
-        model, memory, torch.zeros(N, 1, dtype=torch.int64), 4, end=2, seed=1, forbidden=torch.tensor([5, 1])
-    )
+    start, never = torch.zeros(N, 1, dtype=torch.int64), torch.tensor([5, 1])
+    said = written(model, memory, start, 4, end=2, seed=1, forbidden=never)
     with torch.no_grad():
         logits = model(input_ids=read, decoder_input_ids=torch.zeros(1, 1, dtype=torch.int64)).logits[0, 0]
     logits[[5, 1]] = -torch.inf
