@@ -319,7 +319,7 @@ def refuse(plan: Plan) -> None:
             f"{plan.model_type} has several attentions ({', '.join(sorted(stacks))}), which cannot be calibrated; "
             "use --method aligned"
         )
-    if plan.text_config is not plan.config:
+    if plan.text_config is not plan.config and (plan.family.becomes or not plan.units[0].layer.stack.causal):
         raise ConversionError(
             f"{plan.model_type} is part of a larger model, which cannot be calibrated on text; use --method aligned"
         )

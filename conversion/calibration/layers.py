@@ -107,7 +107,21 @@ def caller(arguments: Arguments, device: torch.device, memory: Tensor | None) ->
         return {k: filled(v, rows) for k, v in value.items()} if isinstance(value, dict) else value
 
     moved = move(arguments)
-    return lambda layer: lambda x, rows: run_layer(layer, x.float(), filled(moved, rows))
+
+    def run(layer: nn.Module, x: Tensor, rows: Rows) -> Tensor:
+        try:
+            return run_layer(layer, x.float(), filled(moved, rows))
+        except torch.OutOfMemoryError:
+            raise
+        except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
+            text = " ".join(str(error).split())[:150]
+            raise ConversionError(
+                f"{type(layer).__name__} cannot be run by itself ({text}), so this model cannot be calibrated layer by "
+                "layer: --no-refit --polish TOKENS takes a causal language model as a whole, --method aligned needs no "
+                "text"
+            ) from error
+
+    return lambda layer: lambda x, rows: run(layer, x, rows)
 
 
 def sides(plan: Plan, model: Any) -> list[LayerStack]:
@@ -117,13 +131,12 @@ def sides(plan: Plan, model: Any) -> list[LayerStack]:
     for layer in plan.layers:
         name = attention_name(model, layer)
         found.setdefault(layer_name(name), []).append((layer, name.removeprefix(layer_name(name) + ".")))
-    names = sorted(found, key=lambda name: int(name.rpartition(".")[2]))
+    # hybrids: text goes through the layers without attention too
+    lists = {name.rpartition(".")[0] for name in found}
+    names = [f"{path}.{i}" for path in lists for i in range(len(model.get_submodule(path)))]
+    names.sort(key=lambda name: int(name.rpartition(".")[2]))
     blocks = {
-        name: Block(
-            model.get_submodule(name),
-            student.get_submodule(layer_name(attention_name(student, found[name][0][0]))),
-            tuple(found[name]),
-        )
+        name: Block(model.get_submodule(name), student.get_submodule(name), tuple(found.get(name, ())))
         for name in names
     }
     if not plan.config.is_encoder_decoder:
@@ -163,6 +176,10 @@ def attention_name(model: nn.Module, layer: Any) -> str:
     prefix = layer.prefix.rstrip(".")
     found = [n for n, _ in model.named_modules() if n == local or n.endswith("." + local)]
     exact = [n for n in found if n == prefix or n.endswith("." + prefix) or prefix.endswith("." + n)] or found
+    decoder: Any = getattr(model, "get_decoder", None)
+    if len(exact) > 1 and callable(decoder):
+        inside = {id(module) for module in decoder().modules()}  # not the towers beside the language model
+        exact = [n for n in exact if id(model.get_submodule(n)) in inside]
     if len(exact) != 1:
         raise ConversionError(
             f"{type(model).__name__} has {len(exact)} modules {local!r}; use --method aligned, which needs no text"

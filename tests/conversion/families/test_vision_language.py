@@ -4,44 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import transformers
 from checkpoints import tensors
 from click.testing import CliRunner
-from tiny_families import COMMON
+from vlms import VLMS
 
 from hf_attn_patch.cli import main
 from hf_attn_patch.conversion import convert
 
 IDS = torch.tensor([[5, 9, 33, 2, 17, 60, 41]])
-
-
-TEXT = {**COMMON, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 0]}}
-VISION = {
-    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 16,
-    "patch_size": 8,
-}  # fmt: skip
-VLMS: dict[str, dict[str, Any]] = {
-    "llava": {
-        "text_config": {"model_type": "llama", **COMMON},
-        "vision_config": {"model_type": "clip_vision_model", **VISION},
-    },
-    "qwen2_vl": {
-        "text_config": TEXT,
-        "vision_config": {"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "patch_size": 8},
-    },
-    "gemma3": {
-        "text_config": {**COMMON, "head_dim": 6},
-        "vision_config": {"model_type": "siglip_vision_model", **VISION},
-    },
-    "idefics3": {
-        "text_config": {"model_type": "llama", **COMMON},
-        "vision_config": {"model_type": "idefics3_vision", **VISION},
-    },
-}
 
 
 @pytest.mark.parametrize("model_type", list(VLMS))
