@@ -47,7 +47,7 @@ def from_pretrained(
     """
     made = make_plan(
         src, num_key_value_heads, method=method, seed=seed, revision=revision, allow_pickle=allow_pickle,
-        check_load=False, **dict(options or {}),
+        **dict(options or {}),
     )  # fmt: skip
     with no_reading_errors(made.source.name):
         state = converted_state(made, allow_nonfinite=allow_nonfinite)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hf_attn_patch.conversion.plan_data import Plan
 from hf_attn_patch.documents.bars import progress_bar
+from hf_attn_patch.documents.positions import positions_of
 from hf_attn_patch.documents.tokenizers import load_tokenizer
 from hf_attn_patch.errors import ConversionError, TrainingError
 
@@ -227,7 +228,8 @@ def longest(plan: Plan, at_most: int, asked: int | None = None) -> int:
     Raises:
         ConversionError: ``asked`` is more than that, or nothing.
     """
-    limit = getattr(plan.text_config, "max_position_embeddings", None)
+    limit = positions_of(plan.text_config)
     if asked is not None and (asked < 2 or (limit and asked > limit)):
-        raise ConversionError(f"--calibration-length {asked}: give 2 or more" + f", at most {limit}" * bool(limit))
+        most = f", at most the {limit} positions of {plan.source.name}" * bool(limit)
+        raise ConversionError(f"--calibration-length {asked}: give 2 or more{most}")
     return min(at_most, max(2, int(limit or at_most) - 2))

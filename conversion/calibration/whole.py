@@ -20,6 +20,7 @@ from hf_attn_patch.conversion.methods.aligned import Aligned
 from hf_attn_patch.conversion.methods.apply import to_heads
 from hf_attn_patch.conversion.plan_data import Plan, Unit
 from hf_attn_patch.documents.bars import progress_bar
+from hf_attn_patch.documents.positions import positions_of
 from hf_attn_patch.errors import ConversionError
 
 from .copies import LONGEST, joined_rows, with_copies
@@ -102,7 +103,7 @@ class Whole:
 
     def _long(self, ids: Tensor) -> Tensor:
         """The calibration text as it is polished on: see :mod:`.copies`."""
-        context = getattr(self.plan.text_config, "max_position_embeddings", None) or LONGEST
+        context = positions_of(self.plan.text_config) or LONGEST
         step = self._batch(PolishRecipe.batch_tokens) * ids.shape[1]  # what there is memory for
         rows = joined_rows(ids, min(LONGEST, context, step, self.tokens // PolishRecipe.STEPS))
         return with_copies(rows, self.plan.seed)

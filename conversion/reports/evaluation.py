@@ -19,7 +19,8 @@ from hf_attn_patch.compat.transformers import attention_name
 from hf_attn_patch.conversion.checkpoints.sizes import human
 from hf_attn_patch.conversion.loadcheck import device_named, quiet
 from hf_attn_patch.documents.bars import progress_bar
-from hf_attn_patch.documents.stranger_json import check_model_folder
+from hf_attn_patch.documents.positions import positions_of
+from hf_attn_patch.documents.stranger_models import check_model
 from hf_attn_patch.documents.tokenizers import first_line, load_tokenizer, require_same_vocabulary
 from hf_attn_patch.errors import ConversionError, TrainingError
 from hf_attn_patch.losses.chunked import Head, linear_loss
@@ -147,9 +148,9 @@ def load_causal(name: str, device: torch.device, dtype: str, attention: str | No
 
     import hf_attn_patch  # also registers the attention and the grouped model families
 
-    check_model_folder(name)
     with quiet(), progress_bar(desc=f"loading {name}", leave=False):
         try:
+            check_model(name, transformers.AutoModelForCausalLM)
             model, info = transformers.AutoModelForCausalLM.from_pretrained(
                 name,
                 dtype=dtype,
@@ -158,6 +159,8 @@ def load_causal(name: str, device: torch.device, dtype: str, attention: str | No
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # told below, with what is missing
             )
+        except ConversionError:
+            raise
         except Exception as error:  # of the model's constructor, torch or safetensors, from whatever the files hold
             text = first_line(error)
             raise ConversionError(f"{name} is no causal language model that can be loaded: {text}") from None
@@ -273,7 +276,7 @@ def evaluate(
         ids = text_ids(tokenizer, content, tokens)
         if len(ids) and int(ids.max()) >= model.get_input_embeddings().num_embeddings:
             raise ConversionError(f"{name}: its tokenizer has ids that the model has no embedding for")
-        limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or context
+        limit = positions_of(model.config) or context
         if limit < 2:
             raise ConversionError(f"{name} reads {limit} token at a time: nothing can be predicted from it")
         used = min(context, limit)

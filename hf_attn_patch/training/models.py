@@ -6,7 +6,9 @@ from typing import Any, Literal, cast
 
 import torch
 
+from hf_attn_patch.documents.positions import positions_of
 from hf_attn_patch.documents.stranger_json import check_model_folder
+from hf_attn_patch.documents.stranger_models import check_model
 from hf_attn_patch.documents.tokenizers import first_line, load_tokenizer, require_same_vocabulary
 from hf_attn_patch.errors import TrainingError
 
@@ -64,6 +66,7 @@ def load_model(name: str, config: Any, kind: Kind, *, attention: str, dtype: tor
         "encoder": transformers.AutoModelForMaskedLM if masked else transformers.AutoModel,
     }[kind]
     try:
+        check_model(name, auto, config)
         return auto.from_pretrained(
             name, config=config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
         )
@@ -88,7 +91,7 @@ def make_objective(model: Any, kind: Kind, options: UptrainOptions) -> Objective
 
 def load_student(options: UptrainOptions, config: Any, kind: Kind) -> Any:
     """The model that will be trained, in the dtype of its optimiser."""
-    require_positions(config, options.sequence_length)
+    require_positions(options.model, config, options.sequence_length)
     dtype = getattr(torch, options.dtype)
     model = load_model(options.model, config, kind, attention=options.attn_implementation, dtype=dtype)
     model.train()
@@ -106,17 +109,17 @@ def load_teacher(options: UptrainOptions, tokenizer: Any, config: Any, kind: Kin
     assert options.teacher is not None
     teacher_config = load_config(options.teacher)
     require_same_vocabulary(tokenizer, load_tokenizer(options.teacher), config, teacher_config)
-    require_positions(teacher_config, options.sequence_length)
+    require_positions(options.teacher, teacher_config, options.sequence_length)
     model = load_model(options.teacher, teacher_config, kind, attention=options.attn_implementation, dtype=dtype)
     return make_objective(freeze(model), kind, options).eval()
 
 
-def require_positions(config: Any, S: int) -> None:
+def require_positions(name: str, config: Any, S: int) -> None:
     """Refuse sequences longer than the model was built for.
 
     Raises:
         TrainingError: they are.
     """
-    longest = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if longest is not None and longest > 0 and longest < S:
-        raise TrainingError(f"--sequence-length {S} is more than the model's {longest} positions")
+    longest = positions_of(config)
+    if longest is not None and longest < S:
+        raise TrainingError(f"--sequence-length {S} is more than the {longest} positions of {name}")

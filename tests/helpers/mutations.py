@@ -24,7 +24,7 @@ CONFIG_KEYS = (
     "sub_configs", "base_model_tp_plan", "problem_type", "task_specific_params", "chunk_size_feed_forward",
 )  # fmt: skip
 
-_NUMBERS = (0, 1, -1, 2, 3, 7, 255, 2**15, 2**31, 2**53 + 1, 2**63, 2**64, -(2**63), 10**30, 10**400)
+_NUMBERS = (0, 1, -1, 2, 3, 7, 255, 900, 2**15, 2**24, 2**27, 2**31, 2**53 + 1, 2**63, 2**64, -(2**63), 10**30, 10**400)
 _REALS = (0.0, -0.5, 0.3, 1e308, 1e-320, float("nan"), float("inf"), -float("inf"))
 _TEXTS = (
     "", " ", "x", "0", "32", "llama", "float16", "torch.float16", "full_attention", "sliding_attention", "../../x",

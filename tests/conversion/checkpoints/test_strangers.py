@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
@@ -203,6 +204,35 @@ def test_config_bombs(change: dict[str, object], src: Path) -> None:
     refused(src.parent, "convert", src, src.parent / "dst", "--kv-heads", 2, words="config")
     assert time.process_time() - begun < 5
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 8 << 20  # kB
+
+
+@pytest.mark.parametrize(
+    "change", [{"vocab_size": 20_000_000}, {"intermediate_size": 2**27}, {"num_hidden_layers": 900}]
+)
+@pytest.mark.parametrize("reader", ["evaluate", "train", "load"])
+def test_config_bombs_where_models_are_loaded(reader: str, change: dict[str, int], tmp_path: Path) -> None:
+    """transformers makes what a checkpoint lacks, in full and at random, before it tells that it was lacking."""
+    from tiny import save_tiny, tiny_llama
+
+    from hf_attn_patch import HFAttnError
+    from hf_attn_patch.conversion.loading import from_pretrained
+    from hf_attn_patch.training.models import load_config, load_model
+
+    src = Path(save_tiny(tmp_path / "src", tiny_llama(4)))
+    change_config(src, **change)
+    (tmp_path / "text.txt").write_text("some text\n" * 40)
+    begun, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    readers = {
+        "train": lambda: load_model(str(src), load_config(str(src)), "causal", attention="eager", dtype=torch.float32),
+        "load": lambda: from_pretrained(transformers.AutoModelForCausalLM, src, num_key_value_heads=2),
+    }
+    if reader == "evaluate":
+        refused(tmp_path, "evaluate", src, "--text", tmp_path / "text.txt", words="config.json asks for")
+    else:
+        with pytest.raises(HFAttnError, match=r"config.json asks for|asks for \[|config.json says|though config.json"):
+            readers[reader]()
+    assert time.process_time() - begun < 5
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500 << 10  # kB
 
 
 def test_real_configs_are_believed() -> None:

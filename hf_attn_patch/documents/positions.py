@@ -1,0 +1,33 @@
+"""How long a sequence a model can read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+#: families whose learned positions begin behind the padding token's: RoBERTa and what is made after it
+BEHIND_PADDING = frozenset({
+    "altclip_text_model", "bridgetower_text_model", "camembert", "clap_text_model", "data2vec-text", "esm", "ibert",
+    "layoutlmv3", "lilt", "longformer", "luke", "markuplm", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta",
+    "xlm-roberta-xl", "xmod",
+})  # fmt: skip
+
+
+def positions_of(config: Any) -> int | None:
+    """The most tokens of a sequence; None where a config names no bound.
+
+    Args:
+        config: of a language model, or of one that has such a part.
+
+    >>> import transformers
+    >>> positions_of(transformers.BertConfig()), positions_of(transformers.RobertaConfig(max_position_embeddings=514))
+    (512, 512)
+    """
+    text = config.get_text_config(decoder=True)
+    most = getattr(text, "max_position_embeddings", None)
+    if not most or most < 0:
+        return None
+    family = str(text.model_type).removeprefix("gqa_")
+    if family not in BEHIND_PADDING or getattr(text, "position_embedding_type", None) not in (None, "absolute"):
+        return int(most)  # ESM also has rotary positions
+    padding = 1 if family == "mpnet" else int(text.pad_token_id or 0)
+    return int(most) - padding - 1
