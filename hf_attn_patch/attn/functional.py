@@ -40,7 +40,8 @@ def attention(
     Args:
         q: [B, HQ, Sq, D]. k: [B, HKV, Sk, D]. v: [B, HKV, Sk, Dv], HQ a multiple of HKV. One floating dtype and device.
         mask: bool (True: may be seen) or float (added to the scores), broadcastable to [B, HQ, Sq, Sk]; or bool
-            [B, Sk], the valid keys, which is what a bool of that shape always is (give [1, 1, Sq, Sk] where B == Sq).
+            [B, Sk], the valid keys; where B == Sq > 1 that could also be [Sq, Sk], and is refused: give
+            [B, 1, 1, Sk] or [1, 1, Sq, Sk].
         causal: query i sees keys up to ``i + Sk - Sq`` (aligned at the lower right, as FlashAttention does).
         window: an int w: the last w keys, itself included (implies ``causal``'s alignment); or (left, right) keys on
             each side, None for no bound.
@@ -124,6 +125,11 @@ def _seen(
     visibility: Full | Dense = plain
     if mask is not None:
         if mask.dim() == 2 and mask.dtype == torch.bool and mask.shape == (B, Sk):
+            if B == Sq > 1:
+                raise AttentionError(
+                    f"a bool mask {list(mask.shape)} for B = Sq = {B} can mean the valid keys of each sequence or one mask "
+                    "[Sq, Sk] for all: say which with mask[:, None, None] or mask[None, None]"
+                )
             mask = mask[:, None, None, :]
         _check_broadcast("mask", mask, (B, HQ, Sq, Sk))
         if mask.dtype == torch.bool:

@@ -250,3 +250,17 @@ def test_a_long_sequence_behind_a_short_window_is_done_in_blocks(Sq, more, left,
         aim = torch.randn(got.shape, dtype=got.dtype, generator=generator)
         for a, b in zip(*(torch.autograd.grad((o * aim).sum(), (q, k, v)) for o in (got, want)), strict=True):
             torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-9)
+
+
+def test_a_bool_mask_that_could_be_read_in_two_ways_is_refused():
+    """[B, Sk] and [Sq, Sk] look the same where B == Sq: neither is guessed, and both can be said."""
+    q, k = torch.randn(3, 4, 3, 8), torch.randn(3, 2, 5, 8)
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [0, 0, 1, 1, 0]]).bool()
+    with pytest.raises(AttentionError, match=r"mask\[:, None, None\] or mask\[None, None\]"):
+        attention(q, k, k, mask=mask)
+    whole = k.repeat_interleave(2, 1)
+    for said in (mask[:, None, None], mask[None, None]):
+        expected = torch.nn.functional.scaled_dot_product_attention(q, whole, whole, attn_mask=said)
+        torch.testing.assert_close(attention(q, k, k, mask=said), expected)
+    attention(q[:1, :, :1], k[:1], k[:1], mask=mask[:1])  # one query of one sequence: both readings are one
+    attention(q[:, :, :2], k, k, mask=mask)
