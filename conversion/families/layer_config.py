@@ -24,10 +24,15 @@ def layer_overrides(config: Any) -> dict[int, dict[str, Any]]:
     return {int(layer): own for layer, own in saved.items()}
 
 
+#: keys (with or without underscores before them) by which a config chooses code
+CODE = ("attn_implementation", "experts_implementation")
+
+
 def config_object(raw: Mapping[str, Any]) -> Any:
     """A config.json as transformers' config object.
 
-    Its files write floats that JSON has not as ``{"__float__": "Infinity"}``, which ``from_dict`` takes as they are.
+    Its files write floats that JSON has not as ``{"__float__": "Infinity"}``, which ``from_dict`` takes as they are. An
+    attention that it names is left out: transformers would fetch a kernel of that name, and run it.
 
     Raises:
         KeyError: this transformers does not know the model type; and whatever its classes refuse a config with.
@@ -41,5 +46,5 @@ def _decoded(value: Any) -> Any:
     if isinstance(value, Mapping):
         if set(value) == {"__float__"} and value["__float__"] in ("Infinity", "-Infinity", "NaN"):
             return float(value["__float__"])
-        return {key: _decoded(inner) for key, inner in value.items()}
+        return {key: _decoded(inner) for key, inner in value.items() if not str(key).lstrip("_").startswith(CODE)}
     return [_decoded(inner) for inner in value] if isinstance(value, list) else value

@@ -20,7 +20,7 @@ from hf_attn_patch.conversion.checkpoints.sizes import human
 from hf_attn_patch.conversion.loadcheck import device_named, quiet
 from hf_attn_patch.documents.bars import progress_bar
 from hf_attn_patch.documents.positions import positions_of
-from hf_attn_patch.documents.stranger_models import check_model
+from hf_attn_patch.documents.stranger_models import check_model, config_of
 from hf_attn_patch.documents.tokenizers import first_line, load_tokenizer, require_same_vocabulary
 from hf_attn_patch.errors import ConversionError, TrainingError
 from hf_attn_patch.losses.chunked import Head, linear_loss
@@ -150,9 +150,11 @@ def load_causal(name: str, device: torch.device, dtype: str, attention: str | No
 
     with quiet(), progress_bar(desc=f"loading {name}", leave=False):
         try:
-            check_model(name, transformers.AutoModelForCausalLM)
+            config = config_of(name)
+            check_model(name, transformers.AutoModelForCausalLM, config)
             model, info = transformers.AutoModelForCausalLM.from_pretrained(
                 name,
+                config=config,
                 dtype=dtype,
                 attn_implementation=attention or "eager",
                 trust_remote_code=False,

@@ -127,8 +127,8 @@ def _seen(
         if mask.dim() == 2 and mask.dtype == torch.bool and mask.shape == (B, Sk):
             if B == Sq > 1:
                 raise AttentionError(
-                    f"a bool mask {list(mask.shape)} for B = Sq = {B} can mean the valid keys of each sequence or one mask "
-                    "[Sq, Sk] for all: say which with mask[:, None, None] or mask[None, None]"
+                    f"a bool mask {list(mask.shape)} for B = Sq = {B} can mean the valid keys of each sequence or one "
+                    "mask [Sq, Sk] for all: say which with mask[:, None, None] or mask[None, None]"
                 )
             mask = mask[:, None, None, :]
         _check_broadcast("mask", mask, (B, HQ, Sq, Sk))

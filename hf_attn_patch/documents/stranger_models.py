@@ -1,10 +1,11 @@
-"""A stranger's model, before a library loads it: what its config asks for must be what its files can hold."""
+"""A stranger's model before a library loads it: its config asks for what its files can hold, and for no code."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+from hf_attn_patch.compat.transformers import set_attention_name
 from hf_attn_patch.errors import ConversionError
 
 from .stranger_json import check_model_folder
@@ -15,7 +16,25 @@ WEIGHTS = ("*.safetensors", "*.bin")
 NUMBERS_PER_BYTE = 2
 
 
-def check_model(name: str, auto_class: Any, config: Any = None) -> None:
+def config_of(name: str) -> Any:
+    """A model's config, which chooses no attention: transformers fetches a kernel that a config names, and runs it.
+
+    Args:
+        name: a folder, or a hub id.
+
+    Raises:
+        ConversionError: it asks for too much.
+        Exception: whatever transformers refuses it with.
+    """
+    import transformers
+
+    check_model_folder(name)
+    config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+    set_attention_name(config, "eager")
+    return config
+
+
+def check_model(name: str, auto_class: Any, config: Any) -> None:
     """Refuse a model that would be filled up with numbers of which its files have none.
 
     transformers makes every tensor that a checkpoint lacks, at random and in full, before it tells which they were.
@@ -23,21 +42,18 @@ def check_model(name: str, auto_class: Any, config: Any = None) -> None:
     Args:
         name: a folder; anything else (a hub id) is left to transformers.
         auto_class: that will load it, such as ``AutoModelForCausalLM``.
-        config: its config, if it was read already.
+        config: its config, by :func:`config_of`.
 
     Raises:
-        ConversionError: the config asks for too much by itself, or for more than the files can hold.
+        ConversionError: the config asks for more than the files can hold.
         Exception: whatever transformers refuses the config with.
     """
     import torch
-    import transformers
 
-    check_model_folder(name)
     folder = Path(name).expanduser()
     held = sum(path.stat().st_size for pattern in WEIGHTS for path in folder.glob(pattern) if path.is_file())
     if not held:
         return
-    config = config or transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
     with torch.device("meta"):
         model = auto_class.from_config(config, trust_remote_code=False, attn_implementation="eager")
     wanted = sum(parameter.numel() for parameter in model.parameters())

@@ -7,8 +7,7 @@ from typing import Any, Literal, cast
 import torch
 
 from hf_attn_patch.documents.positions import positions_of
-from hf_attn_patch.documents.stranger_json import check_model_folder
-from hf_attn_patch.documents.stranger_models import check_model
+from hf_attn_patch.documents.stranger_models import check_model, config_of
 from hf_attn_patch.documents.tokenizers import first_line, load_tokenizer, require_same_vocabulary
 from hf_attn_patch.errors import TrainingError
 
@@ -26,13 +25,11 @@ def load_config(name: str) -> Any:
     Raises:
         TrainingError: there is no such model.
     """
-    import transformers
 
     import hf_attn_patch  # noqa: F401  (registers the attention and the grouped model families)
 
     try:
-        check_model_folder(name)
-        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+        config = config_of(name)
     except Exception as error:  # a config class refuses what it does not like with whatever it runs into
         raise TrainingError(f"{name} is no model that can be loaded: {first_line(error)}") from error
     names = getattr(config, "architectures", None) or []

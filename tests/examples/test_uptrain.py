@@ -218,7 +218,7 @@ def test_what_cannot_work_is_refused_with_a_way_out(world, uptrain, tmp_path):
     )
     assert "there is no file or folder" in refused(uptrain, arguments(world, "x", dataset="./none"))
     assert "is no model that can be loaded" in refused(uptrain, arguments(world, "x", model=tmp_path))
-    assert f"--sequence-length 512 is more than the 256 positions of {world / 'S'}" in refused(
+    assert f"--sequence-length 512 is more than the 256 positions of {world / 'T'}" in refused(
         uptrain, arguments(world, "x", sequence_length=512)
     )
     assert "--log-with none-such: that tracker is not installed; installed: " in refused(

@@ -235,6 +235,28 @@ def test_config_bombs_where_models_are_loaded(reader: str, change: dict[str, int
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500 << 10  # kB
 
 
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+@pytest.mark.parametrize(
+    "name", ["kernels-community/flash-attn", "evil/kernel", {"": "evil/kernel"}, "flash_attention_2"]
+)
+def test_a_config_chooses_no_kernel(key: str, name: object, tmp_path: Path) -> None:
+    """transformers would fetch it and run its code, or refuse a machine without FlashAttention."""
+    from tiny import save_tiny, tiny_llama
+
+    from hf_attn_patch.training.models import load_config, load_model
+
+    src = Path(save_tiny(tmp_path / "src", tiny_llama(4)))
+    change_config(src, **{key: name})
+    (tmp_path / "text.txt").write_text("some text\n" * 40)
+    for command in (
+        ("convert", src, tmp_path / "dst", "--kv-heads", 2, "--method", "mean", "-q"),
+        ("evaluate", src, "--text", tmp_path / "text.txt", "--tokens", 20, "--no-speed"),
+    ):
+        done = run(*command)
+        assert done.exit_code == 0, done.output
+    load_model(str(src), load_config(str(src)), "causal", attention="sdpa", dtype=torch.float32)
+
+
 def test_real_configs_are_believed() -> None:
     """The largest numbers of public models: 126 layers, 384 experts, 21,843 labels, 48 blocks in a stage."""
     config = {"num_hidden_layers": 126, "n_routed_experts": 384, "num_labels": 21_843, "depths": [3, 4, 48, 3]}
