@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
+
+from hf_attn_patch.documents.paths import user_path
 
 from .checkpoints.hub import resolve
 from .checkpoints.reader import no_reading_errors
@@ -101,14 +102,14 @@ def convert(
     from .execute import execute
     from .reports.card import model_card
 
-    target = Path(dst).expanduser()
+    target = user_path(dst)
     if isinstance(src, Plan):
         made = src
     else:
         if kv_heads is None:
             raise TypeError("convert() needs kv_heads")
-        if Path(src).exists():
-            check_apart(Path(src), target)
+        if user_path(src).exists():
+            check_apart(user_path(src), target)
         check_destination(target, overwrite)
         if dequantize:
             from .unpacking import dequantized

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from pathlib import Path
+import os
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ def parse_sources(text: str) -> list[tuple[str, float]]:
     >>> parse_sources("own,python"), parse_sources("own:1,notes.txt:3")
     ([('own', 0.5), ('python', 0.5)], [('own', 0.25), ('notes.txt', 0.75)])
     """
-    if Path(text).expanduser().exists():
+    if os.path.exists(os.path.expanduser(text)):
         return [(text, 1.0)]
     found = []
     for part in text.split(","):

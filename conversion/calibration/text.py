@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hf_attn_patch.conversion.plan_data import Plan
 from hf_attn_patch.documents.bars import progress_bar
+from hf_attn_patch.documents.paths import user_path
 from hf_attn_patch.documents.positions import positions_of
 from hf_attn_patch.documents.tokenizers import load_tokenizer
 from hf_attn_patch.errors import ConversionError, TrainingError
@@ -53,7 +54,7 @@ def documents(source: str, seed: int) -> Iterator[str]:
     Raises:
         ConversionError: there is nothing of the kind.
     """
-    path = Path(source).expanduser()
+    path = user_path(source)
     if source == INSTALLED and not path.exists():
         yield from installed_documents(seed)
     elif path.is_file() and path.suffix.lower() in (".jsonl", ".json", ".ndjson"):

@@ -6,6 +6,7 @@ import os
 import re
 from pathlib import Path
 
+from hf_attn_patch.documents.paths import user_path
 from hf_attn_patch.errors import ConversionError
 
 from .reader import COMPANION_NAMES, COMPANION_SUFFIXES, PICKLE_SINGLE, Source, no_reading_errors, open_source
@@ -20,7 +21,7 @@ def resolve(src: str | os.PathLike[str], *, revision: str | None = None, allow_p
         ConversionError: there is no such folder or model, or it is broken.
     """
     text = os.fspath(src)
-    folder = Path(text).expanduser()
+    folder = user_path(text)
     if folder.exists():
         if revision is not None:
             raise ConversionError(f"--revision belongs to a hub id, but {text} is a folder")

@@ -19,6 +19,7 @@ from hf_attn_patch.compat.transformers import attention_name
 from hf_attn_patch.conversion.checkpoints.sizes import human
 from hf_attn_patch.conversion.loadcheck import device_named, quiet
 from hf_attn_patch.documents.bars import progress_bar
+from hf_attn_patch.documents.paths import user_path
 from hf_attn_patch.documents.positions import positions_of
 from hf_attn_patch.documents.stranger_models import check_model, config_of
 from hf_attn_patch.documents.tokenizers import first_line, load_tokenizer, require_same_vocabulary
@@ -171,7 +172,12 @@ def load_causal(name: str, device: torch.device, dtype: str, attention: str | No
         with contextlib.suppress(hf_attn_patch.AttentionError):  # eager, which the report names
             hf_attn_patch.enable(model)
     model = model.to(device).eval()
-    refuse_bidirectional(name, model)
+    try:
+        refuse_bidirectional(name, model)
+    except ConversionError:
+        raise
+    except Exception as error:  # its first forward: of the model's own code, on what its config says
+        raise ConversionError(f"{name} ({type(model).__name__}) cannot be run: {first_line(error)}") from error
     return model
 
 
@@ -259,7 +265,7 @@ def evaluate(
         import_lm_eval()
         task_names(lm_eval)
     where = device_named(device)
-    if not Path(text).expanduser().is_file():
+    if not user_path(text).is_file():
         raise ConversionError(f"--text: there is no file {text}")
     content = "\n\n".join(documents(str(text), 0))
     truth: Any = None if source is None else load_causal(source, where, dtype, attention)

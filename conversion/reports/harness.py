@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
+from hf_attn_patch.documents.paths import user_path
 from hf_attn_patch.errors import ConversionError
 
 
@@ -32,7 +32,7 @@ def task_names(tasks: str) -> tuple[list[str], list[str]]:
         if not entry.endswith((".yaml", ".yml")):
             names.append(entry)
             continue
-        path = Path(entry).expanduser()
+        path = user_path(entry)
         if not path.is_file():
             raise ConversionError(f"--lm-eval: there is no file {entry}")
         named = re.search(r"^task:\s*[\"']?([^\s\"'#]+)", path.read_text(encoding="utf-8"), re.MULTILINE)

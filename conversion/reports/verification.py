@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from hf_attn_patch.conversion.methods.registry import METHODS
 from hf_attn_patch.conversion.plan_data import Plan
 from hf_attn_patch.conversion.planner import make_plan
 from hf_attn_patch.documents.bars import progress_bar
+from hf_attn_patch.documents.paths import user_path
 from hf_attn_patch.documents.stranger_json import CONFIG_BYTES, parse_json_object, read_small
 from hf_attn_patch.errors import ConversionError
 
@@ -51,7 +51,7 @@ def verify(src: StrPath, dst: StrPath, *, revision: str | None = None, allow_pic
     Raises:
         ConversionError: one of the two is missing or broken, or ``dst`` has no record.
     """
-    folder = Path(dst).expanduser()
+    folder = user_path(dst)
     record_path = folder / "conversion.json"
     if not folder.is_dir():
         raise ConversionError(f"{folder} is no folder")

@@ -15,7 +15,8 @@ import click
 
 from hf_attn_patch.conversion.methods.registry import AUTO, METHODS, all_options
 from hf_attn_patch.documents.bars import no_progress, progress_bar
-from hf_attn_patch.errors import ConversionError
+from hf_attn_patch.documents.paths import user_path
+from hf_attn_patch.errors import ConversionError, HFAttnError
 
 if TYPE_CHECKING:
     from hf_attn_patch.conversion.plan_data import Plan
@@ -56,11 +57,34 @@ def user_errors(function: Callable[..., Any]) -> Callable[..., Any]:
                 check_picture(kwargs["picture"])
             with no_progress(kwargs.get("quiet", False)):
                 return function(*args, **kwargs)
-        except ConversionError as error:
-            click.echo(f"Error: {printable(str(error))}", err=True)
+        except Exception as error:
+            sentence = sentence_of(error)
+            if sentence is None:
+                raise
+            click.echo(f"Error: {printable(sentence)}", err=True)
             sys.exit(2)
 
     return wrapper
+
+
+def sentence_of(error: Exception) -> str | None:
+    """What to tell of an error that a user, the disk or a lack of memory caused; None for a fault of ours.
+
+    >>> sentence_of(FileNotFoundError(2, "No such file or directory", "a.png"))
+    'a.png cannot be used: No such file or directory'
+    >>> sentence_of(KeyError("x"))
+    """
+    if isinstance(error, HFAttnError):
+        return str(error)
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or 'a file'} cannot be used: {error.strerror}"
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, of a GPU
+        where = "this machine" if isinstance(error, MemoryError) else "the GPU"
+        return (
+            f"{where} has not enough memory for this; what helps: fewer tokens at a time (--context, "
+            "--calibration-length), --device cpu, or no other program beside it"
+        )
+    return None
 
 
 def printable(text: str) -> str:
@@ -74,7 +98,7 @@ def printable(text: str) -> str:
 
 def check_picture(name: str) -> None:
     """What is known of ``--plot`` before any work is done: that its folder is there."""
-    folder = Path(name).expanduser().parent
+    folder = user_path(name).parent
     if not folder.is_dir():
         raise ConversionError(f"--plot {name}: there is no folder {folder}")
 
@@ -271,9 +295,9 @@ def _check_places(src: str, dst: str | None, overwrite: bool, repository: str | 
     if repository:
         check_repo_id(repository)
     if dst is not None:
-        if Path(src).exists():
-            check_apart(Path(src), Path(dst))
-        check_destination(Path(dst), overwrite)
+        if user_path(src).exists():
+            check_apart(user_path(src), user_path(dst))
+        check_destination(user_path(dst), overwrite)
 
 
 def _tell(record: dict[str, Any], plan: Plan, dst: str) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_attn_patch.documents.paths import user_path
 from hf_attn_patch.errors import TrainingError
 
 from .sources import open_documents
@@ -54,7 +55,7 @@ def recordings(source: str, seed: int = 0) -> Iterator[Recording]:
     Raises:
         TrainingError: nothing is there, or it cannot be read.
     """
-    path = Path(source).expanduser()
+    path = user_path(source)
     if path.is_file() and path.suffix.lower() in SUFFIXES:
         yield _read_file(path)
         return
@@ -103,7 +104,7 @@ def _of_data_set(source: str, seed: int) -> Iterator[Recording]:
         raise TrainingError(f"{source} has no column of sound (datasets.Audio); its columns: {there}")
     texts = next((name for name in COLUMNS if name in features), None)
     records = records.cast_column(column, datasets.Audio(decode=False))
-    if not Path(source).expanduser().exists():
+    if not user_path(source).exists():
         records = records.shuffle(seed=seed, buffer_size=100)
     for number, record in enumerate(records):
         sound, name = record[column], f"record {number} of {source}"

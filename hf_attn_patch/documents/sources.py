@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 from typing import Any, Literal
 
+from hf_attn_patch.documents.paths import user_path
 from hf_attn_patch.errors import TrainingError
 
 from .bars import no_progress_bars
@@ -56,7 +57,7 @@ def open_documents(
         TrainingError: nothing is there that can be read, or its files are of several kinds.
     """
     datasets = import_datasets()
-    path = Path(name).expanduser()
+    path = user_path(name)
     if any((path / file).is_file() for file in ("state.json", "dataset_dict.json")):  # from save_to_disk
         found = datasets.load_from_disk(str(path))
         if isinstance(found, dict):

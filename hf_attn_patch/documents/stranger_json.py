@@ -7,6 +7,7 @@ Such numbers are bounded here by what any real model has.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,7 +41,7 @@ def check_model_folder(name: str) -> None:
     Raises:
         ConversionError: its config.json is too large, no JSON object, or asks for too much.
     """
-    path = Path(name).expanduser() / "config.json"
+    path = Path(os.path.expanduser(name)) / "config.json"
     if path.is_file():
         check_config_limits(parse_json_object(read_small(path, CONFIG_BYTES), str(path)), str(path))
 

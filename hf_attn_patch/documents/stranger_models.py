@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def check_model(name: str, auto_class: Any, config: Any) -> None:
     """
     import torch
 
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))
     held = sum(path.stat().st_size for pattern in WEIGHTS for path in folder.glob(pattern) if path.is_file())
     if not held:
         return

@@ -55,7 +55,7 @@ def _make_room(folder: Path, options: UptrainOptions) -> None:
     """
     places = {name: folder / name for name in (CHECKPOINTS, BEST, "config.json")}
     for source in filter(None, (options.model, options.teacher, options.dataset, options.eval_dataset)):
-        path = Path(source).expanduser().resolve()
+        path = Path(os.path.expanduser(source)).resolve()
         if path == folder.resolve() or any(p.resolve() in (path, *path.parents) for p in places.values()):
             raise TrainingError(f"--output {folder} would be written over {source}, which is read; give another folder")
     remove_leftovers(places[CHECKPOINTS], options.keep)
