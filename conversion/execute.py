@@ -18,6 +18,7 @@ from .checkpoints.dtypes import has_nonfinite
 from .checkpoints.reader import INDEX, Source
 from .checkpoints.shards import Shard
 from .checkpoints.writer import CHUNK, OutputFolder, check_apart, check_destination, check_space, write_at
+from .families.accounts import is_buffer
 from .methods.apply import compute_unit, raw_bytes, refuse_nonfinite
 from .methods.method import Merge
 from .plan_data import Plan
@@ -203,7 +204,7 @@ class _Work:
                 self.progress(len(part))
 
     def check(self, raw: memoryview, dtype: str, name: str) -> None:
-        if not self.allow_nonfinite:
+        if not self.allow_nonfinite and not is_buffer(name, self.plan.source.tensors[name].shape):
             refuse_nonfinite(raw, dtype, name)
 
     def name_the_culprit(self, run: CopiedStretch) -> None:

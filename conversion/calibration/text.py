@@ -39,7 +39,7 @@ def read_text(path: Path) -> str:
         raw = path.read_bytes()
     except OSError as error:
         raise ConversionError(f"{path} cannot be read: {error.strerror}") from None
-    text = raw.decode("utf-8", errors="replace")
+    text = raw.decode("utf-8-sig", errors="replace")
     if b"\0" in raw or text.count("\ufffd") > len(text) / 10:
         raise ConversionError(f"{path} is no text (it has bytes that are not UTF-8); give text, JSONL or a data set")
     if not text.strip():
@@ -88,14 +88,19 @@ def _json_lines(path: Path) -> Iterator[str]:
             continue
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise ConversionError(f"{path}, line {number} is no JSON; JSONL has one object a line") from None
         text = record.get("text", "") if isinstance(record, dict) else 0
         if not isinstance(text, (str, type(None))):
             raise ConversionError(f'{path}, line {number} has no field "text" with a text in it')
         if empty.see((text or "",)):
-            yield str(text)
+            yield _whole_characters(str(text))
     empty.end()
+
+
+def _whole_characters(text: str) -> str:
+    """Half characters (``\\ud800`` alone is legal JSON, and no text) as undecodable bytes are read."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def calibration_ids(

@@ -270,7 +270,7 @@ def checkpoint_files(folder: Path) -> set[str]:
         recorded = json.loads((folder / "conversion.json").read_text(encoding="utf-8"))["files"]
         if isinstance(recorded, list) and all(isinstance(name, str) for name in recorded):
             return set(recorded)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass  # no record, or one from before files were recorded: names tell
     return {path.name for path in folder.iterdir() if CHECKPOINT_NAMES.fullmatch(path.name)}
 

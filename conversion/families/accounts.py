@@ -19,6 +19,15 @@ SHARED_NORMS = ("q_norm", "k_norm", "q_layernorm", "k_layernorm", "query_layerno
 BUFFERS = ("masked_bias", "inv_freq", "rotary_emb.inv_freq", "embed_positions", "causal_mask")
 
 
+def is_buffer(name: str, shape: Sequence[int]) -> bool:
+    """Whether a tensor is a buffer that no stock class loads: a mask's -inf there is no damage.
+
+    >>> is_buffer("h.0.attn.bias", [1, 1, 64, 64]), is_buffer("h.0.attn.c_attn.bias", [96])
+    (True, False)
+    """
+    return name.endswith(tuple(f".{buffer}" for buffer in BUFFERS)) or (name.endswith(".bias") and len(shape) == 4)
+
+
 def tensors_below(names: Sequence[str], prefix: str) -> list[str]:
     """Those of sorted ``names`` that begin with ``prefix``, without it."""
     first, last = bisect_left(names, prefix), bisect_left(names, prefix + "\U0010ffff")

@@ -64,14 +64,8 @@ def raw_bytes(tensor: Tensor) -> memoryview:
     return memoryview(flat.numpy())  # type: ignore[arg-type]
 
 
-#: buffers that old checkpoints hold and that no stock class loads: a mask's -inf is no damage
-NOT_LOADED = (".masked_bias",)
-
-
 def refuse_nonfinite(raw: Any, dtype: str, name: str, verb: str = "has") -> None:
     """Raise for NaN or Inf among the floats of ``raw``."""
-    if name.endswith(NOT_LOADED):
-        return
     if has_nonfinite(raw, dtype):
         raise ConversionError(
             f"tensor {name!r} {verb} NaN or Inf values; pass --allow-nonfinite to convert it all the same"

@@ -346,10 +346,12 @@ def rewrite(src: Path, change: object) -> None:
     save_file(tensors, src / "model.safetensors", metadata={"format": "pt"})
 
 
-def test_a_masks_buffer_is_no_damaged_weight(src: Path) -> None:
-    """Old GPT-NeoX files hold attention.masked_bias, -inf in fp16, which no stock class loads."""
-    name = "model.layers.0.self_attn.masked_bias"
-    rewrite(src, lambda tensors: tensors.update({name: torch.tensor(-torch.inf)}))
+@pytest.mark.parametrize(
+    ("name", "shape"), [("masked_bias", ()), ("bias", (1, 1, 4, 4)), ("rotary_emb.inv_freq", (2,))], ids=str
+)
+def test_a_masks_buffer_is_no_damaged_weight(name: str, shape: tuple[int, ...], src: Path) -> None:
+    """Old files hold such buffers (GPT-NeoX's masked_bias is -inf in fp16), and no stock class loads them."""
+    rewrite(src, lambda tensors: tensors.update({f"model.layers.0.self_attn.{name}": torch.full(shape, -torch.inf)}))
     done = run("convert", src, src.parent / "dst", "--kv-heads", 2, "--method", "mean", "-q")
     assert done.exit_code == 0, done.output
 
