@@ -11,13 +11,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+if __name__ == "__main__":  # see benchmarks/__init__.py
+    sys.path[0] = str(Path(__file__).parents[1])
+from benchmarks.plot_style import GREY, suit_both_grounds
+
 OURS = "hf_attn_patch"
-COLOURS = {"sdpa": "#8c8c8c", "eager": "#c9c9c9", "flash_attention_4": "#5b7fa6", "flex_attention": "#a9bfd6"}
+COLOURS = {"sdpa": "#8c8c8c", "eager": "#adadad", "flash_attention_4": "#5b7fa6", "flex_attention": "#84a3c4"}
 MINE = ("#e07b39", "#b3401c")  # as it is; with GrowingCache or unpadded()
 
 
@@ -46,9 +47,7 @@ def models(result: dict[str, Any]) -> Any:
         names, speeds = [r["implementation"] for r in rows], [r["tokens_per_second"] for r in rows]
         bars = ax.barh(names, speeds, color=[colour(name) for name in names])
         ax.bar_label(bars, [f"{speed:,.0f}" for speed in speeds], padding=3, fontsize=7)
-        ax.axvline(
-            rows[0]["tokens_per_second"] / rows[0]["share_of_limit"], linestyle="--", color="black", linewidth=0.8
-        )
+        ax.axvline(rows[0]["tokens_per_second"] / rows[0]["share_of_limit"], linestyle="--", color=GREY, linewidth=0.8)
         ax.set_title(title, fontsize=9)
         ax.tick_params(labelsize=7)
         ax.locator_params(axis="x", nbins=4)
@@ -107,8 +106,8 @@ def kernels(result: dict[str, Any]) -> Any:
         ax.set_yticks(range(len(rows)), [row["name"] for row in rows], fontsize=7)
         ax.set_title(section, fontsize=9, loc="left")
         ax.set_xlim(0, max(1.1, ax.get_xlim()[1]))
-        ax.axvline(1, linestyle="--", color="black", linewidth=0.8)
-        ax.grid(axis="y", color="#e5e5e5")
+        ax.axvline(1, linestyle="--", color=GREY, linewidth=0.8)
+        ax.grid(axis="y")
         ax.tick_params(axis="x", labelsize=7)
         ax.invert_yaxis()
     axes[0, 0].legend(fontsize=7)
@@ -119,11 +118,12 @@ def kernels(result: dict[str, Any]) -> Any:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, nargs="+", help="JSON of models.py, claims.py or kernels.py")
+    suit_both_grounds()
     for path in parser.parse_args(argv).results:
         result = json.loads(path.read_text())
         draw = claims if "rows" not in result else kernels if "results" in result["rows"][0] else models
         figure = draw(result)
-        figure.text(0.01, 0.004, caption(result), fontsize=6, color="#555555")
+        figure.text(0.01, 0.004, caption(result), fontsize=6)
         figure.tight_layout(rect=(0, 0.02, 1, 1))
         figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
         plt.close(figure)

@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.plot_style import GREY, suit_both_grounds
+
 Key = tuple[int, str]  # KV heads, method
 
 
@@ -119,10 +121,9 @@ def choices(records: list[dict[str, Any]]) -> list[str]:
 
 def figure(records: list[dict[str, Any]], file: Path) -> None:
     """Held-out loss over the share of the tokens, mean over seeds; one panel for each number of KV heads."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+
+    suit_both_grounds()
 
     base = statistics.mean(r["loss"] for r in records if r["kind"] == "base")
     curves: dict[tuple[int, str, bool], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
@@ -152,11 +153,11 @@ def figure(records: list[dict[str, Any]], file: Path) -> None:
                     [100 * s for s in shares], means, errors, fmt="o-" if distil else "s--", color=f"C{i}", label=label,
                     capsize=2, markersize=4,
                 )  # fmt: skip
-        axis.axhline(base, color="black", linestyle=":", linewidth=1, label="multi-head original")
+        axis.axhline(base, color=GREY, linestyle=":", linewidth=1, label="multi-head original")
         axis.set(
             title=f"{n} KV head{'s' if n > 1 else ''}", xlabel="uptraining, % of the pretraining tokens", yscale="log"
         )
-        axis.grid(alpha=0.3)
+        axis.grid()
     axes[0][0].set_ylabel("held-out loss, nats a token")
     axes[0][-1].legend(fontsize=8)
     fig.tight_layout()

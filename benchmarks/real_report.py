@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks.plot_style import suit_both_grounds
+
 
 def lost(record: dict[str, Any], domain: str) -> float:
     """Nats a token over the source."""
@@ -41,13 +43,11 @@ def report(folder: Path) -> None:
     records = json.loads((folder / "real_models.json").read_text())
     print("\n".join(lines(records)))
     try:
-        import matplotlib
+        from matplotlib import pyplot
     except ImportError:
         print("\n(no figure: matplotlib is not installed)")
         return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    suit_both_grounds()
     figure, axes = pyplot.subplots(figsize=(7.0, 4.5))
     for model in dict.fromkeys(r["model"] for r in records):
         for row in dict.fromkeys(r["row"] for r in records):
