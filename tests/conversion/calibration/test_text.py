@@ -19,7 +19,7 @@ from zoo_cases import BY_NAME
 from hf_attn_patch.conversion import ConversionError, convert, evaluate
 from hf_attn_patch.conversion.calibration import calibrated
 from hf_attn_patch.conversion.calibration.moments import Moments
-from hf_attn_patch.conversion.calibration.text import calibration_ids, documents, typical_length
+from hf_attn_patch.conversion.calibration.text import calibration_ids, typical_length
 
 DOCUMENTS = [path.read_text()[:3000] for path in python_sources()[:6]]
 
@@ -251,7 +251,7 @@ def test_tokenizers_that_are_not_the_models(tmp_path: Path) -> None:
 def test_sequences_that_the_model_cannot_read(length: int, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("\n".join(DOCUMENTS))
     src = save_tiny(tmp_path / "src", tiny_llama(4))
-    with pytest.raises(ConversionError, match="give 2 or more, at most 256"):
+    with pytest.raises(ConversionError, match="give 2 or more, at most the 256 positions of "):
         convert(src, tmp_path / "dst", 2, calibrate=str(tmp_path / "text.txt"), calibration_length=length)
 
 
@@ -333,22 +333,3 @@ def test_records_that_lose_their_field_are_counted(tmp_path: Path, caplog: pytes
     file.write_text("".join(json.dumps({"text": "x"} if i < 20 else {"body": 1}) + "\n" for i in range(200)))
     with pytest.raises(ConversionError, match=r"44 of the first 64 records .* is it the right field"):
         list(documents(str(file), 0))
-
-
-@pytest.mark.parametrize(
-    ("raw", "texts"),
-    [
-        (b'\xef\xbb\xbf{"text": "a b"}\n', ["a b"]),  # a mark that says UTF-8
-        (rb'{"text": "a \ud834 b \ud834\udd1e"}', ["a \ufffd b \U0001d11e"]),  # half a character, and a whole one
-        (b'{"text": "a", "id": NaN}\r\n\r\n{"text": "b"}\r\n', ["a", "b"]),
-    ],
-)
-def test_records_as_the_world_writes_them(raw: bytes, texts: list[str], tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_bytes(raw)
-    assert list(documents(str(tmp_path / "a.jsonl"), 0)) == texts
-
-
-def test_records_of_any_depth_are_refused_by_their_line(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": ' + "[" * 5000 + "]" * 5000 + "}\n")
-    with pytest.raises(ConversionError, match="line 2"):
-        list(documents(str(tmp_path / "a.jsonl"), 0))
