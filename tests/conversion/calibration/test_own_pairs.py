@@ -68,7 +68,7 @@ def test_words_follow_the_decoder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stock", ["t5", "bart", "marian"])
-def test_pairs_are_what_the_decoder_says_of_what_it_said(stock: str, tmp_path: Path) -> None:
+def test_pairs_are_what_the_decoder_says(stock: str, tmp_path: Path) -> None:
     made(stock, tmp_path / "src")
     ready = plan(tmp_path / "src", 2, check_load=False)
     assert ready.method.name == "calibrated"
