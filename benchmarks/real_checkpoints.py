@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import struct
 from collections.abc import Iterator
@@ -16,6 +17,8 @@ from hf_attn_patch.compat.transformers import tied_names
 
 #: CTranslate2's numbers for dtypes
 CT2_DTYPES = {0: np.float32, 1: np.int8, 2: np.int16, 3: np.int32, 4: np.float16}
+#: how ONNX Runtime's quantization ends the names of its tensors
+QUANTIZED = re.compile("_quantized$")
 
 
 def ctranslate2_variables(raw: bytes) -> dict[str, np.ndarray[Any, Any]]:
@@ -156,7 +159,7 @@ def dequantized(path: Path) -> dict[str, Tensor]:
     raw = {tensor.name: torch.tensor(numpy_helper.to_array(tensor)) for tensor in graph.initializer}
 
     def real(name: str) -> Tensor:
-        stem = name.removesuffix("_quantized")
+        stem = QUANTIZED.sub("", name)
         return (raw[name].float() - raw[f"{stem}_zero_point"].float()) * raw[f"{stem}_scale"].float()
 
     found = {}
@@ -168,7 +171,7 @@ def dequantized(path: Path) -> dict[str, Tensor]:
         if name.endswith(".weight"):
             found[name] = value.float()
         elif name.endswith(".weight_quantized"):
-            found[name.removesuffix("_quantized")] = real(name)
+            found[QUANTIZED.sub("", name)] = real(name)
     return found
 
 

@@ -173,9 +173,8 @@ def _write(model: Any, target: Path) -> None:
     from .families.layer_config import config_object
     from .loadcheck import quiet
 
-    raw = {
-        k: v for k, v in model.config.to_dict().items() if k not in ("quantization_config", "_pre_quantization_dtype")
-    }
+    told = model.config.to_dict().items()
+    raw = {k: v for k, v in told if k != "quantization_config" and not k.startswith("_")}  # "_": how it was loaded
     dtype = next(model.parameters()).dtype
     check_space(target, sum(p.nbytes for p in model.parameters()))
     with quiet():

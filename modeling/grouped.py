@@ -275,8 +275,7 @@ class ConfigView:
     only door to put another in its place; the rest of the model goes on reading "eager" (masks, output_attentions).
     """
 
-    __slots__ = ("_config",)
-    _config: Any
+    _config: Any  # in __dict__, which torch.compile guards (2.11 fails without one)
 
     def __init__(self, config: Any) -> None:
         object.__setattr__(self, "_config", config)

@@ -197,13 +197,13 @@ def readers(model: nn.Module, plan: Plan, layer: LayerAttention) -> list[nn.Modu
     try:
         attention = model.get_submodule(attention_name(model, layer))
         return [attention.get_submodule(name) for name in names]
-    except ConversionError:
+    except (ConversionError, AttributeError) as error:
         found = []
         for name in names:
             weight = plan.source.read(layer.name(name))
             same = [m for m in model.modules() if _holds(m, weight)]
             if len(same) != 1:
-                raise
+                raise ConversionError(f"no module of {type(model).__name__} holds {layer.name(name)} alone") from error
             found += same
         return found
 

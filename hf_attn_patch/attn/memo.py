@@ -69,7 +69,8 @@ class _Kept:
         self.others = [(weakref.ref(other), _version(other)) for other in others]
         self.counted = (made or self.version is not None) and all(version is not None for _, version in self.others)
         self.captured = captured(tensor)
-        self.who, self.thread = _asking.who, threading.get_ident()
+        compiling = torch.compiler.is_compiling()  # which asks no layer and cannot trace a thread
+        self.who, self.thread = (_NOBODY, 0) if compiling else (_asking.who, threading.get_ident())
 
     def still_true(self, tensor: Tensor, others: tuple[Tensor, ...]) -> bool:
         """In every layer, so what can be known once is not asked again."""
@@ -90,6 +91,8 @@ class _Kept:
 
     def _same_forward(self) -> bool:
         """Whether this call is the one that asked last, or a later layer of the same model in the same thread."""
+        if torch.compiler.is_compiling():
+            return False
         who, last = _asking.who, self.who
         if last is _NOBODY or self.thread != threading.get_ident():
             return False

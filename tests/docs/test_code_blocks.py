@@ -57,6 +57,8 @@ def check_launch(words: list[str], where: str) -> None:
     """The script and its settings are there, and the script's options are known. (Training has tests of its own.)"""
     from hf_attn_patch.training import parse_options
 
+    if words[0] == "-q":
+        words = words[1:]
     if words[0] == "--config_file":
         assert (ROOT / words[1]).is_file(), where
         words = words[2:]

@@ -86,7 +86,7 @@ def check(name, kind, B, HQ, HKV, Sq, Sk, D, dtype, *, grad=True, softcap=None, 
     scale = 1 / math.sqrt(D)
     sink = torch.randn(HQ, device="cuda").to(dtype) if sinks else None
     add = None if bias is None else torch.randn(bias, HQ, Sq, Sk, device="cuda").to(dtype)
-    valid = layout.valid_queries()
+    valid = layout.valid_queries() if isinstance(layout, Padded) else None
     where = None if valid is None else valid[:, None, :, None]
     g = torch.randn(B, HQ, Sq, Dv or D, device="cuda").to(dtype)
     if where is not None:
