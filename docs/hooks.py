@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -147,7 +148,20 @@ def first_numbers() -> str:
     return text[text.index("| | before | with this package |") : text.index("\nWhere these are from")]
 
 
+def engines() -> str:
+    """What `make engines` found."""
+    rows = json.loads((ROOT / "benchmarks/results/engines.json").read_text(encoding="utf-8"))
+    lines = []
+    for r in rows:
+        said = f"not taken: {r['refused']}" if r["refused"] else r["fault"] or f"the same {r['tokens']} tokens"
+        numbers = ("", "") if r["refused"] else (f"{r['difference']:.1e}", f"{r['exchanged']:.1f}")
+        lines.append((f"{r['version']}, {r['date']}", r["family"], r["way"], said, *numbers))
+    header = ("Engine", "Family", "Asked", "Greedy tokens", "Log probabilities, largest difference", "Heads exchanged")
+    return table(header, lines)
+
+
 MARKS = {
+    "engines": engines,
     "comparison": comparison,
     "first numbers": first_numbers,
     "methods": methods,

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-import re
-from pathlib import Path
-
 from hf_attn_patch.compat.transformers import auto_model_classes, class_names_of, config_class_names
 from hf_attn_patch.hf import auto_classes as zoo
-
-_ABSOLUTE = re.compile(r"^from (hf_attn_patch(?:\.\w+)*)\.(\w+) import", re.MULTILINE)
-_RELATIVE = re.compile(r"^from \.(\w+) import", re.MULTILINE)
+from hf_attn_patch.standalone import standalone_files
 
 
 def code_files(model_type: str) -> dict[str, str]:
@@ -19,18 +13,7 @@ def code_files(model_type: str) -> dict[str, str]:
     >>> sorted(code_files("gqa_gpt2"))
     ['errors.py', 'gpt2.py', 'grouped.py', 'grouping.py', 'model_classes.py']
     """
-    here = __name__.rpartition(".")[0]
-    wanted, files = [f"{here}.{zoo.file_of(model_type)}"], {}
-    while wanted:
-        module = wanted.pop()
-        name = f"{module.rpartition('.')[2]}.py"
-        if name in files:
-            continue
-        text = Path(str(importlib.import_module(module).__file__)).read_text(encoding="utf-8")
-        files[name] = _ABSOLUTE.sub(r"from .\2 import", text)
-        wanted += [f"{module.rpartition('.')[0]}.{other}" for other in _RELATIVE.findall(text)]
-        wanted += [f"{package}.{other}" for package, other in _ABSOLUTE.findall(text)]
-    return files
+    return standalone_files(f"{__name__.rpartition('.')[0]}.{zoo.file_of(model_type)}")
 
 
 def auto_map(model_type: str, architecture: str | None = None) -> dict[str, str]:

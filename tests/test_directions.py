@@ -14,7 +14,7 @@ NAME = "hf_attn_patch"
 FOLDERS = {NAME: ROOT / NAME, f"{NAME}.modeling": ROOT / "modeling", f"{NAME}.conversion": ROOT / "conversion"}
 
 #: room -> the rooms that it may import, beside itself
-EVERYWHERE = {"compat", "errors", "grouping", "handle", "moved"}
+EVERYWHERE = {"compat", "errors", "grouping", "handle", "moved", "standalone"}
 ATTN = {"attn"}
 HF = {"hf", *ATTN}
 DECODING = {"decoding", "cache", *HF}
@@ -24,6 +24,7 @@ MAY = {
     "errors": set(),
     "moved": set(),
     "handle": set(),
+    "standalone": set(),
     "grouping": {"errors"},
     "compat": {"errors", "grouping"},
     "attn": EVERYWHERE,

@@ -31,6 +31,7 @@ SIGNATURES = {
     "hf_attn_patch/cli/evaluate.py: evaluate": "the command's options",
     "hf_attn_patch/explaining/explanation.py: explain": "public",
     "hf_attn_patch/hf/attention_function.py: attention_forward": "transformers'",
+    "hf_attn_patch/hf/kernel_entry.py: flash_attn_forward": "transformers'",
     "conversion/reports/evaluation.py: evaluate": "public",
     "modeling/attention.py: __init__": "public",
     "modeling/attention.py: forward": "public",

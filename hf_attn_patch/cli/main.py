@@ -15,6 +15,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "convert": ("hf_attn_patch.cli.convert", "convert"),
     "evaluate": ("hf_attn_patch.cli.evaluate", "evaluate"),
     "inspect": ("hf_attn_patch.cli.convert", "inspect"),
+    "push-kernel": ("hf_attn_patch.cli.kernel", "push_kernel"),
     "verify": ("hf_attn_patch.cli.convert", "verify"),
 }
 
@@ -23,6 +24,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "Look": ("inspect", "env", "bench"),
     "Convert": ("convert",),
     "Check": ("verify", "evaluate"),
+    "Publish": ("push-kernel",),
 }
 
 #: what `hf-attn COMMAND --help` ends with
@@ -40,6 +42,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "hf-attn evaluate llama-2-7b-gqa8 --source meta-llama/Llama-2-7b-hf --text held-out.txt",
         "hf-attn evaluate llama-2-7b-gqa8 llama-2-7b-gqa4 --text held-out.txt --plot quality.png",
     ),
+    "push-kernel": ("hf-attn push-kernel kernel", "hf-attn push-kernel kernel --repo OWNER/NAME"),
     "verify": ("hf-attn verify meta-llama/Llama-2-7b-hf llama-2-7b-gqa8",),
 }
 
