@@ -49,7 +49,8 @@ lint: $(VENV)/.ready  ## ruff and mypy --strict
 	$(VENV)/bin/ruff format --check .
 	rm -rf build/types && mkdir -p build/types/hf_attn_patch  # the folders where they are imported from
 	ln -s $(CURDIR)/hf_attn_patch/* $(CURDIR)/modeling $(CURDIR)/conversion build/types/hf_attn_patch
-	MYPYPATH=tests/helpers $(VENV)/bin/mypy build/types/hf_attn_patch examples benchmarks
+	MYPYPATH=build/types:tests/helpers:examples $(VENV)/bin/mypy --explicit-package-bases build/types/hf_attn_patch \
+		examples benchmarks tests
 
 unit: $(VENV)/.tools  ## the tests that need no GPU
 	$(WITH_TOOLS) $(VENV)/bin/python -m pytest -n $(JOBS) -m 'not gpu and not slow'

@@ -126,10 +126,10 @@ def kernel_rows(quick: bool) -> list[dict[str, Any]]:
         entry["bytes"] = shared_bytes + own_bytes
         sets = max(2, min(16, int(2e8 // entry["bytes"])))
         inputs = [parted(*shape, torch.bfloat16) for _ in range(sets)]
-        entry["shared_us"] = replayed(lambda i, inputs=inputs: shared_decode(*inputs[i][:2], scale=SCALE), sets)
+        entry["shared_us"] = replayed(lambda i, inputs=inputs: shared_decode(*inputs[i][:2], scale=SCALE), sets)  # type: ignore[misc]
         if prompts * answers * (keys + own) * 4096 * 2 < 40e9:
             whole = [(q, parts.make(0), parts.make(1)) for q, parts, _ in inputs[: max(1, min(2, sets))]]
-            entry["today_us"] = replayed(lambda i, whole=whole: grouped_decode(*whole[i], scale=SCALE), len(whole))
+            entry["today_us"] = replayed(lambda i, whole=whole: grouped_decode(*whole[i], scale=SCALE), len(whole))  # type: ignore[misc]
         rows.append(entry)
         print(entry, flush=True)
         del inputs
@@ -138,7 +138,7 @@ def kernel_rows(quick: bool) -> list[dict[str, Any]]:
 
 def cache_bytes(cache: Any) -> int:
     """The memory of a cache, each piece once; room and all."""
-    pieces = {}
+    pieces: dict[Any, Any] = {}
     for layer in cache.layers:
         tensors = [*(layer.own.keys, layer.own.values)] if getattr(layer, "shared", ()) else [layer.keys, layer.values]
         tensors += [t for part in getattr(layer, "shared", ()) for t in part[:2]]

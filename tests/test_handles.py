@@ -134,7 +134,8 @@ def test_what_others_put_in_place_is_theirs(monkeypatch: pytest.MonkeyPatch) -> 
     assert ALL_ATTENTION_FUNCTIONS["sdpa"] is not theirs
     again()
     assert ALL_ATTENTION_FUNCTIONS["sdpa"] is theirs
-    module, q = torch.nn.Module(), torch.randn(1, 2, 3, 8)
+    q = torch.randn(1, 2, 3, 8)
+    module: Any = torch.nn.Module()
     module.num_key_value_groups, module.is_causal = 1, True
     AttentionInterface.register("sdpa", before)  # what they had kept is ours, and does what stock does
     with pytest.MonkeyPatch.context() as patch:
@@ -335,7 +336,7 @@ def test_compiled_code_follows_threads_and_tasks() -> None:
             return ran()
 
     async def main() -> list[str]:
-        return await asyncio.gather(work("torch_sdpa", 2), work("reference", 1), work("torch_sdpa", 3))
+        return list(await asyncio.gather(work("torch_sdpa", 2), work("reference", 1), work("torch_sdpa", 3)))
 
     assert asyncio.run(main()) == ["torch_sdpa", "any", "torch_sdpa"]
     assert ran() == "any"
@@ -387,6 +388,7 @@ def test_running_leaves_the_process_as_it_was() -> None:
 
 def test_training_leaves_the_process_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("peft")
+    from hf_attn_patch.training.loop.schedule import Count
     from hf_attn_patch.training.model.compiling import compile_layers
     from hf_attn_patch.training.options import UptrainOptions
     from hf_attn_patch.training.run import load_run
@@ -401,7 +403,7 @@ def test_training_leaves_the_process_as_it_was(tmp_path: Path, monkeypatch: pyte
         mode="lora",
         batch_size=2,
         sequence_length=32,
-        tokens=1000,
+        tokens=Count(1000),
     )
     before = settings_of_the_process()
     run = load_run(options)

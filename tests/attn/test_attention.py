@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import importlib
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -228,13 +229,13 @@ def test_a_long_sequence_behind_a_short_window_is_done_in_blocks(Sq, more, left,
         torch.randn(2, heads, S, 8, dtype=torch.float64, generator=generator).requires_grad_(not sinks)
         for heads, S in ((2 * G, Sq), (2, Sq + more), (2, Sq + more))
     )
-    options = {"window": (left, right), "causal": right is None}
+    options: dict[str, Any] = {"window": (left, right), "causal": right is None}
     if sinks:
         options["sinks"] = torch.randn(2 * G, dtype=torch.float64, generator=generator)
     calls = []
 
     def watched(*arguments):
-        calls.append(arguments[4])
+        calls.append(arguments[3].queries)
         return _blocks.in_blocks(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:

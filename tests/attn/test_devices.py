@@ -16,7 +16,7 @@ from hf_attn_patch.attn.devices import Device, device_of
 from hf_attn_patch.attn.dispatch import BACKENDS, reasons
 from hf_attn_patch.attn.kernels.decode_plan import choose
 from hf_attn_patch.attn.request import AttentionRequest, Operands, kind_of, request_of
-from hf_attn_patch.attn.visibility import DENSE, FULL, PADDED, Dense, Padded, full, packed
+from hf_attn_patch.attn.visibility import DENSE, FULL, PADDED, Dense, Padded, Visibility, full, packed
 
 CAPABILITIES = (70, 72, 75, 80, 86, 87, 89, 90, 100, 103, 110, 120, 121)
 HALF = (torch.float16, torch.bfloat16)
@@ -144,7 +144,12 @@ def test_nvidias_capability_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> No
     asked: list[Any] = []
     monkeypatch.setattr(devices, "_known", {})
     monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: asked.append(device) or (7, 5))
+
+    def capability(device: Any = None) -> tuple[int, int]:
+        asked.append(device)
+        return 7, 5
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capability)
     assert [device_of(torch.device("cuda", 1)) for _ in range(2)] == [Device("cuda", 75)] * 2
     assert asked == [torch.device("cuda", 1)]
     assert device_of(torch.device("mps")) == Device("mps", 0)
@@ -196,7 +201,7 @@ def test_torchs_function_by_the_group_is_exact(data: st.DataObject) -> None:
         B, extra, Sk = 1, 0, Sq
     q, k = torch.randn(B, HQ, Sq, D), torch.randn(B, HKV, Sk, D)
     v, bias = torch.randn(B, HKV, Sk, Dv), None
-    layout = full(Sq, Sk, False, (None, None), B)
+    layout: Visibility = full(Sq, Sk, False, (None, None), B)
     if kind == "causal":
         layout = full(Sq, Sk, True, (None, None), B)
     elif kind == "window":
@@ -217,7 +222,7 @@ def test_torchs_function_by_the_group_is_exact(data: st.DataObject) -> None:
     asked = request_of(given._replace(grad=grad))._replace(device="mps")
     assert torch_sdpa.refuses(asked) is None and torch_sdpa.kernel(asked) == "public"
     inputs = [t.requires_grad_(grad) for t in (q, k, v)]
-    out, _ = torch_sdpa.run(*inputs, asked, Operands(layout, 0.3, bias=bias))
+    out, _ = torch_sdpa.run(inputs[0], inputs[1], inputs[2], asked, Operands(layout, 0.3, bias=bias))
     seen = replace(layout).dense(q.device)  # one that has worked out nothing yet
     if layout.start:
         seen = torch.ones(1, 1, Sq, layout.keys, dtype=torch.bool) if seen is None else seen

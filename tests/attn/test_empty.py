@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -44,7 +45,7 @@ def test_the_function_with_every_option(sizes, chosen, grad, dtype, backend, HKV
         leaves.append(torch.randn(*shape, dtype=dtype, requires_grad=grad))
         return leaves[-1]
 
-    leaves = []
+    leaves: list[torch.Tensor] = []
     q, k, v = made(B, HQ, Sq, D), made(B, HKV, Sk, D), made(B, HKV, Sk, Dv)
     options = {"causal": "causal" in chosen, "backend": backend, "dropout": 0.3 if "dropout" in chosen else 0.0}
     options |= {"window": 3} if "window" in chosen else {}
@@ -80,7 +81,8 @@ def test_packed_documents_of_no_tokens(borders_q, borders_k, tail, options):
         options = {"sinks": torch.randn(4, dtype=torch.float64, requires_grad=True)}
         leaves.append(options["sinks"])
     cu_q, cu_k = (None if b is None else torch.tensor(b, dtype=torch.int32) for b in (borders_q, borders_k))
-    out = attention_varlen(*leaves[:3], cu_q, cu_k, **options)
+    assert cu_q is not None
+    out = attention_varlen(leaves[0], leaves[1], leaves[2], cu_q, cu_k, **options)
     gradients = torch.autograd.grad(out.sum(), leaves)
     assert out.shape == (T, 4, 8)
     q, k, v = leaves[:3]
@@ -105,18 +107,19 @@ def test_packed_documents_of_no_tokens(borders_q, borders_k, tail, options):
 def test_the_function_of_transformers(sizes, option):
     B, Sq, Sk = sizes
     q, k, v = leaves = [torch.randn(B, h, s, 8, requires_grad=True) for h, s in ((4, Sq), (2, Sk), (2, Sk))]
-    more = {
+    of_options: dict[str, dict[str, Any]] = {
         "positions": {"position_ids": torch.arange(Sq).expand(B, -1)},
         "position_bias": {"position_bias": torch.randn(1, 4, Sq, Sk, requires_grad=True)},
         "s_aux": {"s_aux": torch.randn(4, requires_grad=True)},
         "softcap": {"softcap": 3.0},
         "sliding_window": {"sliding_window": 2},
         "weights": {"output_attentions": True},
-    }.get(option, {})
+    }
+    more = of_options.get(option, {})
     mask = torch.ones(B, 1, Sq, Sk, dtype=torch.bool) if option == "mask" else None
     mask = torch.zeros(B, 1, Sq, Sk) if option == "float mask" else mask
     leaves += [t for t in more.values() if isinstance(t, torch.Tensor) and t.requires_grad]
-    module = nn.Module()
+    module: Any = nn.Module()
     module.is_causal, module.layer_idx = True, 0
     out, weights = attention_forward(module, q, k, v, mask, **more)
     zeros_of(out, (B, Sq, 4, 8), leaves)
@@ -128,7 +131,8 @@ def test_the_function_of_transformers(sizes, option):
 @pytest.mark.parametrize(("B", "Sq", "Sk"), EMPTY)
 def test_the_module(options, B, Sq, Sk):
     module = GroupedQueryAttention(16, 4, 2, bias=True, **options)
-    x, source = torch.randn(B, Sq, 16, requires_grad=True), torch.randn(B, Sk, 16, requires_grad=True)
+    x: Any = torch.randn(B, Sq, 16, requires_grad=True)
+    source: Any = torch.randn(B, Sk, 16, requires_grad=True)
     out = module(x, source, attention_mask=torch.ones(B, Sk, dtype=torch.long))
     torch.testing.assert_close(out, module.o_proj.bias.expand(B, Sq, 16))
     out.sum().backward()
@@ -150,7 +154,7 @@ def test_the_module_over_packed_documents_of_no_tokens():
 def test_the_loss_of_no_tokens_is_zero(chunk, kl):
     leaves = [torch.randn(0, 4), torch.randn(7, 4), torch.randn(7)]
     hidden, weight, bias = (t.requires_grad_() for t in leaves)
-    teacher = {"teacher_hidden": torch.randn(0, 3), "teacher_head": Head(torch.randn(7, 3))}
+    teacher: dict[str, Any] = {"teacher_hidden": torch.randn(0, 3), "teacher_head": Head(torch.randn(7, 3))}
     sums = linear_loss(
         hidden, Head(weight, bias), torch.zeros(0, dtype=torch.long), kl_weight=kl, chunk=chunk, **teacher
     )

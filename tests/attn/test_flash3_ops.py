@@ -84,8 +84,8 @@ def functions() -> Iterator[Functions]:
     def bwd(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         o = dict(zip(given, args, strict=False)) | kwargs
         with torch.enable_grad():
-            leaves = [o.pop(n).detach().clone().requires_grad_() for n in ("q", "k", "v")]
-            grads = torch.autograd.grad(rows(*leaves, o), leaves, o["dout"])
+            q, k, v = (o.pop(n).detach().clone().requires_grad_() for n in ("q", "k", "v"))
+            grads = torch.autograd.grad(rows(q, k, v, o), (q, k, v), o["dout"])
         for name, grad in zip(("dq", "dk", "dv"), grads, strict=True):
             o[name].copy_(grad)
         return torch.zeros(1), torch.zeros(1)
@@ -105,10 +105,10 @@ def make(*shapes: tuple[int, ...]) -> list[Tensor]:
 def test_forward_and_gradients(functions: Functions, causal: bool, window: tuple[int, int]) -> None:
     q, k, v = make((2, 5, 4, 8), (2, 7, 2, 8), (2, 7, 2, 8))
     out = functions.flash_attn_func(q, k, v, causal=causal, window_size=window)
-    wide = [t.repeat_interleave(2, 2).transpose(1, 2) for t in (k, v)]
+    wide_k, wide_v = (t.repeat_interleave(2, 2).transpose(1, 2) for t in (k, v))
     i, j = torch.arange(5)[:, None] + 2, torch.arange(7)[None, :]
     mask = (j <= i) & ((window[0] < 0) | (j >= i - window[0])) if causal else torch.ones(5, 7, dtype=torch.bool)
-    expected = sdpa(q.transpose(1, 2), *wide, attn_mask=mask).transpose(1, 2)
+    expected = sdpa(q.transpose(1, 2), wide_k, wide_v, attn_mask=mask).transpose(1, 2)
     torch.testing.assert_close(out, expected)
     weights = torch.randn_like(out)
     found = torch.autograd.grad((out * weights).sum(), (q, k, v))
@@ -121,8 +121,8 @@ def test_documents(functions: Functions) -> None:
     borders = torch.tensor([0, 3, 9], dtype=torch.int32)
     out = functions.flash_attn_varlen_func(q, k, v, borders, borders, 6, 6, causal=True, softmax_scale=0.5)
     for a, b in ((0, 3), (3, 9)):
-        wide = [t[a:b].repeat_interleave(2, 1).transpose(0, 1) for t in (k, v)]
-        one = sdpa(q[a:b].transpose(0, 1), *wide, is_causal=True, scale=0.5)
+        wide_k, wide_v = (t[a:b].repeat_interleave(2, 1).transpose(0, 1) for t in (k, v))
+        one = sdpa(q[a:b].transpose(0, 1), wide_k, wide_v, is_causal=True, scale=0.5)
         torch.testing.assert_close(out[a:b], one.transpose(0, 1))
     (grad,) = torch.autograd.grad(out[:3].sum(), k)
     assert grad[:3].abs().sum() > 0
@@ -134,8 +134,8 @@ def test_padded_cache(functions: Functions) -> None:
     first, end = torch.tensor([0, 3], dtype=torch.int32), torch.tensor([5, 7], dtype=torch.int32)
     out = functions.flash_attn_with_kvcache(q, k, v, end, cache_leftpad=first, causal=True)
     valid = (torch.arange(7) >= first[:, None]) & (torch.arange(7) < end[:, None])
-    wide = [t.repeat_interleave(2, 2).transpose(1, 2) for t in (k, v)]
-    expected = sdpa(q.transpose(1, 2), *wide, attn_mask=valid[:, None, None])
+    wide_k, wide_v = (t.repeat_interleave(2, 2).transpose(1, 2) for t in (k, v))
+    expected = sdpa(q.transpose(1, 2), wide_k, wide_v, attn_mask=valid[:, None, None])
     torch.testing.assert_close(out, expected.transpose(1, 2))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -65,9 +66,8 @@ def test_of_every_mask(dtype, HQ, HKV, kind):
         "window": lower & ~lower.tril(-5),
     }.get(kind)
     bias = torch.randn(1, HQ, S, S, generator=g).to(dtype) if kind == "bias" else None
-    options = {"causal": {"causal": True}, "window": {"window": 5}, "no mask": {}}.get(
-        kind, {"mask": see, "bias": bias}
-    )
+    of_kinds: dict[Any, dict[str, Any]] = {"causal": {"causal": True}, "window": {"window": 5}, "no mask": {}}
+    options = of_kinds.get(kind, {"mask": see, "bias": bias})
     assert_gradients_conform(lambda q, k, v: attention(q, k, v, **options), inputs, aim, see, bias)
 
 
@@ -77,7 +77,7 @@ def test_of_every_mask(dtype, HQ, HKV, kind):
     Sq=st.integers(1, 130), more=st.sampled_from([0, 1, 37]), causal=st.booleans(), seed=st.integers(0, 99),
 )  # fmt: skip
 def test_of_any_shape(dtype, heads, D, Sq, more, causal, seed):
-    *inputs, aim = rows(1, *heads, Sq, Sq + more, D, dtype, seed)
+    *inputs, aim = rows(1, heads[0], heads[1], Sq, Sq + more, D, dtype, seed)
     see = torch.ones(Sq, Sq + more, dtype=torch.bool).tril(more) if causal else None
     assert_gradients_conform(lambda q, k, v: attention(q, k, v, causal=causal), inputs, aim, see)
 
@@ -146,7 +146,7 @@ def test_of_the_kernel_that_is_called_once_a_member_of_the_group(monkeypatch, dt
         inputs.append(torch.randn(1, 1, S, S, generator=g).to(dtype))
     mask = see if kind in ("padding", "heads") else None
     layout = torch_sdpa.Dense(B, S, S, mask=mask) if mask is not None else full(S, S, False, (None, None), B)
-    request = SimpleNamespace(bias=kind == "bias", tracing=False, grad=True)
+    request: Any = SimpleNamespace(bias=kind == "bias", tracing=False, grad=True)
 
     def grouped(q, k, v, bias=None):
         operands = Operands(layout, 32**-0.5, bias=bias)

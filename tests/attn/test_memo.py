@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hf_attn_patch.attn import memo
 
 
-def layer(config: Any, index: int | None) -> Any:
+def layer(config: Any, index: Any) -> Any:
     return SimpleNamespace(config=config, layer_idx=index)
 
 

@@ -42,8 +42,8 @@ def some(B: int = 2, S: int = 6) -> list[Any]:
     ]
 
 
-def layer() -> torch.nn.Module:
-    module = torch.nn.Module()
+def layer() -> Any:
+    module: Any = torch.nn.Module()
     module.is_causal, module.layer_idx = True, 0
     return module
 
@@ -90,7 +90,7 @@ def test_what_inference_mode_works_out_can_be_trained_with(which: int) -> None:
     q = torch.randn(2, 2, 6, 8, requires_grad=True)
     for name in ("reference", None):
         attend(q, q, q, seen, name=name)[0].sum().backward()
-    assert bool(torch.isfinite(q.grad).all())
+    assert q.grad is not None and bool(torch.isfinite(q.grad).all())
 
 
 def test_both_doors_find_the_same_plan() -> None:
@@ -105,7 +105,12 @@ def test_both_doors_find_the_same_plan() -> None:
 def test_a_growing_cache_asks_the_backends_once(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
     refuses = reference.refuses
-    monkeypatch.setattr(reference, "refuses", lambda request: asked.append(request) or refuses(request))
+
+    def told(request: Any) -> str | None:
+        asked.append(request)
+        return refuses(request)
+
+    monkeypatch.setattr(reference, "refuses", told)
     q, k = torch.randn(1, 4, 1, 8), torch.randn(1, 2, 63, 8)
     for length in range(33, 63):  # the bit length of the work stays the same
         for _ in range(3):

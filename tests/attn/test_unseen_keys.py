@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -100,9 +102,9 @@ def test_a_row_under_the_lowest_number_alone_has_torchs_mean(dtype):
     q, k, v = (torch.randn(2, h, 6, 8).to(dtype) for h in (4, 4, 4))
     mask = torch.zeros(6, 6, dtype=dtype)
     mask[2] = mask[:, 4:] = torch.finfo(dtype).min
-    want = F.scaled_dot_product_attention(*(t.double() for t in (q, k, v)), mask.double())
-    for options in ({}, {"backend": "reference"}):
-        got = attention(q, k, v, mask=mask, **options)
+    want = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), mask.double())
+    for backend in (None, "reference"):
+        got = attention(q, k, v, mask=mask, backend=backend)
         torch.testing.assert_close(got.double(), want, atol=0.02 if dtype.itemsize == 2 else 1e-5, rtol=0)
     if dtype.itemsize == 2:  # fp32's lowest number is not -inf in half precision
         wide = mask.float().masked_fill(mask < 0, torch.finfo(torch.float32).min)
@@ -148,7 +150,7 @@ def test_which_keys_documents_leave_unseen(lengths, tails, left, causal):
     T, Tk = (int(b[-1]) + tail for b, tail in zip(borders, tails, strict=True))
     if 0 in (T, Tk):
         return
-    layout = packed(1, T, Tk, *borders, 5, 5, causal, (left, None))
+    layout = packed(1, T, Tk, borders[0], borders[1], 5, 5, causal, (left, None))
     mask = layout.dense(torch.device("cpu"))
     dead = layout.dead_keys(torch.device("cpu"))
     assert torch.equal(dead, ~mask.any(2))
@@ -212,7 +214,7 @@ def test_through_the_function_of_transformers(added, more):
     module = torch.nn.Module()
 
     def function(q, k, v, *extra):
-        options = {more: extra[0]} if extra else {"softcap": 3.0} if more else {}
+        options: dict[str, Any] = {more: extra[0]} if extra else {"softcap": 3.0} if more else {}
         return attention_forward(module, q, k, v, mask, **options)[0]
 
     assert_unharmed(function, q, k, v, nobody(see.expand(2, 4, 5, 5), 2), others)

@@ -140,7 +140,8 @@ def test_same_logits_with_every_attention(family: str, attention: str) -> None:
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         logits = []
         for cache in (DynamicCache(config=model.config), GrowingCache(config=model.config)):
-            steps, mask = [], (INPUT_IDS != 0).long()
+            steps: list[Any] = []
+            mask = (INPUT_IDS != 0).long()
             for ids in (INPUT_IDS, INPUT_IDS[:, :1], INPUT_IDS[:, 1:2], INPUT_IDS[:, 2:5]):
                 if steps:
                     mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
@@ -159,7 +160,12 @@ def test_assisted_decoding(monkeypatch: pytest.MonkeyPatch, family: str) -> None
     for generator in (model, assistant):
         use_growing_cache(generator)
     init, rooms = cache_room.KVBuffers.__init__, []
-    monkeypatch.setattr(cache_room.KVBuffers, "__init__", lambda *args: (rooms.append(1), init(*args))[1])
+
+    def counted(*args: Any) -> None:
+        rooms.append(1)
+        init(*args)
+
+    monkeypatch.setattr(cache_room.KVBuffers, "__init__", counted)
     tokens, cache = generate(model, 1, assistant_model=assistant)
     assert_growing(cache)
     assert len(rooms) == 4  # one a layer and model: what is taken back leaves its room to what follows

@@ -65,7 +65,7 @@ def test_auto_tables() -> None:
 
 
 def test_hooks_and_collector(model: Any) -> None:
-    layer = torch.nn.Linear(1, 1)
+    layer: Any = torch.nn.Linear(1, 1)
     assert not of_torch.forward_hooks(layer) and not of_torch.has_forward_hooks(layer)
     before, after = layer.register_forward_pre_hook(print), layer.register_forward_hook(repr)
     assert of_torch.forward_hooks(layer) == [print, repr]

@@ -154,12 +154,13 @@ def _imported(node: ast.Import | ast.ImportFrom) -> Iterator[str]:
     elif node.level or (node.module or "").split(".")[0] in ("hf_attn_patch", "__future__"):
         return  # ours
     else:
+        whole = node.module
         modules = [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
         names = [alias.name for alias in node.names]
     for module in modules:
         if any(is_private(part) for part in module.split(".")) or module in MODULES:
             yield module
-    yield from (name for name in names if is_private(name) and f"{node.module}.{name}" not in modules)
+    yield from (name for name in names if is_private(name) and f"{whole}.{name}" not in modules)
 
 
 def all_ours() -> set[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -97,7 +98,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_heads_stay_where_they_are_needed(folder: Path, tmp_path: Path) -> None:
-    known = {"calibrate": str(folder / "text.txt"), "calibration_tokens": 1500, "calibration_length": 16}
+    known: dict[str, Any] = {
+        "calibrate": str(folder / "text.txt"),
+        "calibration_tokens": 1500,
+        "calibration_length": 16,
+    }
     assert kv_heads_under_budget(folder / "src", 0.625, **known) == [1, 4]
     assert kv_heads_under_budget(folder / "src", 0.5, **known) == [1, 2]
     assert kv_heads_under_budget(folder / "src", 0.25, **known) == [1, 1]

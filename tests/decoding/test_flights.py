@@ -41,7 +41,7 @@ def landings(monkeypatch: pytest.MonkeyPatch) -> list[flight.Landing]:
     return found
 
 
-def both(family: str, inputs: dict[str, torch.Tensor], **how: Any) -> tuple[Any, Any, torch.Tensor, torch.Tensor]:
+def both(family: str, inputs: dict[str, torch.Tensor], **how: Any) -> tuple[Any, Any, Any, Any]:
     """A model, and what it gives without and with our steps; the random generator is where it was without."""
     model = build(family, "cpu")
     expected = generate(model, inputs, **how)
@@ -93,9 +93,9 @@ def test_what_was_started_late_leaves_nothing_in_the_cache(family: str, landings
     model, inputs = build(family, "cpu"), batch("cpu")
     ends = list(range(2, 118))
     how = {"do_sample": True, "eos_token_id": ends, "min_new_tokens": 12, "return_dict_in_generate": True}
-    expected = generate(model, inputs, **how)
+    expected: Any = generate(model, inputs, **how)
     hf_attn_patch.enable(model)
-    found = generate(model, inputs, **how)
+    found: Any = generate(model, inputs, **how)
     assert [landing.stopped for landing in landings] == [True]
     torch.testing.assert_close(found.sequences, expected.sequences, rtol=0, atol=0)
     assert {k for k, v in found.items() if v is not None} == {k for k, v in expected.items() if v is not None}

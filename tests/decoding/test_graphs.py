@@ -156,7 +156,8 @@ def test_what_cannot_be_recorded_is_said_once(loud: bool, caplog: pytest.LogCapt
     expected = generate(model, inputs)
     model.model.layers[1].register_forward_hook(lambda *_: None)
     caplog.set_level("INFO", logger="hf_attn_patch")
-    hf_attn_patch.enable(model, **({"cuda_graphs": True} if loud else {}))
+    how: dict[str, Any] = {"cuda_graphs": True} if loud else {}
+    hf_attn_patch.enable(model, **how)
     for _ in range(2):
         torch.testing.assert_close(generate(model, inputs), expected, rtol=0, atol=0)
     said = [(r.levelname, r.message) for r in caplog.records if "decoding steps of" in r.message]

@@ -7,6 +7,7 @@ import math
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -47,7 +48,7 @@ def arguments(world: Path, output: Path, **changes: object) -> list[str]:
     return [part for k, v in options.items() if v is not None for part in (f"--{k.replace('_', '-')}", str(v))]
 
 
-def state_of(output: Path) -> dict[str, object]:
+def state_of(output: Path) -> dict[str, Any]:
     (folder,) = (output / "checkpoints").glob("step-*")
     return json.loads((folder / "trainer_state.json").read_text())
 

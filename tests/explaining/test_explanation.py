@@ -51,6 +51,11 @@ def asked(explanation: Any) -> Counter[Any]:
     return found
 
 
+def _numpy_state() -> Any:
+    state: Any = numpy.random.get_state()
+    return state[1]
+
+
 def forward(model: Any, training: bool, **inputs: Any) -> Any:
     model.train(training)
     with torch.set_grad_enabled(training):
@@ -182,12 +187,12 @@ def test_nothing_is_changed_and_nothing_is_left() -> None:
     modes = [m.training for m in model.modules()]
     configured = model.config.to_dict()
     dispatch.forget()
-    draws = torch.get_rng_state(), random.getstate(), numpy.random.get_state()[1].copy()
+    draws = torch.get_rng_state(), random.getstate(), _numpy_state().copy()
     for training in (False, True):
         explain(model, training=training, padded=True, kv_len=40)
     assert torch.equal(draws[0], torch.get_rng_state())
     assert draws[1] == random.getstate()
-    assert (draws[2] == numpy.random.get_state()[1]).all()
+    assert (draws[2] == _numpy_state()).all()
     for name, t in model.state_dict(keep_vars=True).items():
         pointer, version, value = before[name]
         assert (t.data_ptr(), t._version) == (pointer, version) and torch.equal(t, value)
@@ -195,7 +200,7 @@ def test_nothing_is_changed_and_nothing_is_left() -> None:
     assert modes == [m.training for m in model.modules()]
     assert configured == model.config.to_dict() and model.config._attn_implementation == "eager"
     assert not heard
-    assert plan.plans_of_requests == plan.plans_of_kinds == plan.plain_calls == {}
+    assert not (plan.plans_of_requests or plan.plans_of_kinds or plan.plain_calls)
     assert dispatch.listening.get() is None
 
 
@@ -282,7 +287,7 @@ def test_packed_documents() -> None:
 
 
 @pytest.mark.parametrize("lengths", [{"batch": 0}, {"q_len": 0}, {"q_len": 9, "kv_len": 8}])
-def test_lengths_that_do_not_go_together(lengths: dict[str, int]) -> None:
+def test_lengths_that_do_not_go_together(lengths: dict[str, Any]) -> None:
     with pytest.raises(AttentionError, match="each from 1"):
         explain(tiny_llama(), **lengths)
 

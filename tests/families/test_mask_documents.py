@@ -230,7 +230,7 @@ def test_a_change_inside_transformers_is_loud(
     if not hasattr(masking_utils, name):
         pytest.skip("not in this transformers")
     model = build()
-    inputs = {"input_ids": tokens(), "position_ids": POSITIONS}
+    inputs: dict[str, Any] = {"input_ids": tokens(), "position_ids": POSITIONS}
     if name != "bidirectional_mask_function":
         inputs["use_cache"] = False
     model(**inputs)

@@ -116,7 +116,9 @@ def test_an_empty_row_of_a_bool_mask_gives_zeros_and_no_nan(name: str) -> None:
 def test_padding_patterns_are_what_they_say() -> None:
     """The patterns above reach every case: a full row, padding on each side, holes, a row of nothing."""
     assert padding_mask("none", 9) is None
-    masks = {p: padding_mask(p, 9) for p in ("ones", "left", "right", "two-sided", "holes", "empty-row")}
+    masks: dict[str, Any] = {
+        p: padding_mask(p, 9) for p in ("ones", "left", "right", "two-sided", "holes", "empty-row")
+    }
     assert all(m is not None and m[0].all() for m in masks.values())
     assert masks["left"][1].tolist() == [0, 0, 0, 1, 1, 1, 1, 1, 1]
     assert masks["holes"][1].tolist() == [1, 1, 0, 1, 1, 1, 0, 0, 1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ def _takes_position_ids(name: str) -> bool:
     return "position_ids" in inspect.signature(type(pair(name)[1]).forward).parameters
 
 
-def _documents(rows: list[tuple[int, ...]]) -> list[list[torch.Tensor]]:
+def _documents(rows: Sequence[tuple[int, ...]]) -> list[list[torch.Tensor]]:
     return [[tokens(1, n, seed=10 * r + d) for d, n in enumerate(lengths)] for r, lengths in enumerate(rows)]
 
 

@@ -17,7 +17,7 @@ _CORE = families(trait="core")
 
 
 def _module(training: bool) -> Any:
-    module = torch.nn.Module()
+    module: Any = torch.nn.Module()
     module.is_causal, module.layer_idx, module.num_key_value_groups = False, 0, 2
     module.config = SimpleNamespace(_attn_implementation=IMPLEMENTATION)
     return module.train(training)

@@ -13,7 +13,7 @@ import torch
 from conformance import assert_conforms
 
 from hf_attn_patch.attn.dispatch import BACKENDS, attend, backend
-from hf_attn_patch.attn.visibility import Dense, Padded, full, packed
+from hf_attn_patch.attn.visibility import Dense, Padded, Visibility, full, packed
 from hf_attn_patch.errors import AttentionError
 
 pytestmark = pytest.mark.gpu
@@ -99,6 +99,7 @@ def check(name, kind, B, HQ, HKV, Sq, Sk, D, dtype, *, grad=True, softcap=None, 
     ):
         leaves = [None if t is None else t.detach().to(wide).requires_grad_(grad) for t in (q, k, v, sink, add)]
         a, b, c, s, e = leaves
+        assert a is not None and b is not None and c is not None
         with torch.set_grad_enabled(grad):
             if run == "test":
                 poison()
@@ -226,7 +227,8 @@ def test_nan_behind_what_is_added_does_not_leak(name, grad, hidden_by):
     for keys, values in ((k, v), (k.masked_fill(unseen, float("nan")), v.masked_fill(unseen, float("inf")))):
         leaves = [t.detach().requires_grad_(grad) for t in (q, keys, values)]
         try:
-            out = attend(*leaves, visibility=full(S, S, causal, (None, None), B), bias=bias, name=name)[0]
+            a, b, c = leaves
+            out = attend(a, b, c, full(S, S, causal, (None, None), B), bias=bias, name=name)[0]
         except AttentionError as error:
             pytest.skip(str(error))
         results.append((out, *(torch.autograd.grad(out.float().square().sum(), leaves) if grad else ())))
@@ -244,6 +246,7 @@ def test_nan_outside_documents_and_windows_does_not_leak(name, kind):
     Sq, Sk = (203, 203) if kind == "packed" else (70, 203)
     q, k, v = make(1, 8, 2, Sq, Sk, 64, torch.bfloat16)
     cu = torch.tensor([0, 64, 131, 190], device="cuda")
+    layout: Visibility
     if kind == "packed":
         layout, unseen = packed(1, Sq, Sk, cu, cu, 67, 67, True), torch.arange(Sk, device="cuda") >= 190
     else:
@@ -253,7 +256,8 @@ def test_nan_outside_documents_and_windows_does_not_leak(name, kind):
         leaves = [q.detach().requires_grad_()]
         leaves += [t.masked_fill(unseen[:, None], fill).detach().requires_grad_() for t in (k, v)]
         try:
-            out = attend(*leaves, visibility=layout, name=name)[0]
+            a, b, c = leaves
+            out = attend(a, b, c, layout, name=name)[0]
         except AttentionError as error:
             pytest.skip(str(error))
         results.append((out, *torch.autograd.grad(out.float().square().sum(), leaves)))
@@ -285,7 +289,8 @@ def test_empty_calls(name, options, sizes):
         more["bias"] = torch.randn(1, 8, Sq, Sk, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     leaves += [t for t in more.values() if isinstance(t, torch.Tensor)]
     try:
-        out = attend(*leaves[:3], visibility=full(Sq, Sk, True, (None, None), B), name=name, **more)[0]
+        a, b, c = leaves[:3]
+        out = attend(a, b, c, full(Sq, Sk, True, (None, None), B), name=name, **more)[0]
     except AttentionError as error:
         pytest.skip(str(error))
     assert out.shape == (B, 8, Sq, 64)
@@ -306,9 +311,8 @@ def test_strange_strides(name):
         out = attend(q, k, v, visibility=layout, name=name)[0]
     except AttentionError as error:
         pytest.skip(str(error))
-    args = q, k, v
-    ref = plain(*(t.float() for t in args), layout, 0.125)
-    assert_conforms(out, plain(*args, layout, 0.125), ref)
+    ref = plain(q.float(), k.float(), v.float(), layout, 0.125)
+    assert_conforms(out, plain(q, k, v, layout, 0.125), ref)
 
 
 def test_flex_is_compiled_for_every_shape(monkeypatch):

@@ -17,8 +17,9 @@ pytestmark = pytest.mark.gpu
 def test_pages_are_written_and_read(page: int, heads: tuple[int, int, int]) -> None:
     x = PagedRequests([700, 1, 33, 256, 0, 0], page, *heads, "cuda", torch.bfloat16)
     low, ref = x.truth(torch.bfloat16), x.truth(torch.float32)
+    k_pages, v_pages = x.pages
     out = paged_decode(
-        x.query, x.key, x.value, *x.pages, x.table, x.cu, scaling=heads[2] ** -0.5, softcap=None, sinks=None
+        x.query, x.key, x.value, k_pages, v_pages, x.table, x.cu, scaling=heads[2] ** -0.5, softcap=None, sinks=None
     )
     assert_conforms(out, low, ref)
     for pages, new in zip(x.pages, (x.key, x.value), strict=True):

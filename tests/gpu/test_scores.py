@@ -9,7 +9,7 @@ from conformance import assert_conforms
 from hf_attn_patch.attn.backends import torch_sdpa
 from hf_attn_patch.attn.dispatch import attend
 from hf_attn_patch.attn.functional import attention
-from hf_attn_patch.attn.visibility import Padded, full
+from hf_attn_patch.attn.visibility import Padded, Visibility, full
 
 pytestmark = pytest.mark.gpu
 
@@ -77,9 +77,9 @@ def test_bias_with_padding(causal, side, cudnn):
     see = see & (j[:, None] >= j) if causal else see.expand(3, 1, 200, 200)
     scores = bias.masked_fill(~see, -torch.inf)
     low, ref = (truth(q, k, v, scores, dtype) for dtype in (torch.bfloat16, torch.float32))
-    dirty = (t.masked_fill(~see.any(2)[..., None], float("nan")) for t in (k, v))
+    dirty_k, dirty_v = (t.masked_fill(~see.any(2)[..., None], float("nan")) for t in (k, v))
     layout = Padded(3, 200, 200, causal, first=first, length=length)
-    out = attend(q, *dirty, visibility=layout, bias=bias)[0]
+    out = attend(q, dirty_k, dirty_v, layout, bias=bias)[0]
     assert len(cudnn) == 1
     assert_conforms(out, low, ref)
 
@@ -154,7 +154,7 @@ def test_many_rows_over_many_heads(Sq, pad):
     """The shape that goes to FlashAttention-4 where it is installed."""
     q, k, v = randn(16, 32, Sq, 128), *(randn(16, 8, 999, 128, seed=i) for i in (1, 2))
     first = torch.arange(16, device="cuda", dtype=torch.int32) * (20 if pad else 0)
-    layout = full(Sq, 999, True, (None, None), 16)
+    layout: Visibility = full(Sq, 999, True, (None, None), 16)
     if pad:
         layout = Padded(16, Sq, 999, True, first=first, length=999 - first)
     j = torch.arange(999, device="cuda")

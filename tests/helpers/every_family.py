@@ -218,7 +218,7 @@ def class_of(config: Any) -> Any:
         for value in vars(module).values()
         if isinstance(value, type)
         and issubclass(value, transformers.PreTrainedModel)
-        and value.config_class is type(config)
+        and getattr(value, "config_class", None) is type(config)
         and not value.__name__.endswith("PreTrainedModel")
     ]
     return max(found, key=lambda value: "ForCausalLM" in value.__name__)

@@ -121,8 +121,8 @@ _WAV = {
     "mask_time_prob": 0.0,
     "mask_feature_prob": 0.0,
 }
-_MOE = {"num_experts_per_tok": 2}
-_LOCAL = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 5}
+_MOE: dict[str, Any] = {"num_experts_per_tok": 2}
+_LOCAL: dict[str, Any] = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 5}
 _VLM_TEXT = {**_DECODER, "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}}
 _VLM_IDS = {"image_token_id": 5, "video_token_id": 6, "vision_start_token_id": 7, "vision_end_token_id": 8}
 

@@ -66,7 +66,7 @@ class Case:
         if done.exception is not None and not isinstance(done.exception, SystemExit):
             import traceback
 
-            return [f"{what}: {''.join(traceback.format_exception(*done.exc_info, limit=-5))}"]
+            return [f"{what}: {''.join(traceback.format_exception(done.exception, limit=-5))}"]
         if done.exit_code not in codes:
             return [f"{what}: exit code {done.exit_code}: {done.output[-500:]}"]
         if "Traceback" in done.output:

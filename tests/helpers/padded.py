@@ -106,7 +106,7 @@ def assert_same(model: Any, inputs: dict[str, Any], **kwargs: Any) -> Any:
     torch.testing.assert_close(output.loss, expected.loss)
     assert grads.keys() == expected_grads.keys()
     for name in grads:
-        torch.testing.assert_close(grads[name], expected_grads[name], rtol=1e-3, atol=2e-5, msg=lambda m, n=name: n + m)
+        torch.testing.assert_close(grads[name], expected_grads[name], rtol=1e-3, atol=2e-5, msg=lambda m, n=name: n + m)  # type: ignore[misc]
     real = inputs["attention_mask"] == 1
     for name in ("logits", "last_hidden_state"):
         if name in expected:

@@ -24,6 +24,7 @@ def rope(x_SD: Tensor, layout: str, dims: int) -> Tensor:
 def attend(weights: AttentionWeights, x_SE: Tensor, memory_SE: Tensor | None = None, causal: bool = True) -> Tensor:
     """The layer's output [S, E] for inputs [S, E]; K and V read ``memory`` where there is one."""
     x, memory = x_SE.double(), (x_SE if memory_SE is None else memory_SE).double()
+    assert weights.q is not None and weights.k is not None and weights.o is not None
     rotary = weights.layer.rope, weights.layer.rotary_dims
     HQ, HKV = len(weights.q), len(weights.k)
     out = torch.zeros(len(x), weights.o.shape[1], dtype=torch.float64)

@@ -47,7 +47,7 @@ def change_config(src: Path, **changes: Any) -> None:
     (src / "config.json").write_text(json.dumps(config))
 
 
-def change_tensors(src: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+def change_tensors(src: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
     tensors = load_file(src / "model.safetensors")
     change(tensors)
     save_file(tensors, src / "model.safetensors", metadata={"format": "pt"})

@@ -72,9 +72,10 @@ def _text(our_class: type) -> str:
     return f"{our_class.__module__.removeprefix('hf_attn_patch.').replace('.', '/')}.py"
 
 
-def _attributes(module: nn.Module, our_class: type) -> list[str]:
+def _attributes(module: nn.Module, our_class: Any) -> list[str]:
     """Attributes and buffers that our methods read (or delete) and that nothing of ours sets."""
-    read, written, optional = set(), set(_own(our_class)), set()
+    read, optional = set[str](), set[str]()
+    written = set(_own(our_class))
     for tree in _trees(our_class):
         for node in ast.walk(tree):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self":
@@ -106,7 +107,7 @@ def _names_of_the_file(stock_class: type, our_class: type) -> list[str]:
     return [f"{file.__name__} has no {n!r}, which {_text(our_class)} calls" for n in missing]
 
 
-def _keywords(stock_class: type, our_class: type, calls: list[tuple[int, set[str]]]) -> list[str]:
+def _keywords(stock_class: Any, our_class: Any, calls: list[tuple[int, set[str]]]) -> list[str]:
     """What the stock code passes to this module against what our forward names."""
     parameters = list(inspect.signature(our_class.forward).parameters.values())[1:]
     named = [p for p in parameters if p.kind is not p.VAR_KEYWORD]
@@ -150,7 +151,7 @@ def _overridden(stock_class: type, our_class: type) -> list[str]:
     return [f"{stock_class.__name__} has no {n!r} for {_text(our_class)} to override" for n in gone]
 
 
-def _blocks(stock: Any, passed: dict[type, Any], taken: dict[type, Any]) -> list[str]:
+def _blocks(stock: Any, passed: dict[Any, Any], taken: dict[Any, Any]) -> list[str]:
     """Blocks that our own loop runs: it passes what the stock loop passes."""
     out = []
     for block, calls in passed.items():

@@ -169,7 +169,9 @@ def codegen_blocks(name: str, x: Tensor, g: int) -> Tensor:
     if "qkv_proj" not in name:
         return x
     hkv = HEADS // g
-    qs, vs, ks = [], [], []
+    qs: list[Tensor] = []
+    vs: list[Tensor] = []
+    ks: list[Tensor] = []
     for block in x.chunk({4: 4, 2: 2, 1: 1}[hkv]):
         n = block.shape[0] // DIM  # heads' worth of rows: queries, one value and one key
         q, v, k = block.split([(n - 2) * DIM, DIM, DIM])
@@ -203,9 +205,9 @@ _TEXT = {
     "intermediate_size": 48,
 }
 _NO_DROP = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-_NGPT = {"vocab_size": VOCAB, "n_embd": E, "n_head": HEADS, "n_layer": 2, "n_positions": 64, **QUIET}
+_NGPT: dict[str, Any] = {"vocab_size": VOCAB, "n_embd": E, "n_head": HEADS, "n_layer": 2, "n_positions": 64, **QUIET}
 _NGPT |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-_T5 = {
+_T5: dict[str, Any] = {
     "vocab_size": VOCAB,
     "d_model": 24,
     "d_kv": DIM,
@@ -215,7 +217,13 @@ _T5 = {
     "dropout_rate": 0.0,
 }
 _T5 |= {"pad_token_id": 1, "eos_token_id": None, "decoder_start_token_id": 0, "relative_attention_num_buckets": 8}
-_BART = {"vocab_size": VOCAB, "d_model": E, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": HEADS}
+_BART: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "d_model": E,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": HEADS,
+}
 _BART |= {"decoder_attention_heads": HEADS, "encoder_ffn_dim": 40, "decoder_ffn_dim": 40, "dropout": 0.0, **QUIET}
 _BART |= {"decoder_start_token_id": 0, "forced_eos_token_id": None, "max_position_embeddings": 64}
 _S2S = ("encoder_kv_heads", "decoder_kv_heads", "cross_kv_heads")

@@ -64,7 +64,8 @@ def test_arguments_are_named_as_the_forward_names_them() -> None:
     assert none.by_name((1,), {"cache": cache}) == {"input_ids": 1, "cache": cache}
     with pytest.raises(TypeError, match="two different caches were given, as cache and as past_key_values"):
         old.by_name((1,), {"cache": cache, "past_key_values": DynamicCache()})
-    for args, kwargs in (((1, cache, 2), {}), ((1,), {"input_ids": 1})):
+    wrong: list[tuple[tuple[Any, ...], dict[str, Any]]] = [((1, cache, 2), {}), ((1,), {"input_ids": 1})]
+    for args, kwargs in wrong:
         with pytest.raises(TypeError, match="positional arguments"):
             new.by_name(args, kwargs)
 

@@ -26,7 +26,9 @@ def test_pages_are_written_and_read(heads: tuple[int, int, int]) -> None:
     x = PagedRequests([37, 1, 16, 20, 0, 0], 16, *heads, interpreter.DEVICE, torch.float32)
     before = [pages.clone() for pages in x.pages]
     wanted = x.truth(torch.float64)
-    out = paged_decode(x.query, x.key, x.value, *x.pages, x.table, x.cu, scaling=None, softcap=None, sinks=None)
+    out = paged_decode(
+        x.query, x.key, x.value, x.pages[0], x.pages[1], x.table, x.cu, scaling=None, softcap=None, sinks=None
+    )
     torch.testing.assert_close(out.double(), wanted, atol=2e-6, rtol=1e-5)
     for pages, old, new in zip(x.pages, before, (x.key, x.value), strict=True):
         for r, n in enumerate(x.lengths[:4]):
@@ -37,13 +39,25 @@ def test_pages_are_written_and_read(heads: tuple[int, int, int]) -> None:
 def test_numbers_that_do_not_go_together() -> None:
     x = PagedRequests([5, 3], 16, 4, 2, 16, interpreter.DEVICE, torch.float32)
     with pytest.raises(AttentionError, match="a block table of 2 requests came with 1 queries and 2 lengths"):
-        paged_decode(x.query[:, :, :1], x.key, x.value, *x.pages, x.table, x.cu, scaling=1, softcap=None, sinks=None)
+        paged_decode(
+            x.query[:, :, :1],
+            x.key,
+            x.value,
+            x.pages[0],
+            x.pages[1],
+            x.table,
+            x.cu,
+            scaling=1,
+            softcap=None,
+            sinks=None,
+        )
 
 
 def test_a_window_is_not_forgotten() -> None:
-    x, module = PagedRequests([5, 3], 16, 4, 2, 16, interpreter.DEVICE, torch.float32), torch.nn.Module()
+    x = PagedRequests([5, 3], 16, 4, 2, 16, interpreter.DEVICE, torch.float32)
+    module: Any = torch.nn.Module()
     module.sliding_window = 4
-    handed = {"block_table": x.table, "k_cache": x.pages[0], "v_cache": x.pages[1]}
+    handed: dict[str, Any] = {"block_table": x.table, "k_cache": x.pages[0], "v_cache": x.pages[1]}
     with pytest.raises(AttentionError, match=r"a sliding window of 4.*max_blocks_per_request=0"):
         attention_forward(
             module, x.query, x.key, x.value, None, cu_seq_lens_q=x.cu, cu_seq_lens_k=x.cu, write_index=[], **handed
@@ -56,7 +70,9 @@ def test_without_a_gpu_the_way_out_is_said(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     x = PagedRequests([5], 16, 4, 2, 16, "cpu", torch.float32)
     with pytest.raises(AttentionError, match="max_blocks_per_request=0"):
-        paged_decode(x.query, x.key, x.value, *x.pages, x.table, x.cu, scaling=1, softcap=None, sinks=None)
+        paged_decode(
+            x.query, x.key, x.value, x.pages[0], x.pages[1], x.table, x.cu, scaling=1, softcap=None, sinks=None
+        )
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-mqa", "mistral"])

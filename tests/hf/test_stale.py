@@ -73,7 +73,7 @@ class Packed:
 def causal_mask(model: Any, keys: torch.Tensor) -> Any:
     """Transformers' own preparation of a mask, whose parameters were renamed now and then."""
     wanted = inspect.signature(create_causal_mask).parameters
-    given = {"inputs_embeds": torch.zeros(1, S, 8), "attention_mask": keys}
+    given: dict[str, Any] = {"inputs_embeds": torch.zeros(1, S, 8), "attention_mask": keys}
     given |= {name: None for name in ("past_key_values", "cache") if name in wanted}
     return create_causal_mask(config=model.config, **given)
 
@@ -253,7 +253,7 @@ def test_what_is_kept_with_a_mask_goes_with_it() -> None:
         gc.collect()
         return sum(isinstance(o, Visibility) for o in gc.get_objects())
 
-    module = torch.nn.Module()
+    module: Any = torch.nn.Module()
     module.is_causal, module.layer_idx = False, 0
     q = torch.randn(1, 2, S, 8)
     before = layouts()

@@ -56,8 +56,10 @@ def packed_reference(module: Any, q: Any, k: Any, v: Any, mask: Any, **kwargs: A
         visible = torch.ones(n, n, dtype=torch.bool).tril() if causal else torch.ones(n, n, dtype=torch.bool)
         if kwargs.get("sliding_window"):
             visible &= torch.ones(n, n, dtype=torch.bool).triu(1 - kwargs["sliding_window"])
-        one = (t[:, :, start:end] for t in (q, k, v))
-        out.append(scaled_dot_product_attention(*one, attn_mask=visible, scale=kwargs.get("scaling"), enable_gqa=True))
+        a, b, c = (t[:, :, start:end] for t in (q, k, v))
+        out.append(
+            scaled_dot_product_attention(a, b, c, attn_mask=visible, scale=kwargs.get("scaling"), enable_gqa=True)
+        )
     return torch.cat(out, dim=2).transpose(1, 2), None
 
 
@@ -324,7 +326,8 @@ def test_wrapped_and_copied_models() -> None:
     """PEFT around it, torch.compile around it, a deep copy with its own hooks."""
     inputs, seen = batch("right"), []
     adapted = get_peft_model(build(*CAUSAL["llama"]), LoraConfig(target_modules=["q_proj", "v_proj"], r=2))
-    for wrapped in (adapted, torch.compile(build(*CAUSAL["llama"]), backend="eager")):
+    compiled: Any = torch.compile(build(*CAUSAL["llama"]), backend="eager")
+    for wrapped in (adapted, compiled):
         expected = wrapped(**inputs)
         hooks = [
             m.register_forward_hook(lambda m, args, out: seen.append(tuple(out.shape[:2])))

@@ -39,7 +39,8 @@ def test_it_is_refused_by_name(name: str, kind: str) -> None:
     made = {"dynamic": DynamicCache, "static": lambda: StaticCache(llama().config, 8), "a user's own": object}
     with pytest.raises(AttentionError, match=f"Layer handed '{name}' .*instead of filling it.*use_cache=False"):
         attention_forward(Layer(), q, q, q, None, **{name: made[kind]()})
-    out, _ = attention_forward(Layer(), q, q, q, None, **{name: None})  # nothing was handed on
+    nothing: dict[str, Any] = {name: None}
+    out, _ = attention_forward(Layer(), q, q, q, None, **nothing)  # nothing was handed on
     assert out.shape == (1, 3, 2, 8)
 
 

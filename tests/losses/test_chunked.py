@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -46,7 +48,7 @@ def test_equals_the_plain_formula(T, E, V, chunk, ce, kl, tau, bias, scale, cap,
         hidden, Head(weight, b, scale, cap), labels, teacher_hidden=teacher_hidden, teacher_head=Head(teacher_weight),
         ce_weight=ce, kl_weight=kl, temperature=tau, chunk=chunk,
     )  # fmt: skip
-    leaves = [hidden, weight] + ([b] if bias else [])
+    leaves = [hidden, weight] + ([] if b is None else [b])
     grads = torch.autograd.grad(3.0 * sums.loss, leaves)
 
     doubles = [x.detach().double().requires_grad_() for x in leaves]
@@ -94,10 +96,11 @@ def test_autocast_makes_the_products_low_precision_and_keeps_the_gradient_in_fp3
 
 
 def test_a_frozen_head_gets_no_gradient_and_logits_are_taken_as_they_are():
-    hidden, weight = torch.randn(5, 4, requires_grad=True), torch.randn(9, 4)
+    hidden: Any = torch.randn(5, 4, requires_grad=True)
+    weight = torch.randn(9, 4)
     labels = torch.tensor([1, 2, IGNORE, 0, 8])
     linear_loss(hidden, Head(weight), labels).loss.backward()
-    logits = (hidden.detach() @ weight.T).requires_grad_()
+    logits: Any = (hidden.detach() @ weight.T).requires_grad_()
     loss = linear_loss(logits, Head(None), labels).loss
     loss.backward()
     torch.testing.assert_close(logits.grad @ weight, hidden.grad)
@@ -107,7 +110,7 @@ def test_a_frozen_head_gets_no_gradient_and_logits_are_taken_as_they_are():
 
 
 def test_no_label_at_all_is_zero_and_not_nan():
-    hidden = torch.randn(3, 4, requires_grad=True)
+    hidden: Any = torch.randn(3, 4, requires_grad=True)
     sums = linear_loss(hidden, Head(torch.randn(9, 4)), torch.full((3,), IGNORE))
     sums.loss.backward()
     assert sums.loss.item() == 0.0
@@ -131,7 +134,11 @@ def test_logits_never_stand_whole():
 
     T, E, V = 40, 3, 50
     hidden, weight = torch.randn(T, E, requires_grad=True), torch.randn(V, E, requires_grad=True)
-    told = {"teacher_hidden": torch.randn(T, E), "teacher_head": Head(torch.randn(V, E)), "kl_weight": 1.0}
+    told: dict[str, Any] = {
+        "teacher_hidden": torch.randn(T, E),
+        "teacher_head": Head(torch.randn(V, E)),
+        "kl_weight": 1.0,
+    }
     with Largest() as seen:
         linear_loss(hidden, Head(weight), torch.randint(0, V, (T,)), chunk=4, **told).loss.backward()
     assert seen.numel <= 4 * V

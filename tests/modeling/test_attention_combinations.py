@@ -209,6 +209,7 @@ def test_steps_on_every_cache(kind, chunks, pad, form, **options):
             if (
                 form == "bool" and "static" in kind
             ):  # as transformers makes them for a static cache: over all its places
+                assert given_mask is not None
                 given_mask = torch.nn.functional.pad(given_mask, (0, 13 - end))
             steps.append(m(x[:, at:end], attention_mask=given_mask, past_key_values=past))
             at = end

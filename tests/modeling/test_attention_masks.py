@@ -2,6 +2,7 @@
 
 import copy
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -171,10 +172,17 @@ def test_weights_with_windows_and_caches(causal, window, cached):
 @pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize("train", [False, True])
 def test_inside_torchs_transformer(hkv, norm_first, batch_first, train):
-    options = {"dropout": 0.0, "batch_first": batch_first, "norm_first": norm_first, "dtype": torch.float64}
+    options: dict[str, Any] = {
+        "dropout": 0.0,
+        "batch_first": batch_first,
+        "norm_first": norm_first,
+        "dtype": torch.float64,
+    }
     encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(E, HQ, 32, **options), 2, enable_nested_tensor=False)
     decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(E, HQ, 32, **options), 2)
     ours = copy.deepcopy(encoder), copy.deepcopy(decoder)
+    stack: Any
+    changed: Any
     for stack, changed in zip((encoder, decoder), ours, strict=True):
         for layer, other in zip(stack.layers, changed.layers, strict=True):
             for name in ("self_attn", "multihead_attn"):

@@ -126,7 +126,7 @@ def test_a_cache_under_another_name_is_filled_all_the_same(case: Case, name: str
 
     options = {**SEARCH["greedy"], "max_new_tokens": NEW, "return_dict_in_generate": True}
     want = model.generate(**prompt(case), **options, use_cache=False).sequences
-    attentions = [m for m in model.modules() if isinstance(m, GroupedAttention)]
+    attentions: list[Any] = [m for m in model.modules() if isinstance(m, GroupedAttention)]
     if "forward" not in vars(type(attentions[0])) and not hasattr(type(attentions[0]), "project"):
         pytest.skip("the stock forward serves this family, whose names are its own")
     for module in attentions:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from hf_attn_patch.modeling.bert import GroupedBertLMHeadModel
 from hf_attn_patch.modeling.falcon import GroupedFalconConfig, GroupedFalconForCausalLM
 from hf_attn_patch.modeling.gpt2 import GroupedGPT2LMHeadModel
 
-FALCONS = {
+FALCONS: dict[str, tuple[dict[str, Any], int]] = {
     "multi-query": ({"multi_query": True}, 1),
     "new architecture": ({"new_decoder_architecture": True, "num_kv_heads": 2}, 2),
     "one norm": ({"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1}, 2),
@@ -64,7 +65,7 @@ def test_falcons_packed_documents_are_those_documents_alone(attn, alibi):
 @pytest.mark.parametrize("attn", ["eager", "sdpa", "hf_attn_patch"])
 def test_cross_attention_of_decoders_has_its_own_kv_heads(attn):
     gpt2, bert = BY_NAME["gpt2"], BY_NAME["bert"]
-    models = [
+    models: list[tuple[Any, Any, dict[str, Any]]] = [
         (gpt2, GroupedGPT2LMHeadModel, {"add_cross_attention": True}),
         (bert, GroupedBertLMHeadModel, {"add_cross_attention": True, "is_decoder": True}),
     ]

@@ -33,11 +33,13 @@ def inputs(
 def run(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tuning: Tuning | None = SMALL, **options: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    names = ("first", "end", "mask", "bias", "sinks")
-    given_options = {"scale": q.shape[-1] ** -0.5, "causal": True, "window": None, "softcap": None} | options
-    last = (given_options[n] for n in ("scale", "causal", "window", "softcap"))
-    operands = decode.DecodeOperands(q, k, v, None, *(options.get(n) for n in names), *last, True)
-    return decode.launch(operands, tuning)
+    defaults: dict[str, Any] = dict.fromkeys(
+        ("block_table", "first", "end", "mask", "bias", "sinks", "window", "softcap")
+    )
+    defaults |= {"scale": q.shape[-1] ** -0.5, "causal": True}
+    out, lse = decode.launch(decode.DecodeOperands(q, k, v, return_lse=True, **{**defaults, **options}), tuning)
+    assert lse is not None
+    return out, lse
 
 
 def check(
@@ -86,7 +88,7 @@ def test_head_dims(D: int, DV: int) -> None:
 )
 def test_padding_is_never_read(Sq: int, first: tuple[int, ...] | None, end: tuple[int, ...] | None) -> None:
     q, k, v = inputs(3, 2, 1, Sq, 70, 16)
-    ranges = {"first": ints(*first) if first else None, "end": ints(*end) if end else None}
+    ranges: dict[str, Any] = {"first": ints(*first) if first else None, "end": ints(*end) if end else None}
     begin = ranges["first"] if first else torch.zeros(3, device=DEVICE)
     stop = ranges["end"] if end else torch.full((3,), 70, device=DEVICE)
     keys = torch.arange(70, device=DEVICE)
@@ -101,7 +103,7 @@ def test_padding_is_never_read(Sq: int, first: tuple[int, ...] | None, end: tupl
 @pytest.mark.parametrize("Sq", [1, 4])
 @pytest.mark.parametrize(("window", "padded"), [(1, False), (33, False), (5, True), (1000, True)])
 def test_window(Sq: int, window: int, padded: bool) -> None:
-    ends = {"first": ints(3, 50), "end": ints(60, 75)} if padded else {}
+    ends: dict[str, Any] = {"first": ints(3, 50), "end": ints(60, 75)} if padded else {}
     check(*inputs(2, 2, 1, Sq, 75, 16), window=window, **ends)
 
 
@@ -176,7 +178,7 @@ def test_what_is_hidden_for_several_reasons_together(dtype, HKV, window, hidden_
 def test_softcap_sinks_and_everything(dtype: torch.dtype) -> None:
     q, k, v = inputs(3, 4, 2, 2, 60, 48, 32, dtype)
     sinks = torch.tensor([1.0, -2.0, float("-inf"), 30.0], device=DEVICE)
-    ends = {"first": ints(0, 20, 60), "end": ints(60, 45, 60)}
+    ends: dict[str, Any] = {"first": ints(0, 20, 60), "end": ints(60, 45, 60)}
     check(q, k, v, softcap=15.0)
     check(q, k, v, sinks=sinks)
     check(q, k, v, softcap=5.0, sinks=sinks, window=30, **ends)
@@ -202,10 +204,10 @@ def test_strided_caches() -> None:
     want = run(q, k, v)[0]
     buffer = torch.full((2, 96, 2, 2, 64), float("nan"), device=DEVICE)  # [B, S, k or v, H, wide D]
     buffer[:, 16:80, 0, :, 8:40], buffer[:, 16:80, 1, :, 8:40] = k.transpose(1, 2), v.transpose(1, 2)
-    views = (buffer[:, 16:80, i, :, 8:40].transpose(1, 2) for i in (0, 1))
+    k_view, v_view = (buffer[:, 16:80, i, :, 8:40].transpose(1, 2) for i in (0, 1))
     wide = torch.randn(2, 1, 4, 50, device=DEVICE)
     wide[..., 5:37] = q.transpose(1, 2)
-    assert torch.equal(run(wide[..., 5:37].transpose(1, 2), *views)[0], want)
+    assert torch.equal(run(wide[..., 5:37].transpose(1, 2), k_view, v_view)[0], want)
     dense = torch.randn(2, 2, 32, 64, device=DEVICE).mT  # keys contiguous, not the head dimension
     check(q, dense, v)
     one = k[:1, :1].expand(2, 2, 64, 32)
@@ -232,7 +234,8 @@ def test_paged(Sq: int, page: int) -> None:
             pages[table[b, i], :n] = torch.randn(n, 2, HKV, D, generator=generator).to(DEVICE)
     table = table.to(DEVICE)
     k, v = pages.unbind(2)
-    for options in ({}, {"window": 20, "softcap": 10.0, "sinks": torch.ones(HQ, device=DEVICE)}):
+    both: tuple[dict[str, Any], ...] = ({}, {"window": 20, "softcap": 10.0, "sinks": torch.ones(HQ, device=DEVICE)})
+    for options in both:
         args = (q, k, v, table, lengths)
         out, lse = grouped_decode_paged(*args, scale=0.2, return_lse=True, **options)
         ref, ref_lse = grouped_decode_paged_reference(*args, scale=0.2, **options)
@@ -359,7 +362,9 @@ def test_calls_that_look_alike() -> None:
 def test_no_rows_and_no_keys() -> None:
     q, k, v = inputs(2, 4, 2, 1, 8, 32)
     assert run(q[:0], k[:0], v[:0])[0].shape == (0, 4, 1, 32)
-    for options in ({}, {"mask": torch.ones(2, 1, 1, 0, dtype=torch.bool, device=DEVICE)}, {"end": ints(0, 0)}):
+    nobody = torch.ones(2, 1, 1, 0, dtype=torch.bool, device=DEVICE)
+    cases: tuple[dict[str, Any], ...] = ({}, {"mask": nobody}, {"end": ints(0, 0)})
+    for options in cases:
         out, lse = run(q, k[:, :, :0], v[:, :, :0], **options)
         assert not out.any() and (lse == float("-inf")).all()
     sinks = torch.arange(4.0, device=DEVICE)
@@ -375,8 +380,12 @@ def test_is_an_operator() -> None:
     op = torch.ops.hf_attn_patch.grouped_decode
     args = (q, k, v, None, None, ints(40, 9), None, None, None, 0.2, True, None, None, True)
     torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
-    compiled = torch.compile(
-        lambda q, k, v, end: grouped_decode(2 * q, k, v, scale=0.1, end=end) + 1, fullgraph=True, backend="aot_eager"
-    )
+
+    def function(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
+        out = grouped_decode(2 * q, k, v, scale=0.1, end=end)
+        assert isinstance(out, torch.Tensor)
+        return out + 1
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     want = run(q, k, v, None, scale=0.2, end=ints(40, 9))[0] + 1
     torch.testing.assert_close(compiled(q, k, v, ints(40, 9)), want)

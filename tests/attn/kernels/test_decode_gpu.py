@@ -152,12 +152,13 @@ def test_paged(page: int, dtype: torch.dtype) -> None:
     k, v = pages.unbind(2)
     for Sq in (1, 4):
         q = randn(B, 8, Sq, 128, dtype=dtype)
-        for options in ({}, {"window": 300}):
+        both: tuple[dict[str, Any], ...] = ({}, {"window": 300})
+        for options in both:
             args = (table, lengths)
             out = grouped_decode_paged(q, k, v, *args, scale=0.09, **options)  # type: ignore[arg-type]
             low, _ = grouped_decode_paged_reference(q, k, v, *args, scale=0.09, **options)
-            wide = (t.double() for t in (q, k, v))
-            ref, _ = grouped_decode_paged_reference(*wide, *args, scale=0.09, **options)
+            q64, k64, v64 = (t.double() for t in (q, k, v))
+            ref, _ = grouped_decode_paged_reference(q64, k64, v64, *args, scale=0.09, **options)
             assert_conforms(out, low, ref)  # type: ignore[arg-type]
 
 

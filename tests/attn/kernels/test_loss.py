@@ -86,7 +86,10 @@ def test_the_whole_loss_with_the_kernel_is_the_whole_loss_without(monkeypatch):
     """Through the chunks of ``linear_loss``: gradients of hidden states, head and bias."""
     torch.manual_seed(0)
     leaves = [torch.randn(23, 8), torch.randn(50, 8), torch.randn(50)]
-    teacher = {"teacher_hidden": torch.randn(23, 4).to(DEVICE), "teacher_head": Head(torch.randn(50, 4).to(DEVICE))}
+    teacher: dict[str, Any] = {
+        "teacher_hidden": torch.randn(23, 4).to(DEVICE),
+        "teacher_head": Head(torch.randn(50, 4).to(DEVICE)),
+    }
     labels = torch.randint(0, 50, (23,)).masked_fill(torch.rand(23) < 0.3, IGNORE).to(DEVICE)
     found = []
     for fused in (losses._plain_chunk, losses._fused_chunk):
@@ -104,6 +107,7 @@ def test_logits_that_are_the_callers_are_not_written_over():
     kept = x.clone()
     labels = torch.tensor([1, 2, IGNORE, 0], device=DEVICE)
     _, grad = losses._fused_chunk(x, Head(None), labels, None, (1.0, 0.0, 1.0), True)
+    assert grad is not None
     assert torch.equal(x, kept)
     assert_conforms(grad, *(F.softmax(x.to(d), -1).index_put_((torch.arange(4), labels.clamp(min=0)),
         F.softmax(x.to(d), -1)[torch.arange(4), labels.clamp(min=0)] - 1).masked_fill((labels == IGNORE)[:, None], 0)
@@ -124,10 +128,12 @@ def test_what_is_wrong_shows_in_the_loss_and_in_its_row_alone(spoiled):
     told = (teacher, Head(None))
     sums, grad = losses._fused_chunk(x, Head(None), labels, told, (1.0, 1.0, 1.0), True)
     assert not sums.isfinite().all()
+    assert grad is not None
     assert grad[[0, 2]].isfinite().all()
     # a row that does not count may hold anything
     labels[1] = IGNORE
     sums, grad = losses._fused_chunk(x, Head(None), labels, told, (1.0, 1.0, 1.0), True)
+    assert grad is not None
     assert sums.isfinite().all() and grad.isfinite().all()
 
 

@@ -61,17 +61,17 @@ def build(case: dict[str, Any]) -> tuple[Tensor, Parted, Tensor, Tensor, Tensor 
         case["value_dim"],
     )
     q = torch.randn(B, Sq, HQ, D).to(case["dtype"]).transpose(1, 2)
-    parts, keys, values = [], [], []
+    parts, all_keys, all_values = [], [], []
     for i, length in enumerate(case["shared"]):
         # the first of two parts is what all have in common
         of, count = ([0] * B, 1) if len(case["shared"]) == 2 and i == 0 else (rows, case["count"])
         k, v = (torch.randn(count, HKV, length, d).to(case["dtype"]) for d in (D, Dv))
         parts.append(SharedPart(k, v, Rows(of, count)))
-        keys.append(together(k, of))
-        values.append(together(v, of))
+        all_keys.append(together(k, of))
+        all_values.append(together(v, of))
     k, v = (torch.randn(B, HKV, case["own"], d).to(case["dtype"]) for d in (D, Dv))
     parted = Parted(tuple(parts), k, v)
-    keys, values = torch.cat([*keys, k], 2), torch.cat([*values, v], 2)
+    keys, values = torch.cat([*all_keys, k], 2), torch.cat([*all_values, v], 2)
     mask = None
     if case["masked"]:
         shape = {"rows": (B, 1), "heads": (B, HQ), "one": (1, 1)}[case["masked"]]
@@ -88,7 +88,7 @@ def test_as_if_the_keys_lay_together(way: str, case: dict[str, Any]) -> None:
     q, parted, k, v, mask, sinks = build(case)
     options = {"scale": 0.3, "causal": mask is None, "softcap": case["softcap"]}
     out = WAYS[way](q, parted, mask=mask, sinks=sinks, **options)
-    wide = [None if t is None else t.double() for t in (q, k, v, sinks)]
+    wide: list[Any] = [None if t is None else t.double() for t in (q, k, v, sinks)]
     ref = grouped_decode_reference(wide[0], wide[1], wide[2], mask=mask, sinks=wide[3], **options)[0]
     low = grouped_decode_reference(q, k, v, mask=mask, sinks=sinks, **options)[0]
     assert out.dtype == q.dtype

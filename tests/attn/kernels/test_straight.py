@@ -63,6 +63,7 @@ def test_what_only_looks_like_a_tensor_goes_through_the_operator() -> None:
     q, k = torch.randn(2, 4, 1, 16, device=DEVICE), torch.randn(2, 2, 9, 16, device=DEVICE)
     real = attend(q, k, k, visibility=layout, name="triton_decode")[0]  # the short way is known now
     with FakeTensorMode() as mode:
-        fake = attend(*(mode.from_tensor(t) for t in (q, k, k)), visibility=layout, name="triton_decode")[0]
+        fake_q, fake_k = mode.from_tensor(q), mode.from_tensor(k)
+        fake = attend(fake_q, fake_k, fake_k, layout, name="triton_decode")[0]
     assert fake.shape == real.shape
     assert isinstance(fake, torch._subclasses.FakeTensor)

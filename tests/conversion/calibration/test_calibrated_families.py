@@ -16,7 +16,7 @@ from zoo_cases import BY_NAME, output
 
 from hf_attn_patch.conversion import ConversionError, convert, plan
 
-SMALL = {"method": "auto", "calibration_tokens": 1500, "calibration_length": 16}
+SMALL: dict[str, Any] = {"method": "auto", "calibration_tokens": 1500, "calibration_length": 16}
 #: one of each kind: biases, odd head_dim, softcaps and windows, norms of K, partial and interleaved RoPE, fused, sinks
 STOCK = (
     "llama",

@@ -98,7 +98,12 @@ def test_calibration_takes_what_the_plan_says(
 ) -> None:
     text = tmp_path / "text.txt"
     text.write_text("\n".join(p.read_text() for p in python_sources()))
-    options = {"calibrate": str(text), "calibration_tokens": tokens, "calibration_length": length, "device": "cpu"}
+    options: dict[str, Any] = {
+        "calibrate": str(text),
+        "calibration_tokens": tokens,
+        "calibration_length": length,
+        "device": "cpu",
+    }
     first = made(llama(64, 96, 2, 512), AutoModelForCausalLM, tmp_path / "first")
     source = made(config, auto, tmp_path / "source")
     said = memory_needed(plan(source, kv_heads, method="calibrated", **options))

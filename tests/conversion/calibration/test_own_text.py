@@ -4,6 +4,7 @@ was lost is measured on what was held out."""
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from hf_attn_patch.conversion.methods import registry
 from hf_attn_patch.conversion.reports import held_out
 from hf_attn_patch.errors import ConversionError
 
-SMALL = {"calibration_tokens": 4096, "calibration_length": 32}
+SMALL: dict[str, Any] = {"calibration_tokens": 4096, "calibration_length": 32}
 
 
 @pytest.fixture(autouse=True)

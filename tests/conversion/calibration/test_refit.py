@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from hf_attn_patch.conversion.families.table import Stack
 from hf_attn_patch.conversion.methods import registry as methods
 from hf_attn_patch.conversion.reports.evaluation import windows
 
-SMALL = {"calibration_tokens": 6000, "calibration_length": 32}
+SMALL: dict[str, Any] = {"calibration_tokens": 6000, "calibration_length": 32}
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +108,7 @@ def test_fitting_in_memory_is_reproducible_and_leaves_the_rest_alone(folder: Pat
             p.requires_grad_(True)
         errors = refit(
             teacher, student.model.layers, teacher.model.layers, ids, RefitRecipe(epochs=2),
-            trained=lambda layer: list(layer.self_attn.parameters()),
+            trained=lambda layer: list(layer.get_submodule("self_attn").parameters()),
         )  # fmt: skip
         found.append((errors, student.state_dict()))
     assert found[0][0] == found[1][0]

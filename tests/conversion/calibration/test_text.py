@@ -157,7 +157,8 @@ def test_moments_on_the_way_are_the_whole_models(name: str, tmp_path: Path, monk
 
     class Noted(Moments):
         def results(self) -> Any:
-            kept.append([found.sum / found.rows for _, found in self.read])
+            read: Any = self.read
+            kept.append([found.sum / found.rows for _, found in read])
             return super().results()
 
     first = calibrated.Calibrated.__init__
@@ -220,7 +221,12 @@ def test_values_that_are_not_finite(tmp_path: Path) -> None:
     with torch.no_grad():
         model.model.embed_tokens.weight[rare] = float("inf")
     save_tiny(tmp_path / "word", model)
-    known = {"calibrate": str(text), "calibration_tokens": 3000, "calibration_length": 16, "allow_nonfinite": True}
+    known: dict[str, Any] = {
+        "calibrate": str(text),
+        "calibration_tokens": 3000,
+        "calibration_length": 16,
+        "allow_nonfinite": True,
+    }
     record = convert(tmp_path / "word", tmp_path / "a", 2, **known)
     assert any("not finite" in note for note in record["details"]["notes"])
     fits = record["details"]["layers"].values()

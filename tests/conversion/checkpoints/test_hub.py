@@ -6,7 +6,7 @@ import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from click.testing import CliRunner
@@ -46,7 +46,10 @@ def test_a_hub_id_is_fetched_and_recorded(snapshot: Path, tmp_path: Path, monkey
     ("error", "words"),
     [
         (errors.LocalEntryNotFoundError("x"), "cannot be reached"),
-        (errors.RepositoryNotFoundError("x", response=SimpleNamespace(headers={}, request=None)), "no such model"),
+        (
+            errors.RepositoryNotFoundError("x", response=cast(Any, SimpleNamespace(headers={}, request=None))),
+            "no such model",
+        ),
         (errors.HFValidationError("x"), "valid hub id"),
         (OSError("odd"), "odd"),
     ],

@@ -9,7 +9,9 @@ import struct
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -338,7 +340,7 @@ def test_a_tokenizers_own_code_is_not_dropped_without_a_word(src: Path) -> None:
     assert run("convert", src, src.parent / "other", "--kv-heads", 2, "--method", "mean", "-q").exit_code == 0
 
 
-def rewrite(src: Path, change: object) -> None:
+def rewrite(src: Path, change: Callable[[dict[str, Any]], object]) -> None:
     from safetensors.torch import load_file, save_file
 
     tensors = load_file(src / "model.safetensors")

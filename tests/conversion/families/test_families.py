@@ -32,7 +32,7 @@ def pooled(rows: Tensor, kv_heads: int, new: int) -> Tensor:
     size = rows.shape[0] // kv_heads
     per_group = kv_heads // new
     heads = [rows[i * size : (i + 1) * size] for i in range(kv_heads)]
-    return torch.cat([sum(heads[g * per_group : (g + 1) * per_group]) / per_group for g in range(new)])
+    return torch.cat([torch.stack(heads[g * per_group : (g + 1) * per_group]).sum(0) / per_group for g in range(new)])
 
 
 def kv_rows(model_type: str, head_dim: int, kv_heads: int) -> tuple[list[int], list[int], list[int]]:
@@ -167,7 +167,12 @@ def test_equal_heads_lose_nothing(model_type: str, method: str, tmp_path: Path) 
 @pytest.mark.parametrize("new", [1, 2])
 def test_falcon_with_one_query_key_value_per_head(new: int, tmp_path: Path) -> None:
     """The old layout (per head q, k, v) becomes multi_query or the new architecture."""
-    changes = {"new_decoder_architecture": False, "multi_query": False, "parallel_attn": True, "alibi": False}
+    changes: dict[str, Any] = {
+        "new_decoder_architecture": False,
+        "multi_query": False,
+        "parallel_attn": True,
+        "alibi": False,
+    }
     model = tiny_model("falcon", **changes)
     make_heads_equal(model, "falcon", new)
     model.save_pretrained(tmp_path / "src")
@@ -179,7 +184,12 @@ def test_falcon_with_one_query_key_value_per_head(new: int, tmp_path: Path) -> N
 
 
 def test_falcon_with_alibi_and_sequential_attention_becomes_multi_query_only(tmp_path: Path) -> None:
-    changes = {"new_decoder_architecture": False, "multi_query": False, "parallel_attn": False, "alibi": True}
+    changes: dict[str, Any] = {
+        "new_decoder_architecture": False,
+        "multi_query": False,
+        "parallel_attn": False,
+        "alibi": True,
+    }
     model = tiny_model("falcon", **changes)
     make_heads_equal(model, "falcon", 1)
     model.save_pretrained(tmp_path / "src")

@@ -2,6 +2,7 @@
 
 import doctest
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed + sum(shape)))
 
 
-def layer(hq: int, hkv: int, new: int, rope: str = "half", dims: int = 8, bias: bool = False) -> AttentionWeights:
+def layer(hq: int, hkv: int, new: int, rope: Any = "half", dims: int = 8, bias: bool = False) -> AttentionWeights:
     biases = {"q_bias": random(hq, D, seed=5), "k_bias": random(hkv, D, seed=6), "v_bias": random(hkv, D, seed=7)}
     return AttentionWeights(
         LayerAttention(Stack(), 0, "layers.0.", hq, hkv, new, D, E, E, rope, dims, False),
@@ -38,7 +39,7 @@ def layer(hq: int, hkv: int, new: int, rope: str = "half", dims: int = 8, bias: 
     )
 
 
-def with_layer(weights: AttentionWeights, **changes: object) -> AttentionWeights:
+def with_layer(weights: AttentionWeights, **changes: Any) -> AttentionWeights:
     return replace(weights, layer=replace(weights.layer, **changes))
 
 
@@ -106,8 +107,8 @@ def test_docstrings():
 @pytest.mark.parametrize("calibrated", [False, True])
 @pytest.mark.parametrize(("hq", "hkv", "new"), [(4, 4, 2), (4, 4, 1), (8, 4, 2)])
 def test_heads_equal_up_to_their_bases_merge_without_loss(rope, dims, bias, calibrated, hq, hkv, new):
-    weights = equal_up_to_bases(hq, hkv, new, rope, dims, bias)
-    merged = merge_aligned(weights, moment=moment() if calibrated else None)
+    weights: Any = equal_up_to_bases(hq, hkv, new, rope, dims, bias)
+    merged: Any = merge_aligned(weights, moment=moment() if calibrated else None)
     assert merged.k.shape == merged.v.shape == (new, D, E)
     assert error(weights, merged) < 1e-9
     assert error(weights, mean_pooled(weights)) > 0.05
@@ -118,7 +119,7 @@ def test_heads_equal_up_to_their_bases_merge_without_loss(rope, dims, bias, cali
 )
 def test_a_change_of_basis_that_rope_does_not_allow_is_not_taken_for_one(made, taken):
     """Mixing across planes, the other layout's planes, rotary dimensions taken for free ones: all change the scores."""
-    weights = equal_up_to_bases(4, 4, 2, *made)
+    weights: Any = equal_up_to_bases(4, 4, 2, *made)
     assert error(weights, merge_aligned(weights)) < 1e-9
     other = with_layer(weights, rope=taken[0], rotary_dims=taken[1])
     assert error(other, merge_aligned(other)) > 1e-3
@@ -127,20 +128,20 @@ def test_a_change_of_basis_that_rope_does_not_allow_is_not_taken_for_one(made, t
 
 
 def test_as_many_heads_is_the_identity():
-    weights = layer(4, 4, 4)
+    weights: Any = layer(4, 4, 4)
     assert merge_aligned(weights) is weights
 
 
 @settings(max_examples=20, deadline=None)
 @given(st.permutations(range(4)), st.sampled_from([4, 8]), st.booleans())
 def test_permuted_heads_compute_the_same(order, hq, bias):
-    weights = layer(hq, 4, 2, bias=bias)
+    weights: Any = layer(hq, 4, 2, bias=bias)
     assert error(weights, permuted(weights, list(order))) < 1e-12
 
 
 def test_norms_and_sinks_go_with_their_heads():
-    weights = replace(layer(4, 2, 1), sinks=torch.arange(4.0), q_norm=random(4, D), k_norm=random(2, D))
-    turned = permuted(weights, [1, 0])
+    weights: Any = replace(layer(4, 2, 1), sinks=torch.arange(4.0), q_norm=random(4, D), k_norm=random(2, D))
+    turned: Any = permuted(weights, [1, 0])
     assert turned.sinks.tolist() == [2, 3, 0, 1]
     assert torch.equal(turned.q_norm, weights.q_norm[[2, 3, 0, 1]])
     assert torch.equal(turned.k_norm, weights.k_norm[[1, 0]])
@@ -160,8 +161,9 @@ def calibration(calibrated: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
 @pytest.mark.parametrize("calibrated", [False, True])
 def test_values_and_outputs_are_the_truncated_svd(calibrated):
     """The rank-D SVD of [L W_V,h^T W_O,h^T]_h, here with L from a Cholesky factor."""
-    weights, (C, given_moment) = layer(4, 4, 1), calibration(calibrated)
-    merged = merge_aligned(weights, moment=given_moment)
+    weights: Any = layer(4, 4, 1)
+    C, given_moment = calibration(calibrated)
+    merged: Any = merge_aligned(weights, moment=given_moment)
     L = torch.linalg.cholesky(C).T
     M = torch.cat([L @ weights.v[h].T @ weights.o[h].T for h in range(4)], 1)
     left, singular, right = torch.linalg.svd(M)
@@ -172,11 +174,12 @@ def test_values_and_outputs_are_the_truncated_svd(calibrated):
 
 @pytest.mark.parametrize("calibrated", [False, True])
 def test_keys_are_the_rank_one_svd_of_every_plane(calibrated):
-    weights, (C, given_moment) = layer(4, 4, 1), calibration(calibrated)
-    merged = merge_aligned(weights, moment=given_moment)
+    weights: Any = layer(4, 4, 1)
+    C, given_moment = calibration(calibrated)
+    merged: Any = merge_aligned(weights, moment=given_moment)
     L = torch.linalg.cholesky(C).T.to(torch.complex128)
 
-    def bilinear(source: AttentionWeights, h: int, kv: int, a: int) -> torch.Tensor:
+    def bilinear(source: Any, h: int, kv: int, a: int) -> torch.Tensor:
         q = torch.complex(source.q[h, a], source.q[h, a + 4])
         k = torch.complex(source.k[kv, a], source.k[kv, a + 4])
         return torch.outer(L @ q.conj(), L @ k)
@@ -190,7 +193,7 @@ def test_keys_are_the_rank_one_svd_of_every_plane(calibrated):
 
 
 def test_calibration_makes_the_error_on_its_inputs_smaller():
-    weights = layer(4, 4, 1)
+    weights: Any = layer(4, 4, 1)
     weights = replace(weights, q=weights.q / 100)  # soft scores: the output is nearly linear in them
     x = random(500, 3, seed=9) @ random(3, E, seed=8) + 0.05 * random(500, E, seed=10)
     truth = attend(weights, x[:50])
@@ -199,9 +202,9 @@ def test_calibration_makes_the_error_on_its_inputs_smaller():
 
 
 def test_cross_attention_weighs_keys_by_what_they_read():
-    weights = layer(4, 4, 1, "none", 0)
+    weights: Any = layer(4, 4, 1, "none", 0)
     memory = random(300, 2, seed=2) @ random(2, E, seed=3)
-    merged = merge_aligned(weights, moment=moment(), memory_moment=with_one(memory))
+    merged: Any = merge_aligned(weights, moment=moment(), memory_moment=with_one(memory))
     # two directions and no bias: every head's keys and values fit into one head of 8
     x = random(S, E, seed=1)
     truth = attend(weights, x, memory[:9], causal=False)
@@ -209,36 +212,36 @@ def test_cross_attention_weighs_keys_by_what_they_read():
 
 
 def test_biases_that_are_not_there_stay_away():
-    weights = replace(layer(4, 4, 2), q_bias=random(4, D))  # Whisper has no bias on K
-    merged = merge_aligned(weights, moment=moment())
+    weights: Any = replace(layer(4, 4, 2), q_bias=random(4, D))  # Whisper has no bias on K
+    merged: Any = merge_aligned(weights, moment=moment())
     assert merged.k_bias is merged.v_bias is None
     assert merged.q_bias.shape == (4, D)
 
 
 @pytest.mark.parametrize("rank", [0, 1, 5])
 def test_a_moment_of_low_rank_does_no_harm(rank):
-    merged = merge_aligned(layer(4, 4, 2, bias=True), moment=with_one(random(50, rank) @ random(rank, E)))
+    merged: Any = merge_aligned(layer(4, 4, 2, bias=True), moment=with_one(random(50, rank) @ random(rank, E)))
     assert all(t.isfinite().all() for t in tensors(merged))
 
 
 def test_dead_heads_give_dead_heads():
-    weights = layer(4, 4, 1)
-    dead = replace(weights, **{n: torch.zeros_like(getattr(weights, n)) for n in "qkvo"})
+    weights: Any = layer(4, 4, 1)
+    dead: Any = replace(weights, **{n: torch.zeros_like(getattr(weights, n)) for n in "qkvo"})
     assert all((t == 0).all() for t in tensors(merge_aligned(dead)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_dtype_stays(dtype):
-    weights = layer(4, 4, 2, bias=True)
-    low = replace(weights, **{n: t.to(dtype) for n, t in vars(weights).items() if isinstance(t, torch.Tensor)})
+    weights: Any = layer(4, 4, 2, bias=True)
+    low: Any = replace(weights, **{n: t.to(dtype) for n, t in vars(weights).items() if isinstance(t, torch.Tensor)})
     assert {t.dtype for t in tensors(merge_aligned(low))} == {dtype}
 
 
 def test_scales_stay_as_they_were():
     """A model whose keys are large and whose queries are small keeps it so: optimisers see the scale."""
-    weights = layer(4, 4, 2)
-    lopsided = replace(weights, q=weights.q / 16, k=weights.k * 16)
-    merged = merge_aligned(lopsided)
+    weights: Any = layer(4, 4, 2)
+    lopsided: Any = replace(weights, q=weights.q / 16, k=weights.k * 16)
+    merged: Any = merge_aligned(lopsided)
     before = lopsided.k.square().mean() / lopsided.q.square().mean()
     after = merged.k.square().mean() / merged.q.square().mean()
     assert 0.5 < after / before < 2
@@ -254,7 +257,7 @@ def test_shared_head_recovers_what_is_shared(s, d, e):
 
 @pytest.mark.parametrize(("rope", "dims"), ROTARY)
 def test_grouping_finds_the_heads_that_are_one(rope, dims):
-    weights = permuted(equal_up_to_bases(8, 4, 2, rope, dims, bias=True), [0, 2, 1, 3])
+    weights: Any = permuted(equal_up_to_bases(8, 4, 2, rope, dims, bias=True), [0, 2, 1, 3])
     losses = pair_losses(weights, moment=moment())
     assert losses[0, 2] < 1e-9 < 0.01 < losses[0, 1]
     together = permuted(weights, similar_order(losses, 2))

@@ -92,7 +92,7 @@ def test_every_kind_of_model_reads_its_own_kind_of_noise(stock: str, tmp_path: P
     case = BY_NAME[stock]
     case.make(None).save_pretrained(tmp_path / "src")
     made = plan(tmp_path / "src", case.all_attentions(2), method="aligned")
-    merge = made.method.build(made, made.options)
+    merge: Any = made.method.build(made, made.options)
     assert set(merge.read) == {unit.layer.prefix for unit in made.units}
     for unit in made.units:
         shapes = [x.shape[1] for x in merge.read[unit.layer.prefix]]
