@@ -17,8 +17,9 @@ from .checkpoints.dtypes import FLOATS
 from .checkpoints.reader import Source
 from .checkpoints.shards import same_shards, split_shards
 from .families.accounts import refuse_unaccounted
-from .families.config import LanguageModel, answers, architectures, read_config, speaks
-from .families.layer import LayerAttention, attribute, norm_tensors, of_one_number
+from .families.config import LanguageModel, answers, architectures, part_of, read_config, speaks
+from .families.drafting import drafting_of, without_drafting
+from .families.layer import LayerAttention, norm_tensors, of_one_number
 from .families.table import Norm, Projection, Stack
 from .methods.registry import method_named
 from .plan_data import KVHeads, NewTensor, Plan, Unit
@@ -58,7 +59,7 @@ def make_plan(
         _add_code(new_config)
     for layer in layers:
         _check_layer(source, layer)
-    _check_layer_count(source, model)
+    drafting = drafting_of(source.config, source.tensors, model, source.name)
     if chosen.scope == "layer":
         refuse_unaccounted({name: t.shape for name, t in source.tensors.items()}, layers, chosen.name)
     plan = ReadablePlan(
@@ -71,9 +72,16 @@ def make_plan(
             "its .py files into the result, or load the tokenizer from the source",
         )
     plan.warnings += _left_out(model, layers)
-    if not any(layer.changes for layer in layers):
+    changes = any(layer.changes for layer in layers)
+    if drafting and changes:
+        without_drafting(part_of(new_config, model.path))
+        plan.warnings += (
+            f"{len(drafting)} tensors of layers that draft further tokens ({min(drafting)}, ...) are left out, because "
+            "their heads would not fit the result's config: speculative decoding by them is for the source alone",
+        )
+    if not changes:
         plan.warnings += ("every layer already has that many KV heads: the weights will be copied as they are",)
-    _plan_tensors(plan)
+    _plan_tensors(plan, drafting if changes else set())
     pieces = {name: tensor.nbytes for name, tensor in plan.tensors.items()}
     plan.shards = same_shards(source, pieces) if max_shard_size is None else split_shards(pieces, max_shard_size)
     return plan
@@ -274,22 +282,12 @@ def _check_layer(source: Source, layer: LayerAttention) -> None:
         _expect(source, layer.prefix + layer.stack.sinks, (layer.heads,), why)
 
 
-def _check_layer_count(source: Source, model: LanguageModel) -> None:
-    """A layer that the config does not know of would keep its old heads."""
-    for stack, _ in model.stacks:
-        count = attribute(model.text_config, stack.num_layers)
-        extra = model.prefix + stack.layer.format(i=count)
-        for name in source.tensors:
-            if name.startswith(extra):
-                raise ConversionError(f"config.json says {count} layers, but {source.name} has tensor {name!r}")
-
-
-def _plan_tensors(plan: Plan) -> None:
+def _plan_tensors(plan: Plan, left_out: set[str]) -> None:
     """Fill in ``plan.units`` and ``plan.tensors`` (in the order of the source's files)."""
     source = plan.source
     units: list[Unit] = []
     written: dict[str, NewTensor] = {}
-    dropped: set[str] = set()
+    dropped = set(left_out)
     for layer in plan.layers:
         if not layer.changes:
             continue

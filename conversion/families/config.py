@@ -64,9 +64,7 @@ class LanguageModel:
         raw.pop("auto_map", None)  # the code that it names does not come along
         if not any(layer.changes for layer in layers):
             return
-        part = raw
-        for key in self.path:
-            part = part[key]
+        part = part_of(raw, self.path)
         for stack, _ in self.stacks:
             own = [layer for layer in layers if layer.stack is stack]
             if any(layer.changes for layer in own) or self.family.becomes:
@@ -75,6 +73,13 @@ class LanguageModel:
         if self.family.becomes:
             part["model_type"] = self.family.becomes
             part["architectures"] = [f"Grouped{n.removeprefix('Grouped')}" for n in architectures(part)]
+
+
+def part_of(raw: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
+    """The language model's own part of a config.json."""
+    for key in path:
+        raw = raw[key]
+    return raw
 
 
 def _has(names: Collection[str], prefix: str, layers: list[LayerAttention], role: str = "") -> bool:
