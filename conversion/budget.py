@@ -1,8 +1,9 @@
 """Numbers of KV heads chosen layer by layer under a budget, by the error that each choice was seen to make.
 
-Experimental: few architectures can say a number for each layer (of stock transformers none), and errors of single
-layers are no loss of the model. Layers are told apart by how much of what they add is lost when their heads are merged,
-on calibration text and before anything is fitted; the numbers are those with the smallest sum of these errors.
+Experimental: few architectures can say a number for each layer (of stock transformers Step 3.7; Gemma 4 one for each
+type of layer), and errors of single layers are no loss of the model. Layers are told apart by how much of what they add
+is lost when their heads are merged, on calibration text and before anything is fitted; the numbers are those with the
+smallest sum of these errors.
 """
 
 from __future__ import annotations
@@ -69,7 +70,8 @@ def kv_heads_under_budget(
                 " choose; give --kv-heads N"
             )
         before = [layer.kv_heads for layer in now.layers]
-        kept = [layer.kept(CONTEXT) for layer in now.layers]  # what a head of each layer costs
+        # what a head of each layer costs
+        kept = [layer.kept(CONTEXT) * (layer.head_dim + layer.value_dim) for layer in now.layers]
         most = math.floor(budget * sum(n * k for n, k in zip(before, kept, strict=True)) + 1e-9)
         choices = common_choices(now)
         plans = {n: make_plan(source, n, method="calibrated", seed=seed, options=options) for n in choices}
@@ -80,7 +82,7 @@ def kv_heads_under_budget(
         errors = _probe(plans, options).errors()
     for known, n in zip(errors, before, strict=True):
         known[n] = 0.0
-    return allot(errors, most, kept)
+    return allot_together(errors, most, kept, _together(now))
 
 
 def allot(errors: Sequence[Mapping[int, float]], most: int, costs: Sequence[int] | None = None) -> list[int]:
@@ -109,6 +111,34 @@ def allot(errors: Sequence[Mapping[int, float]], most: int, costs: Sequence[int]
     return min((error, used, numbers) for used, (error, numbers) in best.items())[2]
 
 
+def allot_together(
+    errors: Sequence[Mapping[int, float]], most: int, costs: Sequence[int], together: Sequence[Any]
+) -> list[int]:
+    """:func:`allot` where layers with the same mark must have the same number.
+
+    >>> allot_together([{1: 0.4, 2: 0.0}, {1: 0.9, 2: 0.0}, {1: 0.5, 2: 0.0}], 5, [1, 1, 1], ["a", "b", "a"])
+    [1, 2, 1]
+    """
+    groups: dict[Any, list[int]] = {}
+    for i, mark in enumerate(together):
+        groups.setdefault(mark, []).append(i)
+    sums = [
+        {n: sum(errors[i][n] for i in members) for n in errors[members[0]] if all(n in errors[i] for i in members)}
+        for members in groups.values()
+    ]
+    chosen = allot(sums, most, [sum(costs[i] for i in members) for members in groups.values()])
+    numbers = dict(zip(groups, chosen, strict=True))
+    return [numbers[mark] for mark in together]
+
+
+def _together(plan: Plan) -> list[Any]:
+    """For each layer a mark: layers with the same one have the same number of KV heads."""
+    types = getattr(plan.text_config, "layer_types", None)
+    return [
+        types[layer.index] if types and layer.stack.kv_field.varies == "types" else layer.index for layer in plan.layers
+    ]
+
+
 class _Probe(Calibrated):
     """Sends the text through the original alone, and at each layer tries every number of KV heads.
 
@@ -126,15 +156,19 @@ class _Probe(Calibrated):
 
     def errors(self) -> list[dict[int, float]]:
         """For each layer: number of KV heads -> relative squared error of what the layer gives."""
-        while len(self.tried) < len(self.sides[0].blocks):
+        while len(self.tried) < len(self.plan.layers):
             self.step()
         self.bar.close()
         return self.tried
 
     def _pass(self) -> None:
         block, streams = self._current.blocks[self.number], self.streams
-        ((layer, inside),) = block.attentions
         truth, theirs, own = self._open(block)
+        if not block.attentions:  # hybrids; layers that read another's cache
+            self._check(streams.original(theirs))
+            streams.ours = streams.theirs.clone()
+            return
+        ((layer, inside),) = block.attentions
         streams.part()
         with Moments(truth.get_submodule(inside), layer) as moments:
             size = streams.original(theirs)

@@ -67,6 +67,11 @@ class LayerStack:
         self.arguments = [_marked(given, memory) for given in found]
 
 
+#: by which layers hand keys and values on to others (Gemma 3n, Gemma 4): each gets an empty one, so that a layer that
+#: reads another's says so instead of reading those of the wrong text
+HANDED_ON = "shared_kv_states"
+
+
 class _Memory:
     """Stands for the encoder's output among a layer's arguments."""
 
@@ -80,7 +85,9 @@ def _marked(value: Any, memory: Tensor | None) -> Any:
         return MEMORY if memory is not None and value.data_ptr() == memory.data_ptr() else value
     if isinstance(value, (tuple, list)):
         return type(value)(_marked(v, memory) for v in value)
-    return {k: _marked(v, memory) for k, v in value.items()} if isinstance(value, dict) else value
+    if isinstance(value, dict):
+        return {k: {} if k == HANDED_ON else _marked(v, memory) for k, v in value.items()}
+    return value
 
 
 def caller(arguments: Arguments, device: torch.device, memory: Tensor | None) -> Callable[[nn.Module], Any]:

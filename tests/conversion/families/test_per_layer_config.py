@@ -11,9 +11,10 @@ import torch
 import transformers
 from checkpoints import tensors
 from every_family import class_of, config_of, known_here, model_of
+from tiny import python_sources, trained_tokenizer
 from tiny_families import FAMILIES, tiny_config
 
-from hf_attn_patch.conversion import ConversionError, convert, inspect_source
+from hf_attn_patch.conversion import ConversionError, convert, inspect_source, kv_heads_under_budget
 from hf_attn_patch.conversion.families.table import family_of
 
 IDS = torch.tensor([[5, 9, 33, 2, 17, 60, 41]])
@@ -114,6 +115,27 @@ def test_a_checkpoint_that_names_the_number_of_its_full_layers(tmp_path: Path) -
     name = next(n for n in before if n.endswith("layers.2.self_attn.k_proj.weight"))
     assert name.replace("k_proj", "v_proj") not in before  # the keys are the values
     torch.testing.assert_close(after[name], before[name].unflatten(0, (2, 2, 8)).mean(1).flatten(0, 1))
+
+
+def test_a_budget_goes_to_the_type_of_layer_that_needs_it(tmp_path: Path) -> None:
+    """The heads of Gemma 4's full layers are alike, those of its sliding layers are not."""
+    torch.manual_seed(0)
+    model = model_of(gemma4(num_kv_shared_layers=0, vocab_size=512, vocab_size_per_layer_input=512))
+    with torch.no_grad():
+        for layer in model.model.layers[2:]:
+            for projection in (layer.self_attn.k_proj, layer.self_attn.v_proj):
+                heads = projection.weight.unflatten(0, (8, 8))
+                heads[:] = heads[:1].clone()
+    model.save_pretrained(tmp_path / "src")
+    trained_tokenizer().save_pretrained(tmp_path / "src")
+    (tmp_path / "text.txt").write_text("".join(p.read_text() for p in python_sources())[:20_000])
+    known = {"calibrate": str(tmp_path / "text.txt"), "calibration_tokens": 1500, "calibration_length": 16}
+    # a window of 8 keeps next to nothing of 8,192 tokens: the budget is all about the full layers
+    assert kv_heads_under_budget(tmp_path / "src", 0.5, **known, device="cpu") == [8, 8, 1, 1]
+    convert(tmp_path / "src", tmp_path / "dst", [8, 8, 1, 1], method="mean")
+    again = type(model).from_pretrained(tmp_path / "dst").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(again(IDS)[0], model(IDS)[0], rtol=1e-4, atol=1e-4)
 
 
 def test_layers_of_one_type_have_one_number(tmp_path: Path) -> None:
