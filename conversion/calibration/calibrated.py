@@ -311,7 +311,7 @@ class Calibrated:
 def refuse(plan: Plan) -> None:
     """Raise for what cannot be calibrated on text."""
     if plan.family.reads not in ("text", "sound"):
-        raise ConversionError(f"{plan.model_type} reads {plan.family.reads}; use --method aligned")
+        raise ConversionError(f"{plan.model_type} reads {plan.family.reads}: give some with --calibrate")
     stacks = {unit.layer.stack.name for unit in plan.units}
     cross = any(unit.layer.stack.cross for unit in plan.units)
     if not plan.config.is_encoder_decoder and (len(stacks) > 1 or cross):

@@ -17,6 +17,7 @@ from .collect import LENGTH, collected
 from .gather import OWN, gathered, reads_text
 from .layers import load_by_names
 from .meaningless import aligned
+from .sight import seen
 from .text import INSTALLED, longest, tokenizer_of
 from .whole import Whole, on_device
 
@@ -46,8 +47,10 @@ def calibrated(
     Causal language models are taken as a whole (:class:`~.whole.Whole`) where a GPU has room for them, and with text of
     their own; layer by layer (:class:`~.calibrated.Calibrated`) everything else, and what ``refit`` asks for.
     """
-    refuse(plan)
     where = device_named(device)
+    if "pictures" in plan.family.reads and calibrate is not None:
+        return seen(plan, calibrate, calibration_samples, group=group, device=where, fit=bool(refit or polish))
+    refuse(plan)
     gpu, alone = where.type == "cuda", plan.speaks
     asked = calibrate is not None
     if calibrate is None:

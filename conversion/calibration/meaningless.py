@@ -66,6 +66,8 @@ def aligned(plan: Plan, group: str | None = None) -> Aligned:
             f"heads were merged by the weights alone, which may lose more than --method mean does: {error}"
         )
         return merge
+    if "pictures" in plan.family.reads:
+        merge.record["notes"].append("heads were merged by random pixels: --calibrate PICTURES keeps more")
     for prefix, rows in list(merge.read.items()):
         if not rows or not all(bool(x.isfinite().all()) for x in rows):
             del merge.read[prefix]

@@ -129,7 +129,7 @@ def test_some_of_an_encoder_decoders_attentions(heads: dict[str, int], text: str
 
 
 def test_what_reads_no_text_or_cannot_go_layer_by_layer_is_refused(text: str, tmp_path: Path) -> None:
-    for name in ("vit", "bloom"):
+    for name in ("bloom",):
         BY_NAME[name].make(None).save_pretrained(tmp_path / name)
         with pytest.raises(ConversionError, match="use --method aligned"):
             convert(tmp_path / name, tmp_path / "dst", 2, calibrate=text, method="auto")

@@ -1,0 +1,139 @@
+"""The method ``calibrated`` for models that see: heads are merged by what layers read on pictures.
+
+Pictures go through the checkpoint's own image processor and the original model, a few at a time, and the moments of
+what each attention reads are summed. Nothing is fitted to the original's after the merge.
+
+Shapes: N pictures, C channels, H x W pixels, S tokens of a caption.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from hf_attn_patch.conversion.methods.aligned import Aligned
+from hf_attn_patch.conversion.plan_data import Plan
+from hf_attn_patch.documents.pictures import Picture, pictures
+from hf_attn_patch.errors import ConversionError, TrainingError
+
+from .gather import parse_sources
+from .layers import load, readers
+from .meaningless import noise
+from .moments import Sum
+from .text import tokenizer_of
+
+#: pictures at most, and how many go through the model at a time
+COUNT, BATCH = 256, 16
+
+
+def seen(
+    plan: Plan, calibrate: str, count: int | None, *, group: str | None, device: torch.device, fit: bool = False
+) -> Aligned:
+    """A merge of whole layers by what they read on pictures. ``record`` tells which, and what was left out.
+
+    Args:
+        calibrate: image files, folders and data sets by shares, see :func:`~.gather.parse_sources`.
+        count: pictures at most.
+        fit: whether somebody asked for more than a merge, which is refused.
+
+    Raises:
+        ConversionError: there are none, they cannot be read, or the model cannot run on them.
+    """
+    if fit:
+        raise ConversionError(f"--refit and --polish are not for {plan.model_type}: its heads are merged alone")
+    wanted = COUNT if count is None else count
+    if wanted < 1:
+        raise ConversionError(f"--calibration-samples {wanted}: give at least 1")
+    merge = Aligned(plan, group or "adjacent")
+    found, parts = [], {}
+    for name, share in parse_sources(calibrate):
+        some = list(_taken(name, plan.seed, max(1, round(share * wanted))))
+        parts[name] = len(some)
+        found += some
+    model = load(plan).to(device)
+    reads = [(unit, [Sum() for _ in readers(model, plan, unit.layer)]) for unit in plan.units]
+    with contextlib.ExitStack() as stack, torch.no_grad():
+        for unit, sums in reads:
+            for module, total in zip(readers(model, plan, unit.layer), sums, strict=True):
+                stack.callback(module.register_forward_pre_hook(total.add).remove)
+        for batch in tqdm(_batches(plan, model, found), desc="calibrating", unit="batch", disable=None):
+            _run(model, batch)
+    for unit, (total, *_) in reads:
+        moment, note = total.result()
+        if note:
+            merge.record["notes"].append(f"{unit.layer.prefix.rstrip('.')}: {note}")
+        if moment is not None:
+            merge.moments[unit.layer.prefix] = moment.cpu()
+    captions = sum(picture.text is not None for picture in found)
+    merge.record["calibration"] = {
+        "source": calibrate, "seed": plan.seed, "parts": parts, "samples": len(found), "captions": captions,
+    }  # fmt: skip
+    merge.record["notes"].append("heads were merged by what layers read on pictures; nothing was fitted after that")
+    if plan.family.reads == "pictures and text" and not captions:
+        merge.record["notes"].append(
+            "no picture has a caption beside it, so the text tower's heads were merged by what it reads of random ids"
+        )
+    if len(found) < 0.9 * min(wanted, 64):
+        merge.record["notes"].append(f"only {len(found)} pictures to calibrate on; more give a better model")
+    return merge
+
+
+def _taken(name: str, seed: int, count: int) -> list[Picture]:
+    found = []
+    try:
+        for picture in pictures(name, seed):
+            found.append(picture)
+            if len(found) == count:
+                break
+    except TrainingError as error:
+        raise ConversionError(f"--calibrate: {error}") from None
+    if not found:
+        raise ConversionError(f"--calibrate {name} holds no picture")
+    return found
+
+
+def _batches(plan: Plan, model: Any, found: list[Picture]) -> Iterator[dict[str, Tensor]]:
+    """What the model is called with, some pictures at a time; captions, or random ids, where it reads text too."""
+    from transformers import AutoImageProcessor
+
+    try:
+        processor = AutoImageProcessor.from_pretrained(str(plan.source.folder), trust_remote_code=False)
+    except (OSError, ValueError, ImportError) as error:
+        raise ConversionError(
+            f"--calibrate: {plan.source.name} has no image processor that can be loaded"
+            f" ({str(error).splitlines()[0][:120]}); put preprocessor_config.json beside the weights"
+        ) from None
+    dtype, both = next(model.parameters()).dtype, plan.family.reads == "pictures and text"
+    for start in range(0, len(found), BATCH):
+        some = found[start : start + BATCH]
+        pixels = processor([picture.image for picture in some], return_tensors="pt")["pixel_values"]
+        given = {"pixel_values": pixels.to(model.device, dtype)}
+        if both:
+            ids = _captions(plan, [picture.text for picture in some if picture.text is not None])
+            given["input_ids"] = (noise(plan, model)["input_ids"] if ids is None else ids).to(model.device)
+        yield given
+
+
+def _captions(plan: Plan, texts: list[str]) -> Tensor | None:
+    """Captions [N, S], each cut to the shortest's length: a causal tower reads the beginning as it reads the whole."""
+    if not texts:
+        return None
+    tokenizer, most = tokenizer_of(plan), int(plan.config.get_text_config().max_position_embeddings)
+    rows = [tokenizer(text, truncation=True, max_length=most)["input_ids"] for text in texts]
+    length = min(map(len, rows))
+    return torch.tensor([row[:length] for row in rows])
+
+
+def _run(model: Any, given: dict[str, Tensor]) -> None:
+    body = getattr(model, model.base_model_prefix, model)
+    try:
+        body(**given)
+    except Exception as error:  # a model's own code, on what its own processor made
+        text = " ".join(str(error).split())[:160]
+        what = f"{type(model).__name__} cannot run on the pictures"
+        raise ConversionError(f"{what} ({type(error).__name__}: {text})") from None
