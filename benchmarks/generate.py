@@ -121,10 +121,8 @@ def generate(model: Any, form: Form, inputs: dict[str, torch.Tensor], tokens: in
         how = {"do_sample": True, "top_k": 50, "top_p": 0.9, "temperature": 0.8}
     if form.static:
         how["cache_implementation"] = "static"
-        how["max_cache_len"] = None
     if form.one_by_one:
         how["stopping_criteria"] = StoppingCriteriaList([Never()])
-    how = {name: value for name, value in how.items() if value is not None}
     out: torch.Tensor = model.generate(**inputs, max_new_tokens=tokens, **how)
     return out
 
@@ -155,12 +153,11 @@ def bound(model: Any, inputs: dict[str, torch.Tensor], tokens: int, copy_rate: f
 def measure(model: Any, form: Form, inputs: dict[str, torch.Tensor], tokens: int, repeats: int) -> dict[str, Any]:
     """One row, but for the limit."""
     switch(model, form)
+    if form.static:  # one size for all calls, so that nothing is compiled anew between them
+        model.generation_config.max_cache_len = inputs["input_ids"].shape[1] + 1 + max(tokens, 32)
     begin = time.perf_counter()
-    found = generate(model, form, inputs, 32).cpu()
+    generate(model, form, inputs, 32).cpu()
     row: dict[str, Any] = {"first_answer_seconds": time.perf_counter() - begin}
-    length = found.shape[1] - 32 + 1 + tokens
-    if form.static:  # one size for both calls, so that nothing is compiled anew between them
-        model.generation_config.max_cache_len = length
     peak = peak_bytes(lambda: generate(model, form, inputs, 1 + tokens))
     first = median_seconds(lambda: generate(model, form, inputs, 1), warmup=1, repeats=repeats, seconds=2.0)
     whole = median_seconds(lambda: generate(model, form, inputs, 1 + tokens), warmup=0, repeats=repeats, seconds=6.0)

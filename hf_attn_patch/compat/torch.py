@@ -131,11 +131,11 @@ def one_graph_a_shape() -> None:
 
 
 @known("torch", "torch._dynamo.maybe_mark_dynamic")
-def any_length(tensor: Tensor) -> None:
-    """The first size of ``tensor`` may change without compiling anew."""
+def any_length(tensor: Tensor, dim: int = 0) -> None:
+    """One size of ``tensor``, the first unless told, may change without compiling anew."""
     import torch._dynamo
 
-    torch._dynamo.maybe_mark_dynamic(tensor, 0)
+    torch._dynamo.maybe_mark_dynamic(tensor, dim)
 
 
 @known("torch", "where nn.Module.compile keeps what it compiled (_compiled_call_impl)")

@@ -102,7 +102,8 @@ class RecordedForward:
         self.inner, self.arguments, self.why_not = inner, arguments, why_not
         self.asked = asked  # by whom, and how: the last one counts
         self.loud = any(wish.loud for wish in asked.values())
-        self.compiled = torch.compile(inner, fullgraph=True) if [*asked.values()][-1].compiled else None
+        self.compiles = [*asked.values()][-1].compiled
+        self._compiled: dict[bool, Callable[..., Any]] = {}
         functools.update_wrapper(self, inner)
 
     def __call__(self, model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -150,12 +151,21 @@ class RecordedForward:
 
     def making(self, model: Any, state: ModelState, call: StepCall, room: StepRoom) -> tuple[Any, ...]:
         """What a :class:`Step` is made of."""
-        compiled = None if state.uncompiled else self.compiled
-        if compiled and any(room.shared):
+        compiles = self.compiles and not state.uncompiled
+        if compiles and any(room.shared):
             reason = "rows that share a prompt are gone over in parts, which torch.compile cannot trace"
             state.say(model, reason, self.loud, True)
-            compiled = None
-        return model, compiled or self.inner, compiled is not None, call, room
+            compiles = False
+        return model, self._compiled_for(call) if compiles else self.inner, compiles, call, room
+
+    def _compiled_for(self, call: StepCall) -> Callable[..., Any]:
+        """The forward, compiled. Of one row's products inductor makes kernels of its own, which read the weights faster
+        than cuBLAS, if it may try out their tiles."""
+        one_row = call.device.type == "cuda" and call.tokens.shape[0] == 1
+        if one_row not in self._compiled:
+            options: dict[str, Any] = {"options": {"coordinate_descent_tuning": True}} if one_row else {}
+            self._compiled[one_row] = torch.compile(self.inner, fullgraph=True, **options)
+        return self._compiled[one_row]
 
     def form(self, call: StepCall, room: StepRoom) -> Any:
         """What steps are compared with ordinary ones for."""

@@ -14,6 +14,7 @@ from transformers.utils import ModelOutput
 
 from hf_attn_patch.attn.choice import asked_for
 from hf_attn_patch.cache.growing_cache import GrowingCache
+from hf_attn_patch.compat.torch import any_length
 
 from .capture import Recording, Repetition, record, rehearse
 from .step_layers import StepRoom, TokenPlace, settle, standing_in, step_layers
@@ -52,6 +53,10 @@ class Step:
             self.mask = self.kwargs[call.mask_name] = call.mask.new_zeros(call.mask.shape[0], longest)
         self.cache_name = call.cache_name
         self.kwargs.pop(self.cache_name)
+        if compiled:  # for buffers of any length: they grow, and the next call has others
+            lengths = [(buffer, 2) for both in room.buffers if both is not None for buffer in both]
+            for tensor, dim in [*lengths, *([] if self.mask is None else [(self.mask, 1)])]:
+                any_length(tensor, dim)
         self.runs = 0
         self.recording: Recording | Repetition | None = None
 

@@ -58,6 +58,24 @@ def test_compiled_steps_give_the_same_tokens(
     assert len(compilations) == 1
 
 
+def test_buffers_of_any_length_are_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cache grows, and the next call has a longer prompt: nothing is compiled anew."""
+    compilations: list[int] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        compilations.append(1)
+        return graph
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    torch._dynamo.reset()
+    model, batches = build("llama", "cpu"), [batch("cpu", 3, length) for length in (37, 245, 600)]
+    expected = [generate(model, each, max_new_tokens=30) for each in batches]
+    hf_attn_patch.enable(model, cuda_graphs="compiled")
+    for each, tokens in zip(batches, expected, strict=True):
+        torch.testing.assert_close(generate(model, each, max_new_tokens=30), tokens, rtol=0, atol=0)
+    assert len(compilations) == 1
+
+
 def test_a_step_that_cannot_be_compiled_is_recorded_as_it_is(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
