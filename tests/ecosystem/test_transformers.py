@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -123,3 +126,21 @@ def test_switching(load: Any, batch: dict[str, torch.Tensor]) -> None:
         torch.testing.assert_close(model(**batch).logits[seen], before[seen], rtol=1e-4, atol=1e-5)
         model.set_attn_implementation("sdpa")
         assert torch.equal(model(**batch).logits, before)
+
+
+SHARDS = Path(__file__).parents[1] / "helpers" / "tensor_parallel_generate.py"
+
+
+@works_with(
+    "transformers", "tensor parallel, growing cache and recorded steps", 'from_pretrained(path, tp_plan="auto")'
+)
+def test_tensor_parallel(multi_head: Path, tmp_path: Path) -> None:
+    """Two processes give the tokens of one, greedily, sampled and with beams (tests/gpu has two GPUs do it)."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(SHARDS)]
+    alone = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [*command, str(multi_head), "cpu"], capture_output=True, text=True, cwd=tmp_path, env=alone, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    for rank in range(2):
+        assert f"rank {rank}: the same tokens; recorded as CUDA graphs; steps in flight: [" in done.stdout

@@ -1,0 +1,69 @@
+"""Run by torchrun, one process a device: a model in shards by ``tp_plan="auto"`` generates what the whole one does.
+
+torchrun --nproc-per-node 2 tests/helpers/tensor_parallel_generate.py FOLDER cuda
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+import hf_attn_patch
+from hf_attn_patch.decoding import cuda_graphs as graphs
+from hf_attn_patch.decoding import flight
+
+WAYS: list[dict[str, Any]] = [
+    {},
+    {"do_sample": True, "temperature": 0.8, "top_k": 20},
+    {"do_sample": True, "eos_token_id": list(range(5, 40)), "min_new_tokens": 12},
+    {"num_beams": 3},
+]
+
+
+def generate(model: Any, inputs: dict[str, torch.Tensor], way: dict[str, Any]) -> torch.Tensor:
+    torch.manual_seed(3)
+    config = GenerationConfig(max_new_tokens=40, pad_token_id=0, **{"do_sample": False, **way})
+    out: torch.Tensor = model.generate(**inputs, generation_config=config)
+    return out
+
+
+def main(folder: str, kind: str) -> None:
+    rank = int(os.environ["LOCAL_RANK"])
+    device = torch.device(kind, rank) if kind == "cuda" else torch.device(kind)
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        graphs.DEVICES = {kind}
+    ids = torch.randint(2, 128, (3, 30), generator=torch.Generator().manual_seed(7))
+    mask = torch.ones_like(ids)
+    mask[1, :11] = 0
+    inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+    whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").to(device)
+    expected = [generate(whole.eval(), inputs, way) for way in WAYS]
+    shards = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, tp_plan="auto").eval()
+    assert sum(p.numel() for p in shards.parameters()) == sum(p.numel() for p in whole.parameters())
+    hf_attn_patch.enable(shards)
+    flown: list[int] = []
+    run = flight.Flight.run
+
+    def counted(self: Any) -> Any:
+        landing = run(self)
+        assert landing.error is None, landing.error
+        flown.append(landing.steps)
+        return landing
+
+    flight.Flight.run = counted  # type: ignore[method-assign]
+    for way, tokens in zip(WAYS, expected, strict=True):
+        torch.testing.assert_close(generate(shards, inputs, way), tokens, rtol=0, atol=0)
+    assert len(flown) == 3, flown
+    print(f"rank {rank}: the same tokens; {graphs.recording_of(shards)}; steps in flight: {flown}")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
