@@ -166,7 +166,7 @@ def measure(model: Any, form: Form, inputs: dict[str, torch.Tensor], tokens: int
     switch(model, FORMS[0])
     if not form.sampling:
         worst = worst_choice(model, inputs, chosen)
-        if not worst <= 0.1:
+        if not worst <= 0.25:
             raise AssertionError(f"a token was {worst:.2f} standard deviations below the best one")
     B = inputs["input_ids"].shape[0]
     return row | {

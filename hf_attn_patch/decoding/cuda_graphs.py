@@ -89,7 +89,7 @@ def use_cuda_graphs(model: torch.nn.Module, compiled: bool = False) -> Handle:
     Args:
         compiled: compile the steps with torch.compile before they are recorded: faster by a third or so (norms, rotary
             embeddings and the like are fused, and the products of a single row are made anew), for up to a minute at
-            the first step. Inductor's cache makes that a few seconds in later processes.
+            the first step of a process.
 
     Returns:
         a handle that undoes it. Asked for several times, the last that was not undone counts.
