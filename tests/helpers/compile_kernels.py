@@ -18,6 +18,8 @@ from triton.compiler import ASTSource
 from hf_attn_patch.attn.devices import Device
 from hf_attn_patch.attn.kernels import decode_launch
 from hf_attn_patch.attn.kernels.launcher import Launch
+from hf_attn_patch.attn.kernels.shared_decode import shared_decode
+from hf_attn_patch.attn.shared import Parted, Rows, SharedPart
 
 CAPABILITY = int(os.environ.get("COMPILE_FOR", "90"))
 TARGET, SMS = GPUTarget("cuda", CAPABILITY, 32), 132
@@ -63,6 +65,16 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+#: rows of a batch -> the row of the shared part that each begins with
+SHARED = {"shared prompt": ([0] * 16, 1), "shared prompts, unevenly": ([0, 0, 1, 0, 1, 1, 1], 2)}
+
+
+def shared_arguments(of: list[int], count: int) -> tuple[torch.Tensor, Parted]:
+    """What :func:`shared_decode` takes."""
+    q, shared, own = on_meta(len(of), 32, 1, 128), on_meta(count, 8, 8192, 128), on_meta(len(of), 8, 128, 128)
+    return q, Parted((SharedPart(shared, shared, Rows(of, count)),), own, own)
+
+
 def compiled(launch: Launch, tensors: Any) -> Any:
     """As Triton would: it specialises on types, on what is None or 1, and on multiples of 16."""
     kernel = launch.kernel
@@ -99,7 +111,10 @@ def main() -> None:
     ):
         for case in sys.argv[1:]:
             started.clear()
-            decode_launch.launch(decode_launch.DecodeOperands(*arguments(**CASES[case])))
+            if case in SHARED:
+                shared_decode(*shared_arguments(*SHARED[case]), scale=0.1)
+            else:
+                decode_launch.launch(decode_launch.DecodeOperands(*arguments(**CASES[case])))
             for launch, tensors in started:
                 made = compiled(launch, tensors)
                 ptx = made.asm["ptx"]

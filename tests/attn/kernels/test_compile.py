@@ -17,12 +17,14 @@ CASES = [
     "pages of 16", "pages of 256", "pages and a window",
 ]  # fmt: skip
 
+SHARED_CASES = ["shared prompt", "shared prompts, unevenly"]
+
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], dict[str, int]]:
     cache = str(tmp_path_factory.mktemp("triton"))
     env = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": cache}
-    done = subprocess.run([sys.executable, str(SCRIPT), *CASES], env=env, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, str(SCRIPT), *CASES, *SHARED_CASES], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     found = [json.loads(line) for line in done.stdout.splitlines()]
     return {(f["case"], f["kernel"]): f for f in found}
@@ -38,6 +40,12 @@ def test_it_compiles_for_hopper(case: str, kernels: dict[tuple[str, str], dict[s
     assert ((case, "combine_kernel") in kernels) == (case != "one worker a head")
     if case != "one worker a head":
         assert kernels[case, "combine_kernel"]["waits"] == 1
+
+
+@pytest.mark.parametrize("case", SHARED_CASES)
+def test_shared_prompts_compile_for_hopper(case: str, kernels: dict[tuple[str, str], dict[str, int]]) -> None:
+    assert kernels[case, "decode_kernel"]["products"]
+    assert kernels[case, "merge_kernel"]["loads"]
 
 
 def test_a_tile_within_one_page_asks_for_one_number(kernels: dict[tuple[str, str], dict[str, int]]) -> None:
