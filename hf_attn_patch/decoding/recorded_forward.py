@@ -169,7 +169,8 @@ class RecordedForward:
 
     def form(self, call: StepCall, room: StepRoom) -> Any:
         """What steps are compared with ordinary ones for."""
-        return call.mask is None, call.device, room.buffers[0] is not None and room.buffers[0][0].dtype
+        dtype = room.buffers[0] is not None and room.buffers[0][0].dtype
+        return call.mask is None, call.device, dtype, any(room.shared)
 
     def _step(self, model: Any, kwargs: dict[str, Any]) -> Any:
         cache, state = kwargs[self.arguments.cache], state_of(model)

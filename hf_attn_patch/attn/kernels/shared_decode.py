@@ -3,11 +3,13 @@
 To ``decode_kernel.py`` the queries of all rows of a prompt are the queries of one row, which see all of its keys: with
 N rows of G query heads a KV head, one tile of N x G. What rows have of their own is read as always, and
 ``merge.py`` puts the results together. The plain truth: ``grouped_decode_reference`` over the keys put together.
+
+A mask over shared keys nearly always says the same for all rows of a prompt (its padding), and a kernel that reads one
+row of it is faster by far than one that reads a row for each query. Which of the two it is, only the device knows. So
+both are started, and for each prompt one of them is told that there are no keys: its result weighs nothing.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 
@@ -18,7 +20,8 @@ from .decode_launch import SHORT, DecodeOperands, launch
 from .mask_bounds import mask_bounds
 from .merge import merge
 
-_Masked = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
+_Masked = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+_ALL: _Masked = (None, None, None)
 
 
 def shared_decode(
@@ -49,7 +52,7 @@ def shared_decode(
         ValueError: as :func:`.decode.grouped_decode`.
     """
     start = sum(part.keys.shape[2] for part in parted.shared)
-    own: Any = (None, None, None)
+    own = _ALL
     if mask is not None:
         own, causal = _own_mask(mask, start, len(q)), False
     if all_shared:
@@ -60,12 +63,14 @@ def shared_decode(
     for part in reversed(parted.shared):
         length = part.keys.shape[2]
         start -= length
-        seen = (None, None, None) if mask is None else _part_mask(mask, part.rows, start, length)
-        found = _over(for_part(q, part.rows), part.keys, part.values, seen, None, options)
+        ways = [_ALL] if mask is None else _part_masks(mask, part.rows, start, length)
         slot = None if part.rows.even else part.rows.slot(q.device)
-        last = part is parted.shared[0]
-        out, lse = merge(found, slot, part.rows.most, result, q.dtype if last else torch.float32, with_lse=not last)
-        result = out, lse if lse is not None else result[1]
+        for seen in ways:
+            found = _over(for_part(q, part.rows), part.keys, part.values, seen, None, options)
+            last = part is parted.shared[0] and seen is ways[-1]
+            dtype = q.dtype if last else torch.float32
+            out, lse = merge(found, slot, part.rows.most, result, dtype, with_lse=not last)
+            result = out, lse if lse is not None else result[1]
     return result[0]
 
 
@@ -73,7 +78,7 @@ def _over(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    seen: Any,
+    seen: _Masked,
     sinks: torch.Tensor | None,
     options: tuple[float, bool, None, float | None, bool],
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -84,15 +89,28 @@ def _over(
     return out, lse
 
 
-def _part_mask(mask: torch.Tensor, rows: Rows, start: int, length: int) -> _Masked:
-    """The mask over a part's keys, and where it begins and ends; worked out by the first of a forward's layers."""
+def _part_masks(mask: torch.Tensor, rows: Rows, start: int, length: int) -> list[_Masked]:
+    """How to go over a part's keys: masks, and where they begin and end. Worked out once a forward."""
     key = ("part", id(rows), start, length)
-    known: tuple[Rows, _Masked] | None = memo.recall(mask, key)
+    known: tuple[Rows, list[_Masked]] | None = memo.recall(mask, key)
     if known is None or known[0] is not rows:
         with memo.counted():
-            known = rows, _bounded(mask_for_part(mask.detach(), rows, start, length))
+            known = rows, _ways(mask_for_part(mask.detach(), rows, start, length))
         memo.keep(mask, key, known)
     return known[1]
+
+
+def _ways(mask: torch.Tensor) -> list[_Masked]:
+    """A part's mask [R, HQ or 1, M, S] as one row for all M queries; and as it is, for the rows of the part where they
+    differ. Of each, the end of its keys is 0 where the other one counts."""
+    if mask.shape[1] > 1 or mask.stride(2) == 0 or mask.shape[2] == 1:
+        return [_bounded(mask)]
+    one = mask[:, :, :1]
+    alike = (mask == one).flatten(1).all(1)
+    first, end = mask_bounds(one)
+    zero = torch.zeros_like(end)
+    one = one.expand(-1, -1, mask.shape[2], -1)
+    return [(one, first, end.where(alike, zero)), (mask, zero, (zero + mask.shape[-1]).where(~alike, zero))]
 
 
 def _own_mask(mask: torch.Tensor, start: int, batch: int) -> _Masked:

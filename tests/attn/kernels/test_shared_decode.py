@@ -110,6 +110,25 @@ def test_what_nobody_sees_does_not_leak(way: str) -> None:
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("rows", [[0, 0, 1, 1], [1, 0, 0, 1, 0]])
+@pytest.mark.parametrize("queries", [1, 3])
+@pytest.mark.parametrize("differ", [(), (1,), (0, 1)], ids=["alike", "one prompt's rows differ", "all differ"])
+def test_a_mask_that_rows_of_a_prompt_have_in_common(rows: list[int], queries: int, differ: tuple[int, ...]) -> None:
+    """Read once for all of them where it is so; for the prompts where it is not, a row for each."""
+    case = {"rows": rows, "count": 2, "kv_heads": 2, "group": 2, "queries": queries, "dim": 8, "value_dim": 8}
+    case |= {"shared": [50], "own": 6, "masked": "", "softcap": None, "sinks": True, "seed": 5, "dtype": torch.float32}
+    q, parted, k, v, _, sinks = build(case)
+    padding = torch.tensor([4, 17])[rows]
+    mask = (torch.arange(56) >= padding[:, None])[:, None, None].repeat(1, 1, queries, 1)
+    for row, part in enumerate(rows):
+        if part in differ:
+            mask[row, 0, :, 20 + row : 30] = False
+    wide = [t.double() for t in (q, k, v, sinks)]  # type: ignore[union-attr]
+    ref = grouped_decode_reference(*wide[:3], scale=0.3, causal=False, mask=mask, sinks=wide[3])[0]
+    out = shared_decode(q, parted, scale=0.3, mask=mask, sinks=sinks)
+    torch.testing.assert_close(out.double(), ref, rtol=1e-4, atol=1e-5)
+
+
 def test_rows_put_in_another_order() -> None:
     rows = Rows([0, 0, 1, 1], 2)
     assert rows.select([1, 0, 2, 2]) is rows  # beams stay with their prompt: nothing that a recording knows changes
