@@ -128,8 +128,8 @@ def open_source(
     if not folder.is_dir():
         if folder.suffix == ".gguf":
             raise ConversionError(
-                f"{folder} is a GGUF file; pass --dequantize to unpack it, or "
-                "convert the safetensors checkpoint that it was made from"
+                f"{folder} is a GGUF file: hf-attn convert unpacks it with --dequantize, or give "
+                "the safetensors checkpoint that it was made from"
             )
         raise ConversionError(f"{folder} is not a folder")
     config_path = inside(folder, "config.json")
@@ -138,7 +138,7 @@ def open_source(
             raise ConversionError(f"{folder} holds an adapter, not a model: merge it into its base model first")
         if any(folder.glob("*.gguf")):
             raise ConversionError(
-                f"{folder} holds GGUF files; name one and pass --dequantize to unpack it, or convert the "
+                f"{folder} holds GGUF files: hf-attn convert unpacks one with --dequantize, or give the "
                 "safetensors checkpoint that they were made from"
             )
         raise ConversionError(f"{folder} has no config.json")

@@ -142,7 +142,7 @@ def _refuse_quantized(raw: dict[str, Any], where: str) -> None:
         method = how.get("quant_method") if isinstance(how, dict) else None
         raise ConversionError(
             f"{where} describes a quantized checkpoint{f' ({method})' if method else ''}; convert the unquantized one, "
-            "then quantize that, or pass --dequantize, which unpacks what transformers can unpack"
+            "then quantize that, or unpack it: hf-attn convert --dequantize, where transformers can"
         )
 
 

@@ -374,13 +374,15 @@ def inspect(
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--revision", help="Branch, tag or commit of a hub id.")
 @click.option("--allow-pickle", is_flag=True, help="Read pytorch_model.bin (with weights_only=True).")
+@click.option("--dequantize", is_flag=True, help="Unpack SRC first, as convert --dequantize did.")
 @user_errors
-def verify(src: str, dst: str, as_json: bool, revision: str | None, allow_pickle: bool) -> None:
+def verify(src: str, dst: str, as_json: bool, revision: str | None, allow_pickle: bool, dequantize: bool) -> None:
     """Compute the conversion of SRC again and compare it with DST: exit code 0 if it is the same, 1 if not."""
     from hf_attn_patch.conversion.reports.verification import verification_dict
     from hf_attn_patch.conversion.reports.verification import verify as run
 
-    found = run(src, dst, revision=revision, allow_pickle=allow_pickle)
+    with _plain(src, dst, revision, unpack=dequantize) as (read, commit):
+        found = run(read, dst, revision=commit, allow_pickle=allow_pickle)
     if as_json:
         click.echo(json.dumps(verification_dict(found), indent=2))
     else:

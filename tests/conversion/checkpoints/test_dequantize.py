@@ -82,6 +82,7 @@ def test_the_command_unpacks_beside_the_result_and_leaves_nothing(tmp_path: Path
     torch.testing.assert_close(tensors(tmp_path / "dst")[name].float(), pooled, rtol=2**-6, atol=1e-4)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["dst", "src"]
     assert json.loads((tmp_path / "dst" / "conversion.json").read_text())["source"]["name"] == str(tmp_path / "src")
+    assert CliRunner().invoke(main, ["verify", *call[1:3], "--dequantize"]).exit_code == 0
     dry = CliRunner().invoke(main, [*call[:2], "--kv-heads", "2", "--method", "mean", "--dequantize", "--dry-run"])
     assert dry.exit_code == 0, dry.output
 

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from vlms import VLMS
 
 from hf_attn_patch.cli import main
-from hf_attn_patch.conversion import convert
+from hf_attn_patch.conversion import ConversionError, convert
 
 IDS = torch.tensor([[5, 9, 33, 2, 17, 60, 41]])
 
@@ -36,6 +36,27 @@ def test_the_language_model_inside_a_vlm(model_type: str, tmp_path: Path) -> Non
     assert not info["unexpected_keys"]
     assert loaded(IDS, use_cache=True).past_key_values.layers[0].keys.shape[1] == 2
     assert "language model" in CliRunner().invoke(main, ["inspect", str(tmp_path / "dst")]).stdout
+
+
+def test_code_cannot_come_along_for_a_part(tmp_path: Path) -> None:
+    """BLIP-2's OPT becomes a class of this package, and transformers' BLIP-2 takes no code for it: said as it is."""
+    torch.manual_seed(0)
+    part = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.Blip2Config(
+        vision_config={**part, "image_size": 16, "patch_size": 8},
+        qformer_config={**part, "vocab_size": 64, "encoder_hidden_size": 16},
+        text_config={
+            "model_type": "opt", "vocab_size": 64, "hidden_size": 32, "ffn_dim": 32, "num_hidden_layers": 2,
+            "num_attention_heads": 8, "max_position_embeddings": 64, "word_embed_proj_dim": 32,
+        },
+        num_query_tokens=2,
+    )  # fmt: skip
+    transformers.Blip2ForConditionalGeneration(config).save_pretrained(tmp_path / "src")
+    with pytest.raises(ConversionError, match=r"becomes gqa_opt.*must be installed and imported"):
+        convert(tmp_path / "src", tmp_path / "dst", 2, method="mean", with_code=True)
+    convert(tmp_path / "src", tmp_path / "dst", 2, method="mean")
+    again = transformers.Blip2ForConditionalGeneration.from_pretrained(tmp_path / "dst")
+    assert type(again.language_model).__name__ == "GroupedOPTForCausalLM"
 
 
 def test_a_flat_config_of_an_older_qwen2_vl(tmp_path: Path) -> None:
