@@ -169,8 +169,8 @@ class Bench:
         found: dict[str, Any] = {}
         for name, samples in self.tests.items():
             assert samples.memory is not None
-            both = (Answerer(m, samples.memory, samples) for m in (self.original, model))
-            found[name] = losses(*both, samples, torch.arange(len(samples)))
+            theirs, ours = (Answerer(m, samples.memory, samples) for m in (self.original, model))
+            found[name] = losses(theirs, ours, samples, torch.arange(len(samples)))
         if self.hears:
             found["wer"] = self.wer(model, self.tests["speech"])
         return found
@@ -204,7 +204,9 @@ class Bench:
         details: Any = None
         model = self.original
         if row != "source":
-            filled = {k: v.format(data=self.options.data) if isinstance(v, str) else v for k, v in options.items()}
+            filled: dict[str, Any] = {
+                k: v.format(data=self.options.data) if isinstance(v, str) else v for k, v in options.items()
+            }
             if self.hears and filled.get("method") is None and self.options.recordings and "calibrate" in filled:
                 filled["calibration_samples"] = self.options.recordings
             folder = self.options.out / "converted" / "".join(c if c.isalnum() else "-" for c in row)
@@ -261,7 +263,7 @@ def main() -> None:
         prepare(options.data)
         return
     if not options.report:
-        known = {"source": {}} | ROWS["whisper" if options.model.startswith("whisper") else "flan"]
+        known: dict[str, Any] = {"source": {}} | ROWS["whisper" if options.model.startswith("whisper") else "flan"]
         names = [row.strip() for row in options.rows.split(";")] if options.rows else list(known)
         if unknown := [row for row in names if row not in known]:
             parser.error(f"--rows: {unknown[0]!r} is none of {'; '.join(known)}")

@@ -97,8 +97,9 @@ def test_any_request(data):
     see = seen(B, HKV * G, Sq, Sk, causal=causal or isinstance(window, int), window=bounds, keys=keys)
     full_bias = None if bias is None else bias.expand(B, -1, -1, -1)
     ref = truth(q, k, v, see=see, scale=scale, softcap=softcap, bias=full_bias, sinks=sinks)
+    given = keys if keys is None or B != Sq else keys[:, None, None]  # else it could be [Sq, Sk]
     out = attention(
-        q, k, v, mask=keys, causal=causal, window=window, scale=scale, softcap=softcap, sinks=sinks, bias=bias
+        q, k, v, mask=given, causal=causal, window=window, scale=scale, softcap=softcap, sinks=sinks, bias=bias
     )
     torch.testing.assert_close(out.double(), ref, atol=2e-5, rtol=1e-4)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,11 +13,11 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from hf_attn_patch.documents.positions import BEHIND_PADDING, positions_of
 
-SMALL = {
+SMALL: dict[str, Any] = {
     "vocab_size": 50, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
     "max_position_embeddings": 24,
 }  # fmt: skip
-CONFIGS = {
+CONFIGS: dict[str, dict[str, Any]] = {
     "roberta": {}, "xlm-roberta": {"pad_token_id": 3}, "camembert": {}, "mpnet": {"pad_token_id": 5}, "bert": {},
     "roberta-prelayernorm": {}, "xlm-roberta-xl": {}, "data2vec-text": {}, "electra": {}, "xmod": {"languages": ["en"]},
     "gpt2": {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 24},
@@ -28,7 +29,7 @@ CONFIGS = {
 @pytest.mark.parametrize("family", CONFIGS)
 @torch.no_grad()
 def test_the_last_position_is_the_last_that_works(family: str) -> None:
-    config = transformers.AutoConfig.for_model(family, **{**SMALL, **CONFIGS[family]})
+    config = transformers.AutoConfig.for_model(family, **SMALL, **CONFIGS[family])
     if family == "xmod":
         config.default_language = "en"
     model = transformers.AutoModel.from_config(config, attn_implementation="eager").eval()

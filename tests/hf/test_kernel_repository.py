@@ -38,9 +38,14 @@ def drawn(Sq: int, Sk: int, HQ: int = 4, HKV: int = 2, D: int = 16, dtype: torch
 @pytest.mark.parametrize("kind", ["causal", "whole", "bool", "float", "bias", "bool and bias", "softcap", "sinks"])
 def test_entry_is_plain_attention(kind: str, Sq: int, taken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every way in which transformers calls it, by the kernel and without it."""
-    calls = []
+    calls: list[int] = []
     real = kernel_entry.grouped_decode
-    monkeypatch.setattr(kernel_entry, "grouped_decode", lambda *a, **k: calls.append(1) or real(*a, **k))
+
+    def counted(*args: Any, **options: Any) -> Any:
+        calls.append(1)
+        return real(*args, **options)
+
+    monkeypatch.setattr(kernel_entry, "grouped_decode", counted)
     if not taken:
         monkeypatch.setattr(kernel_entry, "MAX_QUERIES", 0)
     q, k, v = drawn(Sq, 9)
@@ -48,12 +53,13 @@ def test_entry_is_plain_attention(kind: str, Sq: int, taken: bool, monkeypatch: 
     seen[..., 0] = True
     added = torch.randn(2, 1, Sq, 9, generator=torch.Generator().manual_seed(2))
     sinks = torch.tensor([0.5, -1.0, 2.0, 0.0])
-    given: dict[str, Any] = {
+    of_kinds: dict[str, dict[str, Any]] = {
         "causal": {}, "whole": {"is_causal": False}, "bool": {"attention_mask": seen}, "softcap": {"softcap": 2.0},
         "float": {"attention_mask": torch.zeros(2, 1, Sq, 9).masked_fill(~seen, torch.finfo(torch.float32).min)},
         "bias": {"position_bias": added}, "bool and bias": {"attention_mask": seen, "position_bias": added},
         "sinks": {"s_aux": sinks},
-    }[kind]  # fmt: skip
+    }  # fmt: skip
+    given = of_kinds[kind]
     wanted: dict[str, Any] = {"causal": not ({"attention_mask", "is_causal"} & given.keys())}
     if "attention_mask" in given:
         wanted["mask"] = seen
@@ -130,7 +136,8 @@ class Hub:
     """Records what is asked of it."""
 
     def __init__(self, fails: Exception | None = None) -> None:
-        self.fails, self.calls = fails, []
+        self.fails = fails
+        self.calls: list[Any] = []
 
     def __getattr__(self, name: str) -> Any:
         def call(**given: Any) -> str:

@@ -20,7 +20,7 @@ from hf_attn_patch.conversion.calibration.own_pairs import heard, own_pairs
 from hf_attn_patch.conversion.calibration.written_pairs import written
 from hf_attn_patch.conversion.methods import registry
 
-SMALL = {"calibration_tokens": 2048, "calibration_length": 16}
+SMALL: dict[str, Any] = {"calibration_tokens": 2048, "calibration_length": 16}
 
 
 @pytest.fixture(autouse=True)

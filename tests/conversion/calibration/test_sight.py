@@ -40,7 +40,7 @@ def write(folder: Path, seeds: range, captions: bool = False) -> Path:
 
 
 def made(stock: str, folder: Path) -> Path:
-    more = {}
+    more: dict[str, Any] = {}
     if stock == "clip":
         known = BY_NAME["clip"].config["text_config"]
         more = {"text_config": {**known, "vocab_size": 512}}
@@ -127,7 +127,7 @@ def test_what_a_user_can_get_wrong(tmp_path: Path) -> None:
         ("merged alone", folder, {"polish": 1000}),
     ):
         with pytest.raises(ConversionError, match=match):
-            convert(src, tmp_path / "dst", 2, calibrate=str(calibrate), **more)
+            convert(src, tmp_path / "dst", 2, calibrate=str(calibrate), **dict[str, Any](more))
     (src / "preprocessor_config.json").unlink()
     with pytest.raises(ConversionError, match=r"preprocessor_config\.json"):
         convert(src, tmp_path / "dst", 2, calibrate=str(folder))

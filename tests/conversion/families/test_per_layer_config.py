@@ -129,7 +129,11 @@ def test_a_budget_goes_to_the_type_of_layer_that_needs_it(tmp_path: Path) -> Non
     model.save_pretrained(tmp_path / "src")
     trained_tokenizer().save_pretrained(tmp_path / "src")
     (tmp_path / "text.txt").write_text("".join(p.read_text() for p in python_sources())[:20_000])
-    known = {"calibrate": str(tmp_path / "text.txt"), "calibration_tokens": 1500, "calibration_length": 16}
+    known: dict[str, Any] = {
+        "calibrate": str(tmp_path / "text.txt"),
+        "calibration_tokens": 1500,
+        "calibration_length": 16,
+    }
     # a window of 8 keeps next to nothing of 8,192 tokens: the budget is all about the full layers
     assert kv_heads_under_budget(tmp_path / "src", 0.5, **known, device="cpu") == [8, 8, 1, 1]
     convert(tmp_path / "src", tmp_path / "dst", [8, 8, 1, 1], method="mean")
