@@ -255,7 +255,7 @@ def load(plan: Plan) -> Any:
     import transformers
 
     raw = dict(plan.source.config)
-    if plan.family.becomes and raw["model_type"] != plan.family.becomes:
+    if plan.family.becomes and raw["model_type"] != plan.family.becomes and "pictures" not in plan.family.reads:
         raw["model_type"] = plan.family.becomes
         raw["architectures"] = [f"Grouped{name}" for name in architectures(raw)]
     config = config_object(raw)

@@ -99,15 +99,7 @@ def _taken(name: str, seed: int, count: int) -> list[Picture]:
 
 def _batches(plan: Plan, model: Any, found: list[Picture]) -> Iterator[dict[str, Tensor]]:
     """What the model is called with, some pictures at a time; captions, or random ids, where it reads text too."""
-    from transformers import AutoImageProcessor
-
-    try:
-        processor = AutoImageProcessor.from_pretrained(str(plan.source.folder), trust_remote_code=False)
-    except (OSError, ValueError, ImportError) as error:
-        raise ConversionError(
-            f"--calibrate: {plan.source.name} has no image processor that can be loaded"
-            f" ({str(error).splitlines()[0][:120]}); put preprocessor_config.json beside the weights"
-        ) from None
+    processor = processor_of(plan)
     dtype, both = next(model.parameters()).dtype, plan.family.reads == "pictures and text"
     for start in range(0, len(found), BATCH):
         some = found[start : start + BATCH]
@@ -117,6 +109,27 @@ def _batches(plan: Plan, model: Any, found: list[Picture]) -> Iterator[dict[str,
             ids = _captions(plan, [picture.text for picture in some if picture.text is not None])
             given["input_ids"] = (noise(plan, model)["input_ids"] if ids is None else ids).to(model.device)
         yield given
+
+
+def processor_of(plan: Plan) -> Any:
+    """The checkpoint's own image processor."""
+    import transformers
+
+    folder = str(plan.source.folder)
+    try:
+        try:
+            return transformers.AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
+        except ImportError:  # up to transformers 5.23 that door asks for torchvision, which the classes do not need
+            config, _ = transformers.BaseImageProcessor.get_image_processor_dict(folder)
+            name = str(config.get("image_processor_type")).removesuffix("Fast")
+            found = getattr(transformers, f"{name}Pil", None) or getattr(transformers, name)
+            return found.from_pretrained(folder)
+    except (OSError, ValueError, ImportError, AttributeError) as error:
+        text = " ".join(str(error).split())[:160]
+        raise ConversionError(
+            f"--calibrate: {plan.source.name} has no image processor that can be loaded ({text}); put"
+            " preprocessor_config.json beside the weights"
+        ) from None
 
 
 def _captions(plan: Plan, texts: list[str]) -> Tensor | None:

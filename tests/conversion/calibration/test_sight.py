@@ -12,7 +12,7 @@ from tiny import trained_tokenizer
 from zoo_cases import BY_NAME, output
 
 from hf_attn_patch.conversion import ConversionError, convert, plan
-from hf_attn_patch.conversion.calibration.sight import seen
+from hf_attn_patch.conversion.calibration.sight import processor_of, seen
 from hf_attn_patch.conversion.methods.align import merge_aligned
 from hf_attn_patch.conversion.methods.apply import to_heads
 from hf_attn_patch.documents.pictures import pictures
@@ -77,7 +77,7 @@ def test_heads_are_merged_by_what_transformers_gives_the_layers(tmp_path: Path) 
     merge = seen(ready, str(folder), None, group=None, device=torch.device("cpu"))
     assert merge.record["calibration"]["samples"] == 20
     model = transformers.AutoModelForImageClassification.from_pretrained(src)
-    pixels = transformers.AutoImageProcessor.from_pretrained(src)([drawn(i) for i in range(20)], return_tensors="pt")
+    pixels = processor_of(ready)([drawn(i) for i in range(20)], return_tensors="pt")
     with torch.no_grad():
         states = model(**pixels, output_hidden_states=True).hidden_states
     layers = [module for name, module in model.named_modules() if name.endswith("layernorm_before")]
@@ -105,7 +105,7 @@ def test_less_is_lost_than_without_pictures(stock: str, tmp_path: Path) -> None:
     assert record["calibration"]["captions"] == 48
     for method in ("aligned", "mean"):
         convert(src, tmp_path / method, heads, method=method)
-    processor = transformers.AutoImageProcessor.from_pretrained(src)
+    processor = processor_of(plan(src, 1, method="mean"))
     feed = dict(processor([drawn(900 + i) for i in range(16)], return_tensors="pt"))
     if stock == "clip":
         words = trained_tokenizer()(["def stripes number 5 import colour"] * 16)["input_ids"]
