@@ -21,7 +21,7 @@ ENGINES = ROOT / "benchmarks/results/engines.json"
 #: engine, asked -> what was done, and the line that a user writes
 ASKED = {
     ("vLLM", "offline"): ("`LLM.generate`, fp32", "LLM(model=folder)"),
-    ("vLLM", "server"): ("its OpenAI server, fp32", "vllm serve FOLDER"),
+    ("vLLM", "server"): ("its OpenAI server, fp32", "python -m vllm.entrypoints.openai.api_server --model FOLDER"),
     ("vLLM-transformers", "offline"): (
         "its transformers backend: families of this package, converted `--with-code`",
         "LLM(model=folder, model_impl='transformers', trust_remote_code=True)",
@@ -85,9 +85,11 @@ def engine_lines(rows: list[dict[str, Any]]) -> list[str]:
         for version, date in dict.fromkeys((r["version"], r["date"]) for r in good):
             same = ", ".join(r["family"] for r in good if (r["version"], r["date"]) == (version, date))
             lines.append(f"| {key[0].split('-')[0]} | run, {version}, {date} | {what}: {same} | `{line}` |\n")
-        for r in mine:
-            if said := r["fault"] or r["refused"]:
-                lines.append(f"| {key[0].split('-')[0]} | run, {r['date']} | {what}: not {r['family']}: {said} | |\n")
+        for said, version, date in dict.fromkeys(
+            (r["fault"] or r["refused"], r["version"], r["date"]) for r in mine if r not in good
+        ):
+            other = ", ".join(r["family"] for r in mine if (r["fault"] or r["refused"]) == said)
+            lines.append(f"| {key[0].split('-')[0]} | run, {version}, {date} | {what}: not {other}: {said} | |\n")
     return lines
 
 
