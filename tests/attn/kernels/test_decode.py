@@ -320,6 +320,22 @@ def test_mask_bounds() -> None:
     assert first[3] == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("Sq", [17, 64])
+def test_a_tree_of_queries(Sq: int, dtype: torch.dtype) -> None:
+    """What speculative decoding asks: each of up to 64 new tokens sees the cache, its ancestors and itself."""
+    Sk = Sq + 83
+    parent = [(i - 1) // 3 for i in range(Sq)]  # three children each; the first is the root
+    mask = torch.zeros(1, 1, Sq, Sk, dtype=torch.bool)
+    mask[..., :83] = True
+    for i in range(Sq):
+        j = i
+        while j >= 0:
+            mask[0, 0, i, 83 + j] = True
+            j = parent[j] if j else -1
+    check(*inputs(2, 6, 2, Sq, Sk, 32, dtype=dtype), mask=mask.to(DEVICE).expand(2, 6, -1, -1), causal=False)
+
+
 def test_refusals() -> None:
     q, k, v = inputs(1, 4, 2, 1, 20, 32)
     with pytest.raises(ValueError, match="choose one of 1, 2, 4"):
