@@ -61,7 +61,7 @@ slow: $(VENV)/.tools  ## the long tests: the demo, distillation, torch.compile o
 test: lint docs unit test-oldest  ## everything: lint, types, docs, tests, tests with the oldest transformers
 
 test-oldest: $(OLDEST)/.ready  ## the tests with the oldest supported transformers
-	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n $(JOBS) -m 'not gpu and not slow'
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n $(JOBS) -m 'not gpu and not slow and not once'
 
 newest:  # the newest releases of everything, whatever requirements/ says; again brings what is newer by then
 	$(PYTHON) -m venv $(NEWEST)

@@ -1,8 +1,21 @@
 """Kernels run in Triton's interpreter where there is no GPU; that is decided before the first of them is imported."""
 
+from pathlib import Path
+
 import interpreter  # noqa: F401
+import pytest
 from hypothesis import settings
 
 # the first example of a test pays for imports: a deadline would fail it by chance on a busy machine
 settings.register_profile("no-deadline", deadline=None)
 settings.load_profile("no-deadline")
+
+#: what no version of transformers can change: Triton's kernels, damaged files, kills, what a wheel holds
+ONCE = ("attn/kernels", "conversion/checkpoints/test_hunt.py", "examples/test_kills.py", "test_packaging.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        path = item.path.relative_to(Path(__file__).parent).as_posix()
+        if path.startswith(ONCE):
+            item.add_marker(pytest.mark.once)
