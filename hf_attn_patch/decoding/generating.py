@@ -33,6 +33,8 @@ from hf_attn_patch.compat.generation import (
     one_by_one,
     prefill_of,
 )
+from hf_attn_patch.compat.torch import forward_hooks
+from hf_attn_patch.compat.transformers import captures_outputs
 
 from .flight import ChoosingStep, Flight, Landing, moving_names
 from .next_token import NextToken
@@ -67,7 +69,9 @@ class GenerateAhead:
 
     def _may_fly(self, given: dict[str, Any]) -> bool:
         model, recorder = self.model, recorder_of(self.model)
-        if recorder is None or any(given.get(name) is not None for name in _NOT_HANDED_ON):
+        if recorder is None or model.training or any(given.get(name) is not None for name in _NOT_HANDED_ON):
+            return False
+        if not all(map(captures_outputs, forward_hooks(model))):  # of the model itself: they see each token's call
             return False
         state = state_of(model)
         if state.chooses_outside or state.off or state.why_not(model, recorder.why_not, anew=True) is not None:

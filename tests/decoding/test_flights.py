@@ -281,3 +281,33 @@ def test_its_signature_is_that_of_generate() -> None:
     before = inspect.signature(model.generate)
     hf_attn_patch.enable(model)
     assert inspect.signature(model.generate) == before
+
+
+def test_a_model_in_training_is_not_recorded(landings: list[flight.Landing]) -> None:
+    """Not even after it was in evaluation; its dropout is drawn as ever."""
+    torch.manual_seed(0)
+    model = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=128, n_embd=64, n_layer=2, n_head=4, resid_pdrop=0.5, eos_token_id=None)
+    )
+    inputs = batch("cpu")
+    model.set_attn_implementation("hf_attn_patch")
+    expected = generate(model.train(), inputs)
+    hf_attn_patch.enable(model)
+    generate(model.eval(), inputs)
+    assert landings.pop().steps
+    torch.testing.assert_close(generate(model.train(), inputs), expected, rtol=0, atol=0)
+    assert not landings
+
+
+def test_hooks_of_the_model_see_each_token(landings: list[flight.Landing]) -> None:
+    model, inputs = build("llama", "cpu"), batch("cpu")
+    hf_attn_patch.enable(model)
+    seen: list[int] = []
+    hook = model.register_forward_hook(lambda *_: seen.append(1))
+    generate(model, inputs)
+    assert len(seen) == 60
+    assert not landings
+    hook.remove()
+    generate(model, inputs)
+    assert len(seen) == 60
+    assert landings
