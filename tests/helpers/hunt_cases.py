@@ -307,11 +307,10 @@ def _training_reader(model: str, text: str) -> None:
     from hf_attn_patch.training import Position, parse_options
     from hf_attn_patch.training.data.training_data import TrainingData, framing_for
 
-    given = {"model": model, "dataset": text, "tokens": 64, "sequence-length": 16, "batch-size": 2, "held-out-every": 7}
+    given = {"model": model, "dataset": text, "tokens": 64, "sequence-length": 16, "batch-size": 2, "eval-tokens": 0}
     options = parse_options([f"--{name}={value}" for name, value in given.items()])
     tokenizer = load_tokenizer(model)
     data = TrainingData(options, tokenizer, framing_for("causal", options, tokenizer))
-    data.held_out()
     next(iter(data.steps(Position(), 0, 1)))
 
 
