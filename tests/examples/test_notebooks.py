@@ -37,7 +37,10 @@ def without_installing(source: str) -> str:
 def run(source: str, where: str, namespace: dict[str, Any]) -> Any:
     """Execute a cell; what its last expression is, as a notebook would show it."""
     tree = ast.parse(source)
-    last = ast.Expression(tree.body.pop().value) if tree.body and isinstance(tree.body[-1], ast.Expr) else None
+    last = None
+    if tree.body and isinstance(end := tree.body[-1], ast.Expr):
+        last = ast.Expression(end.value)
+        del tree.body[-1]
     exec(compile(tree, where, "exec"), namespace)
     return None if last is None else eval(compile(last, where, "eval"), namespace)
 
