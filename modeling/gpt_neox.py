@@ -6,16 +6,18 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 from transformers import GPTNeoXConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gpt_neox import modeling_gpt_neox as stock
 
 from hf_attn_patch.compat.cache_keyword import update_cache
+from hf_attn_patch.compat.model_classes import attention_name
 
 from .grouped import (
     GroupedAttention,
     GroupedConfig,
     GroupedModel,
     KVGrouping,
-    attend,
+    grouped_eager,
     share_checkpoint_names,
     split_groups,
 )
@@ -55,8 +57,11 @@ class GroupedGPTNeoXAttention(GroupedAttention, stock.GPTNeoXAttention):
         q, k = stock.apply_rotary_pos_emb(q, k, *position_embeddings)
         k, v = update_cache(self, k, v, kwargs)
         dropout = self.attention_dropout if self.training else 0.0
-        out, weights = attend(self, q, k, v, attention_mask, scaling=self.scaling, dropout=dropout, **kwargs)
-        return self.dense(out), weights
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(
+            attention_name(self.config), grouped_eager
+        )  # vLLM looks for it
+        out, weights = attention(self, q, k, v, attention_mask, scaling=self.scaling, dropout=dropout, **kwargs)
+        return self.dense(out.reshape(*hidden_states.shape[:-1], -1)), weights
 
 
 class GroupedGPTNeoX(GroupedModel):

@@ -6,11 +6,13 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 from transformers import OPTConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.opt import modeling_opt as stock
 
 from hf_attn_patch.compat.cache_keyword import update_cache
+from hf_attn_patch.compat.model_classes import attention_name
 
-from .grouped import GroupedAttention, GroupedConfig, GroupedModel, attend, split_heads
+from .grouped import GroupedAttention, GroupedConfig, GroupedModel, grouped_eager, split_heads
 
 
 class GroupedOPTConfig(GroupedConfig, OPTConfig):
@@ -34,8 +36,11 @@ class GroupedOPTAttention(GroupedAttention, stock.OPTAttention):
         v = split_heads(self.v_proj(hidden_states), self.head_dim)
         k, v = update_cache(self, k, v, kwargs)
         dropout = self.dropout if self.training else 0.0
-        out, weights = attend(self, q, k, v, attention_mask, scaling=1.0, dropout=dropout, **kwargs)
-        return self.out_proj(out), weights
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(
+            attention_name(self.config), grouped_eager
+        )  # vLLM looks for it
+        out, weights = attention(self, q, k, v, attention_mask, scaling=1.0, dropout=dropout, **kwargs)
+        return self.out_proj(out.reshape(*hidden_states.shape[:-1], -1)), weights
 
 
 class GroupedOPT(GroupedModel):

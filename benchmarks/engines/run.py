@@ -62,7 +62,7 @@ ENGINES = {
     "vLLM-transformers": Engine(
         "vllm_worker.py", ".venv-engines-vllm", tuple(cases.GROUPED), {"offline": 1e-3},
         {"gpt2": ("Following weights were not initialized", "it does not load the bias of `c_attn`")}
-        | dict.fromkeys(("gpt_neox", "opt", "gptj", "codegen", "gpt_neo"), _OWN_CALL)
+        | dict.fromkeys(("gptj", "codegen", "gpt_neo"), _OWN_CALL)
         | dict.fromkeys(("bloom", "mpt"), _NO_POSITIONS),
     ),
     "llama.cpp": Engine(

@@ -7,7 +7,11 @@ package `gguf`.
 
 from __future__ import annotations
 
+import ast
+import importlib
+import inspect
 import json
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +60,23 @@ def test_vllm_can_shard_it(family: str, ranks: int, tmp_path: Path) -> None:
             bias = tensors.get(f"{layer}{name}.bias")
             assert bias is None or bias.shape == (count * head_dim,)
         assert tensors[f"{layer}o_proj.weight"].shape == (width, heads * head_dim)
+
+
+@pytest.mark.parametrize("name", ["gpt_neox.GroupedGPTNeoXAttention", "opt.GroupedOPTAttention"])
+def test_vllm_finds_the_call_of_the_interface(name: str) -> None:
+    """Its transformers backend reads the layer's own forward: one look-up, kept under a name, and one call of it."""
+    module, _, layer = name.partition(".")
+    forward = getattr(importlib.import_module(f"hf_attn_patch.modeling.{module}"), layer).forward
+    tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
+    kept = [
+        node.targets[0].id
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assign) and ast.unparse(node.value).startswith("ALL_ATTENTION_FUNCTIONS.get_interface(")
+    ]
+    calls = [
+        n for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name) and n.func.id in kept
+    ]
+    assert len(kept) == len(calls) == 1
 
 
 @works_with("llama.cpp", "names and head counts that its converter reads (its own name table)", "convert_hf_to_gguf.py")
