@@ -69,7 +69,7 @@ def test_vllm_finds_the_call_of_the_interface(name: str) -> None:
     forward = getattr(importlib.import_module(f"hf_attn_patch.modeling.{module}"), layer).forward
     tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
     kept = [
-        node.targets[0].id
+        ast.unparse(node.targets[0])
         for node in ast.walk(tree)
         if isinstance(node, ast.Assign) and ast.unparse(node.value).startswith("ALL_ATTENTION_FUNCTIONS.get_interface(")
     ]
