@@ -34,7 +34,7 @@ class TowerField(KVField):
 
     def read(self, config: Any, heads: int) -> int | list[int]:
         value = getattr(getattr(config, self.tower), self.name, None)
-        return heads if value is None else int(value)
+        return heads if value is None else value
 
     def write(self, raw: dict[str, Any], config: Any, heads: int, kv_heads: Mapping[int, int]) -> None:
         # the whole inner config: older checkpoints leave out what is as the defaults have it

@@ -143,7 +143,7 @@ class FalconField(KVField):
 
     def read(self, config: Any, heads: int) -> int | list[int]:
         if config.new_decoder_architecture:
-            return heads if config.num_kv_heads is None else int(config.num_kv_heads)
+            return heads if config.num_kv_heads is None else config.num_kv_heads
         return 1 if config.multi_query else heads
 
     def write(self, raw: dict[str, Any], config: Any, heads: int, kv_heads: Mapping[int, int]) -> None:

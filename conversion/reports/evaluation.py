@@ -174,6 +174,8 @@ def load_causal(name: str, device: torch.device, dtype: str, attention: str | No
     model = model.to(device).eval()
     try:
         refuse_bidirectional(name, model)
+        with torch.no_grad():
+            model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=device), use_cache=True)
     except ConversionError:
         raise
     except Exception as error:  # its first forward: of the model's own code, on what its config says
