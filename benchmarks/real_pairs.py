@@ -143,7 +143,7 @@ class Bench:
         self.tests = self.speech() if self.hears else {name: self.text(name) for name in DOMAINS}
 
     def loaded(self, folder: str) -> Any:
-        return self.kind.from_pretrained(folder, dtype=torch.float32).to(self.device).eval()
+        return self.kind.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).to(self.device).eval()
 
     def speech(self) -> dict[str, Samples]:
         made = plan(self.source, {}, method="mean")

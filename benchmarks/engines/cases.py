@@ -173,7 +173,7 @@ transformers.AttentionMaskInterface.register("exchanged_heads", transformers.Att
 
 def load(folder: Path, attention: str) -> Any:
     return transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation=attention
+        folder, dtype=torch.float32, attn_implementation=attention, trust_remote_code=False
     ).eval()
 
 

@@ -64,10 +64,12 @@ def _of_answers(plan: Plan, original: Any, converted: Path) -> dict[str, Any]:
     samples = collected(
         plan, original, OWN, tokens=ROWS * OWN_LENGTH, length=None, count=RECORDINGS, device=original.device
     )  # fmt: skip
-    config = AutoConfig.from_pretrained(converted)
+    config = AutoConfig.from_pretrained(converted, trust_remote_code=False)
     with quiet():
         kind = model_class_of(plan.new_config, config) or AutoModel
-        student = kind.from_pretrained(converted, dtype=original.dtype).to(original.device).eval()
+        student = (
+            kind.from_pretrained(converted, dtype=original.dtype, trust_remote_code=False).to(original.device).eval()
+        )
     memory = samples.memory if samples.memory is not None else heard(original, samples.inputs[0])
     own = any(not unit.layer.stack.cached for unit in plan.units)
     theirs = heard(student, samples.inputs[0]) if own else memory
