@@ -71,7 +71,7 @@ def make_plan(
             "the tokenizer has code of its own (auto_map in tokenizer_config.json), which does not come along: copy "
             "its .py files into the result, or load the tokenizer from the source",
         )
-    plan.warnings += _left_out(model, layers)
+    plan.warnings += _left_out(model, layers) + _clipped(plan)
     changes = any(layer.changes for layer in layers)
     if drafting and changes:
         without_drafting(part_of(new_config, model.path))
@@ -147,6 +147,18 @@ def _left_out(model: LanguageModel, layers: Sequence[LayerAttention]) -> tuple[s
         if not stack.cached
         and not any(layer.changes for layer in layers if layer.stack is stack)
         and layers_[0].kv_heads > 1
+    )
+
+
+def _clipped(plan: Plan) -> tuple[str, ...]:
+    """What to say where projections are clipped, which is not the same in another basis (OLMo, DBRX)."""
+    config = getattr(plan.text_config, "attn_config", None) or plan.text_config
+    limit = getattr(config, "clip_qkv", None)
+    if limit is None or plan.method.scope != "layer" or not any(layer.changes for layer in plan.layers):
+        return ()
+    return (
+        f"the model clips queries, keys and values at {limit:g}: heads that are turned into one basis are clipped "
+        "elsewhere, so the merge is as good as it says only where little is clipped; --method mean turns nothing",
     )
 
 

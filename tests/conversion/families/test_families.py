@@ -12,7 +12,7 @@ from checkpoints import tensors
 from tiny_families import FAMILIES, tiny_model
 from torch import Tensor
 
-from hf_attn_patch.conversion import ConversionError, convert
+from hf_attn_patch.conversion import ConversionError, convert, plan
 
 HEADS = 8
 FLAT_NORMS = ("olmo2", "olmo3", "olmoe", "flex_olmo", "minimax_m2")
@@ -221,3 +221,14 @@ def test_grouped_sources_merge_on(model_type: str, tmp_path: Path) -> None:
     assert staged.keys() == direct.keys()
     for name in direct:
         torch.testing.assert_close(staged[name], direct[name], rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("method", "clip", "told"), [("aligned", 8.0, True), ("mean", 8.0, False), ("aligned", None, False)]
+)
+def test_clipped_projections_are_told(tmp_path: Path, method: str, clip: float | None, told: bool) -> None:
+    tiny_model("olmo", clip_qkv=clip).save_pretrained(tmp_path)
+    said = [
+        text for text in plan(tmp_path, 2, method=method).warnings if "clips queries, keys and values at 8:" in text
+    ]
+    assert len(said) == told
