@@ -215,11 +215,16 @@ def test_what_cannot_be_unpacked_is_one_sentence(quantization: Any, words: str, 
     assert sorted(p.name for p in tmp_path.iterdir()) == ["src"]
 
 
+def test_a_damaged_gguf_file(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    (tmp_path / "a.gguf").write_bytes(b"GGUF" + b"\0" * 40)
+    with pytest.raises(ConversionError, match="cannot be unpacked here"):
+        dequantize(tmp_path / "a.gguf", tmp_path / "out")
+
+
 def test_files_that_are_no_gguf(tmp_path: Path) -> None:
     (tmp_path / "a.gguf").write_bytes(b"GGUF" + b"\0" * 40)
     (tmp_path / "b.gguf").write_bytes(b"none")
-    with pytest.raises(ConversionError, match="cannot be unpacked here"):
-        dequantize(tmp_path / "a.gguf", tmp_path / "out")
     with pytest.raises(ConversionError, match="is no GGUF file"):
         dequantize(tmp_path / "b.gguf", tmp_path / "out")
     with pytest.raises(ConversionError, match="2 GGUF files"):
