@@ -5,24 +5,24 @@ Files are read by soundfile (libsndfile: WAV, FLAC, OGG, MP3, ...), data sets by
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_attn_patch.documents.paths import user_path
 from hf_attn_patch.errors import TrainingError
 
-from .sources import open_documents
+from .media import Kind, found_in
 
-#: of sound files; a transcript has the same name and ends in .txt
-SUFFIXES = {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".au"}
-#: columns in which data sets keep transcripts, the first that is there
-COLUMNS = ("text", "sentence", "transcription", "transcript", "normalized_text", "raw_text")
+RECORDINGS = Kind(
+    files=frozenset({".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".au"}),
+    one="sound file",
+    many="sound",
+    feature="Audio",
+    texts=("text", "sentence", "transcription", "transcript", "normalized_text", "raw_text"),
+)
 
 
 @dataclass(frozen=True)
@@ -55,24 +55,8 @@ def recordings(source: str, seed: int = 0) -> Iterator[Recording]:
     Raises:
         TrainingError: nothing is there, or it cannot be read.
     """
-    path = user_path(source)
-    if path.is_file() and path.suffix.lower() in SUFFIXES:
-        yield _read_file(path)
-        return
-    files = sorted(f for f in path.rglob("*") if f.suffix.lower() in SUFFIXES) if path.is_dir() else []
-    if files:
-        for i in torch.randperm(len(files), generator=torch.Generator().manual_seed(seed)).tolist():
-            yield _read_file(files[i])
-        return
-    if path.is_file() and path.suffix.lower() != ".parquet":
-        raise TrainingError(f"{source} is no sound file; give {', '.join(sorted(SUFFIXES))}, or a folder of them")
-    yield from _of_data_set(source, seed)
-
-
-def _read_file(path: Path) -> Recording:
-    beside = path.with_suffix(".txt")
-    text = beside.read_text(encoding="utf-8", errors="replace").strip() if beside.is_file() else None
-    return Recording(*_decoded(path, str(path)), text or None, str(path))
+    for found in found_in(source, RECORDINGS, seed):
+        yield Recording(*_decoded(found.file, found.name), found.text, found.name)
 
 
 def _decoded(file: Any, name: str) -> tuple[Tensor, int]:
@@ -91,24 +75,3 @@ def import_soundfile() -> Any:
     except (ImportError, OSError) as error:  # OSError: without libsndfile
         raise TrainingError(f"sound is read with soundfile: pip install 'hf-attn-patch[audio]' ({error})") from None
     return soundfile
-
-
-def _of_data_set(source: str, seed: int) -> Iterator[Recording]:
-    records = open_documents(source)
-    import datasets
-
-    features = records.features or {}
-    column = next((name for name, kind in features.items() if isinstance(kind, datasets.Audio)), None)
-    if column is None:
-        there = ", ".join(features) or "none that are known before it is read"
-        raise TrainingError(f"{source} has no column of sound (datasets.Audio); its columns: {there}")
-    texts = next((name for name in COLUMNS if name in features), None)
-    records = records.cast_column(column, datasets.Audio(decode=False))
-    if not user_path(source).exists():
-        records = records.shuffle(seed=seed, buffer_size=100)
-    for number, record in enumerate(records):
-        sound, name = record[column], f"record {number} of {source}"
-        raw = sound.get("bytes")
-        wave, rate = _decoded(sound["path"] if raw is None else io.BytesIO(raw), name)
-        text = (record[texts] or "").strip() if texts else ""
-        yield Recording(wave, rate, text or None, name)
