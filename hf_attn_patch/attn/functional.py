@@ -15,7 +15,7 @@ from .choice import asked_for
 from .dispatch import attend
 from .plan import plain_calls, remember_plain
 from .request import PlainKind, plain_kind
-from .visibility import NO_WINDOW, Dense, Full, Sides, full, packed
+from .visibility import NO_WINDOW, Dense, Full, Packed, Sides, full, packed
 
 Window = int | Sides | None
 
@@ -178,6 +178,7 @@ def attention_varlen(
     """
     if q.dim() != 3 or k.dim() != 3 or v.dim() != 3:
         raise AttentionError(f"packed q, k and v are [T, H, D]; got {q.dim()}, {k.dim()} and {v.dim()} dimensions")
+    memo.nobody_asks()
     self_attention = cu_seqlens_k is None
     cu_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
     if cu_seqlens_q.dim() != 1 or cu_seqlens_q.shape != cu_k.shape or len(cu_k) == 0:
@@ -188,15 +189,31 @@ def attention_varlen(
         raise AttentionError(f"{q.shape[0]} queries and {k.shape[0]} keys need their own cu_seqlens each")
     q4, k4, v4 = (t.transpose(0, 1)[None] for t in (q, k, v))
     _check(q4, k4, v4, dropout, sinks)
-    if max_seqlen_q is None or max_seqlen_k is None:
-        longest = torch.stack([nn.functional.pad(cu.diff(), (1, 0)).max() for cu in (cu_seqlens_q, cu_k)]).tolist()
-        max_seqlen_q = longest[0] if max_seqlen_q is None else max_seqlen_q
-        max_seqlen_k = longest[1] if max_seqlen_k is None else max_seqlen_k
     sides, causal = _window(window, causal)
-    seen = packed(1, q.shape[0], k.shape[0], cu_seqlens_q, cu_k, max_seqlen_q, max_seqlen_k, causal, sides)
+    tokens = q.shape[0], k.shape[0]
+    seen = _documents(cu_seqlens_q, cu_k, tokens, (max_seqlen_q, max_seqlen_k), causal, sides)
     options: dict[str, Any] = {"scale": scale, "softcap": softcap, "dropout": dropout, "name": backend}
     out, _ = attend(q4, k4, v4, visibility=seen, sinks=sinks, **options)
     return out.squeeze(0).transpose(0, 1)  # out[0] would copy the whole gradient
+
+
+def _documents(
+    cu_q: Tensor, cu_k: Tensor, tokens: tuple[int, int], most: tuple[int | None, int | None], causal: bool, sides: Sides
+) -> Packed:
+    """The documents between borders, of at ``most`` so many queries and keys, kept with the borders for the next layer.
+
+    What is kept with documents (keys that nobody sees, host integers) would else be worked out in every layer anew.
+    """
+    key = "documents", tokens, most, causal, sides
+    known: Packed | None = memo.recall(cu_q, key, cu_k)
+    if known is None:
+        max_q, max_k = most
+        if max_q is None or max_k is None:
+            longest = torch.stack([nn.functional.pad(cu.diff(), (1, 0)).max() for cu in (cu_q, cu_k)]).tolist()
+            max_q, max_k = (given if given is not None else n for given, n in zip(most, longest, strict=True))
+        known = packed(1, *tokens, cu_q, cu_k, max_q, max_k, causal, sides)
+        memo.keep(cu_q, key, known, cu_k)
+    return known
 
 
 def _masked(plain: Full, mask: Tensor, shape: tuple[int, int, int, int]) -> Dense:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from hf_attn_patch import attention, attention_varlen
+from hf_attn_patch.attn import functional, memo
 from hf_attn_patch.attn.backends._varlen import run_varlen
 from hf_attn_patch.attn.dispatch import attend
 from hf_attn_patch.attn.request import Operands
@@ -137,6 +138,33 @@ def test_outside_every_document(options, backend):
         return attention_varlen(q, k, v, torch.tensor([0, 4, 9]), backend=backend, **options)
 
     assert_unharmed(documents, q, k, v, unseen)
+
+
+def test_borders_are_read_once(monkeypatch):
+    """Layers that are given the same borders share what is known of the documents; a write to them ends that."""
+    made = []
+    monkeypatch.setattr(functional, "packed", lambda *a: made.append(1) or packed(*a))
+    t, cu = torch.randn(9, 2, 8), torch.tensor([0, 4, 9])
+    first = attention_varlen(t, t, t, cu)
+    assert torch.equal(attention_varlen(t, t, t, cu), first)
+    assert len(made) == 1
+    attention_varlen(t, t, t, cu, causal=True)
+    attention_varlen(t, t, t, cu, cu.clone())
+    assert len(made) == 3
+    cu[1] = 2
+    torch.testing.assert_close(attention_varlen(t, t, t, cu)[:2], attention_varlen(t[:2], t[:2], t[:2], cu[:2]))
+
+
+def test_borders_made_in_inference_mode_are_read_anew():
+    """They count no writes, and these calls have no layer that says where a forward begins."""
+    t, layer = torch.randn(9, 2, 8), torch.nn.Module()
+    layer.layer_idx = 0
+    memo.asks(layer)  # of a model that ran before
+    with torch.inference_mode():
+        cu = torch.tensor([0, 4, 9])
+        attention_varlen(t, t, t, cu)
+        cu[1] = 2
+        torch.testing.assert_close(attention_varlen(t, t, t, cu)[:2], attention_varlen(t[:2], t[:2], t[:2], cu[:2]))
 
 
 @settings(max_examples=60, deadline=None)

@@ -191,6 +191,12 @@ def test_gradient_checkpointing_gives_the_same_gradients(case):
 COMPILED = ("gpt2", "gpt_neox", "bert", "bloom", "gpt_neo", "vit")
 
 
+def traced(model, feed):
+    """What ``model`` gives traced as one graph: the tracing is what can fail, not the code that is made of it."""
+    torch._dynamo.reset()
+    return output(torch.compile(model, fullgraph=True, backend="eager"), feed)
+
+
 @pytest.mark.parametrize(
     "case",
     [pytest.param(c, id=c.stock, marks=() if c.stock in COMPILED else pytest.mark.slow) for c in CASES],
@@ -199,9 +205,15 @@ def test_compiles_as_one_graph(case):
     model = case.make(2, "hf_attn_patch")
     feed = case.inputs(padding="right" if case.kind in ("causal", "encoder") else None)
     want = output(model, feed)
-    torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, backend="eager")  # the tracing is what can fail, not the code made
-    torch.testing.assert_close(output(compiled, feed), want, atol=1e-5, rtol=1e-5)
+    try:
+        got = traced(model, feed)
+    except torch._dynamo.exc.Unsupported:
+        try:
+            traced(case.make(None, attn_of_stock(case, "sdpa")), feed)
+        except torch._dynamo.exc.Unsupported:  # torch 2.11: the deepcopy of an encoder-decoder's config
+            pytest.skip("this torch traces the stock model no better")
+        raise
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.slow

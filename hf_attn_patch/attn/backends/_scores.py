@@ -40,7 +40,7 @@ class Scores:
             values = values.masked_fill(~mask, -torch.inf)
         values = values.expand(*values.shape[:2], seen.q_len, seen.keys)
         self.values = _aligned(values)
-        self.unseen = Unseen(values.amax(2), dtype, blind=values.amax(-1, keepdim=True) == -torch.inf)
+        self.unseen = Unseen.under(values.amax(2), dtype, blind=values.amax(-1, keepdim=True) == -torch.inf)
 
     @property
     def blind(self) -> Tensor | None:
@@ -84,7 +84,7 @@ def scores_of(seen: Visibility, bias: Tensor | None, dtype: torch.dtype, device:
 
 def unseen_of(seen: Visibility, bias: Tensor, device: torch.device) -> Unseen:
     """The keys that nobody sees under a visibility and bias, kept with the bias for the next layer."""
-    return _kept(seen, bias, None, lambda: Unseen(peaks_of(seen, bias, device), bias.dtype))
+    return _kept(seen, bias, None, lambda: Unseen.under(peaks_of(seen, bias, device), bias.dtype))
 
 
 def _kept(seen: Visibility, bias: Tensor, dtype: torch.dtype | None, make: Callable[[], T]) -> T:

@@ -22,7 +22,7 @@ def without_unseen(seen: Visibility, bias: Tensor | None, k: Tensor, v: Tensor) 
     if 0 in (seen.q_len, seen.keys):
         return k, v
     if bias is not None:
-        return Unseen(peaks_of(seen, bias, k.device), bias.dtype).clean(k, v)
+        return Unseen.under(peaks_of(seen, bias, k.device), bias.dtype).clean(k, v)
     dead = seen.dead_keys(k.device)
     if dead is None:
         return k, v
@@ -34,7 +34,7 @@ def without_unseen_of_documents(seen: Packed, k: Tensor, v: Tensor) -> tuple[Ten
     """:func:`without_unseen` for packed documents, where most often there are no such keys: nothing waits to know."""
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         return without_unseen(seen, None, k, v)
-    unseen = seen.form("unseen", lambda: Unseen(torch.where(seen.dead_keys(k.device), -torch.inf, 0.0)))
+    unseen = seen.form("unseen", lambda: Unseen(seen.dead_keys(k.device)))
     unseen.settle()
     return unseen.clean(k, v)
 
@@ -55,28 +55,33 @@ class Unseen:
     On a GPU all three stay tensors until the device has said, unasked, that there are none: nothing waits for it.
 
     Args:
-        peaks: [B or 1, HQ or 1, Sk or 1], what is added to a key's scores at most.
-        dtype: of what was added.
+        dead: bool [B or 1, HQ or 1, Sk or 1], keys that nothing shows.
+        low: bool, alike, keys that are under a dtype's lowest number wherever they are shown.
         blind: bool [B or 1, HQ or 1, Sq, 1], kept for who asks for it.
     """
 
     __slots__ = ("_asked", "_said", "blind", "dead", "low")
 
-    def __init__(self, peaks: Tensor, dtype: torch.dtype = torch.float32, blind: Tensor | None = None) -> None:
-        self.dead: Tensor | None = peaks == -torch.inf
-        # half of the lowest: a bias on top of it may have taken it up a little
-        self.low: Tensor | None = (peaks <= torch.finfo(dtype).min / 2) & ~self.dead
-        self.blind = blind
+    def __init__(self, dead: Tensor, low: Tensor | None = None, blind: Tensor | None = None) -> None:
+        self.dead: Tensor | None = dead
+        self.low, self.blind = low, blind
         self._asked: Any = None
         if torch.compiler.is_compiling():
             return
-        self._said = torch.stack([t.any() for t in (self.dead, self.low, self.low if blind is None else blind)])
-        if peaks.device.type == "cpu":
+        self._said = torch.stack([dead.any() if t is None else t.any() for t in (dead, low, blind)])
+        if dead.device.type == "cpu":
             self._listen()
-        elif peaks.device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+        elif dead.device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
             self._said = self._said.to("cpu", non_blocking=True)
             self._asked = torch.cuda.Event()
             self._asked.record()
+
+    @classmethod
+    def under(cls, peaks: Tensor, dtype: torch.dtype, blind: Tensor | None = None) -> Unseen:
+        """Of ``peaks`` [B or 1, HQ or 1, Sk or 1], what is added to a key's scores at most, in ``dtype``."""
+        dead = peaks == -torch.inf
+        # half of the lowest: a bias on top of it may have taken it up a little
+        return cls(dead, (peaks <= torch.finfo(dtype).min / 2) & ~dead, blind)
 
     def _listen(self) -> None:
         found = zip((self.dead, self.low, self.blind), self._said.tolist(), strict=True)
