@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_attn_patch import attention, attention_varlen
-from hf_attn_patch.attn.backends import torch_sdpa
+from hf_attn_patch.attn.backends import _sdpa_members
 from hf_attn_patch.attn.request import Operands
-from hf_attn_patch.attn.visibility import full
+from hf_attn_patch.attn.visibility import Dense, full
 
 HALVES = [torch.bfloat16, torch.float16]
 GROUPINGS = [(32, 1), (32, 4), (8, 8), (12, 3)]
@@ -132,7 +132,7 @@ def test_of_the_kernel_that_is_called_once_a_member_of_the_group(monkeypatch, dt
         assert mask is None or mask.shape == (*q.shape[:3], k.shape[2])
         return plain(q.float(), k.float(), v.float(), see, bias).to(q.dtype), None
 
-    monkeypatch.setattr(torch_sdpa, "efficient_attention_op", kernel)
+    monkeypatch.setattr(_sdpa_members, "efficient_attention_op", kernel)
     B, S = 2, 48
     *inputs, aim = rows(B, HQ, HKV, S, S, 32, dtype)
     aim = aim.abs()  # the group's parts of dV have one sign: their sum grows, and what it loses at each rounding
@@ -145,12 +145,12 @@ def test_of_the_kernel_that_is_called_once_a_member_of_the_group(monkeypatch, dt
     if kind == "bias":
         inputs.append(torch.randn(1, 1, S, S, generator=g).to(dtype))
     mask = see if kind in ("padding", "heads") else None
-    layout = torch_sdpa.Dense(B, S, S, mask=mask) if mask is not None else full(S, S, False, (None, None), B)
+    layout = Dense(B, S, S, mask=mask) if mask is not None else full(S, S, False, (None, None), B)
     request: Any = SimpleNamespace(bias=kind == "bias", tracing=False, grad=True)
 
     def grouped(q, k, v, bias=None):
         operands = Operands(layout, 32**-0.5, bias=bias)
-        return torch_sdpa._efficient(q, k, v, mask if bias is None else bias, kind == "causal", request, operands)
+        return _sdpa_members.efficient(q, k, v, mask if bias is None else bias, kind == "causal", request, operands)
 
     if kind == "bias":
         results = []

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conformance import assert_conforms
 
-from hf_attn_patch.attn.backends import torch_sdpa
+from hf_attn_patch.attn.backends import _sdpa_cuda
 from hf_attn_patch.attn.dispatch import attend
 from hf_attn_patch.attn.functional import attention
 from hf_attn_patch.attn.visibility import Padded, Visibility, full
@@ -32,13 +32,13 @@ def truth(q, k, v, scores, dtype):
 def cudnn(monkeypatch):
     """Count the calls of cuDNN."""
     calls = []
-    kernel = torch_sdpa.cudnn_attention
+    kernel = _sdpa_cuda.cudnn_attention
 
     def counted(*args, **kwargs):
         calls.append(args)
         return kernel(*args, **kwargs)
 
-    monkeypatch.setattr(torch_sdpa, "cudnn_attention", counted)
+    monkeypatch.setattr(_sdpa_cuda, "cudnn_attention", counted)
     return calls
 
 
