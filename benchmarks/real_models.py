@@ -39,7 +39,8 @@ from hf_attn_patch.conversion.calibration.joined import joined
 from hf_attn_patch.conversion.calibration.polish import PolishRecipe, Speaker, polish
 from hf_attn_patch.conversion.calibration.text import calibration_ids
 from hf_attn_patch.conversion.methods.apply import to_heads
-from hf_attn_patch.conversion.reports.evaluation import kv_bytes_per_token, load_causal
+from hf_attn_patch.conversion.reports.causal_models import load_causal
+from hf_attn_patch.conversion.reports.evaluation import kv_bytes_per_token
 
 #: learning rate of distillation, in which everything but the embeddings is trained
 KD_LR = 4e-4

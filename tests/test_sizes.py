@@ -1,4 +1,4 @@
-"""Functions that can be read in one go: at most 60 lines beside the docstring, and 10 parameters.
+"""Functions that can be read in one go: at most 60 lines beside the docstring, and 10 parameters; files of 350 lines.
 
 Public signatures and kernels may have more parameters; what else is larger is listed, with why.
 """
@@ -12,6 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("hf_attn_patch", "modeling", "conversion")
 LINES, PARAMETERS = 60, 10
+FILE_LINES = 350
 #: Triton functions, and what takes their operands one by one, since a call costs microseconds
 KERNELS = ("hf_attn_patch/attn/kernels/",)
 #: file: function -> why it is larger
@@ -60,3 +61,9 @@ def test_functions_can_be_read_in_one_go() -> None:
 def test_signatures_can_be_remembered() -> None:
     wide = {name: number for name, _, number in functions() if number > PARAMETERS}
     assert set(wide) == set(SIGNATURES), wide
+
+
+def test_files_can_be_read_in_one_go() -> None:
+    paths = [p for folder in (*FOLDERS, "examples") for p in sorted((ROOT / folder).rglob("*.py"))]
+    lines = {p.relative_to(ROOT).as_posix(): len(p.read_text(encoding="utf-8").splitlines()) for p in paths}
+    assert not {name: number for name, number in lines.items() if number > FILE_LINES}

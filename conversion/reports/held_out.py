@@ -31,7 +31,7 @@ def measure(plan: Plan, converted: Path) -> dict[str, Any] | None:
     from hf_attn_patch.conversion.calibration.polish import Speaker, losses
     from hf_attn_patch.conversion.loadcheck import device_named
 
-    from .evaluation import load_causal
+    from .causal_models import load_causal
     from .report import cache_itemsize, kv_bytes_per_token
 
     weights = sum(t.nbytes for t in plan.source.tensors.values()) // cache_itemsize(plan)

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from hf_attn_patch.conversion.methods.registry import AUTO, METHODS, all_options
-from hf_attn_patch.documents.bars import no_progress, progress_bar
+from hf_attn_patch.conversion.methods.registry import AUTO, METHODS
+from hf_attn_patch.documents.bars import progress_bar
 from hf_attn_patch.documents.paths import user_path
-from hf_attn_patch.errors import ConversionError, HFAttnError
+from hf_attn_patch.errors import ConversionError
+
+from .errors import user_errors
+from .options import families_option, method_options
 
 if TYPE_CHECKING:
     from hf_attn_patch.conversion.plan_data import Plan
@@ -41,108 +43,6 @@ def parse_kv_heads(text: str) -> KVHeads:
             f"--kv-heads {text!r} is no number of heads; write 8, or 8,8,4,4 (one per layer), or 10-20=4 (layers 10 to "
             "20), or self=4,cross=2"
         ) from None
-
-
-def user_errors(function: Callable[..., Any]) -> Callable[..., Any]:
-    """One sentence on stderr and exit code 2 for what a user can cause."""
-
-    @functools.wraps(function)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        try:
-            for name, value in kwargs.items():  # an unset shell variable between quotes
-                if value == "" or (isinstance(value, tuple) and "" in value):
-                    flag = name.upper() if name in ("src", "dst", "models") else "--" + name.replace("_", "-")
-                    raise ConversionError(f"{flag} is empty; is a variable unset?")
-            if kwargs.get("picture"):
-                check_picture(kwargs["picture"])
-            with no_progress(kwargs.get("quiet", False)):
-                return function(*args, **kwargs)
-        except Exception as error:
-            sentence = sentence_of(error)
-            if sentence is None:
-                raise
-            click.echo(f"Error: {printable(sentence)}", err=True)
-            sys.exit(2)
-
-    return wrapper
-
-
-def sentence_of(error: Exception) -> str | None:
-    """What to tell of an error that a user, the disk or a lack of memory caused; None for a fault of ours.
-
-    >>> sentence_of(FileNotFoundError(2, "No such file or directory", "a.png"))
-    'a.png cannot be used: No such file or directory'
-    >>> sentence_of(KeyError("x"))
-    """
-    if isinstance(error, HFAttnError):
-        return str(error)
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename or 'a file'} cannot be used: {error.strerror}"
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, of a GPU
-        where = "this machine" if isinstance(error, MemoryError) else "the GPU"
-        return (
-            f"{where} has not enough memory for this; what helps: fewer tokens at a time (--context, "
-            "--calibration-length), --device cpu, or no other program beside it"
-        )
-    return None
-
-
-def printable(text: str) -> str:
-    """One line that a terminal shows as it is, whatever a file's names hold.
-
-    >>> print(printable("no tensor \\x1b[2J\\n in x"))
-    no tensor \\x1b[2J in x
-    """
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
-
-
-def check_picture(name: str) -> None:
-    """What is known of ``--plot`` before any work is done: that its folder is there."""
-    folder = user_path(name).parent
-    if not folder.is_dir():
-        raise ConversionError(f"--plot {name}: there is no folder {folder}")
-
-
-def method_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A click option for every option of any method."""
-    for option in reversed(all_options().values()):
-        owners = ", ".join(method.name for method in METHODS.values() if option in method.options)
-        flag = f"--{option.name.replace('_', '-')}"
-        text = f"{option.help} [{owners}]"
-        if option.type is bool:
-            declare = click.option(f"{flag}/--no-{flag[2:]}", default=None, help=text)
-        else:
-            declare = click.option(flag, type=option.type, default=None, help=text)
-        function = declare(function)
-    return function
-
-
-def families_option(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``--register``: rows of families for this run."""
-
-    def add(_context: click.Context, _parameter: click.Parameter, modules: tuple[str, ...]) -> None:
-        if not modules:
-            return
-        from hf_attn_patch.conversion.families.plugins import add_module
-        from hf_attn_patch.conversion.families.table import register
-
-        try:
-            for module in modules:
-                add_module(module, register)
-        except ConversionError as error:
-            click.echo(f"Error: {' '.join(str(error).split())}", err=True)
-            sys.exit(2)
-
-    return click.option(
-        "--register",
-        "modules",
-        metavar="MODULE",
-        multiple=True,
-        expose_value=False,
-        callback=add,
-        help="A module or .py file that describes further families; may be given several times. Installed packages "
-        "declare theirs as entry points (hf_attn_patch.families).",
-    )(function)
 
 
 def command_line() -> str:

@@ -6,7 +6,7 @@ import json
 
 import click
 
-from .convert import user_errors
+from .errors import user_errors
 
 
 @click.command()

@@ -11,7 +11,7 @@ import torch
 from click.testing import CliRunner
 
 from hf_attn_patch import AttentionError
-from hf_attn_patch.cli.convert import user_errors
+from hf_attn_patch.cli.errors import user_errors
 
 
 def told(error: BaseException) -> tuple[int, str]:

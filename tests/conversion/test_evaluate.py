@@ -33,7 +33,8 @@ from transformers import (
 
 from hf_attn_patch.cli import main
 from hf_attn_patch.conversion import ConversionError
-from hf_attn_patch.conversion.reports.evaluation import evaluate, load_causal, score, windows
+from hf_attn_patch.conversion.reports.causal_models import load_causal
+from hf_attn_patch.conversion.reports.evaluation import evaluate, score, windows
 
 CPU = torch.device("cpu")
 SIZES = {"vocab_size": 512, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
