@@ -120,7 +120,9 @@ def test_under_autocast_and_in_a_compiled_graph(dtype):
     assert_gradients_conform(compiled, inputs, aim, see)
 
 
-@pytest.mark.parametrize("kind", ["no mask", "causal", "padding", "heads", "bias"])
+@pytest.mark.parametrize(
+    "kind", ["no mask", "causal", "padding", "heads", "bias", "bias of each head", "bias of a large batch"]
+)
 @pytest.mark.parametrize(("HQ", "HKV"), GROUPINGS)
 @pytest.mark.parametrize("dtype", HALVES)
 def test_of_the_kernel_that_is_called_once_a_member_of_the_group(monkeypatch, dtype, HQ, HKV, kind):
@@ -133,7 +135,7 @@ def test_of_the_kernel_that_is_called_once_a_member_of_the_group(monkeypatch, dt
         return plain(q.float(), k.float(), v.float(), see, bias).to(q.dtype), None
 
     monkeypatch.setattr(_sdpa_members, "efficient_attention_op", kernel)
-    B, S = 2, 48
+    B, S = 16 if kind == "bias of a large batch" else 2, 48
     *inputs, aim = rows(B, HQ, HKV, S, S, 32, dtype)
     aim = aim.abs()  # the group's parts of dV have one sign: their sum grows, and what it loses at each rounding
     g = torch.Generator().manual_seed(1)
@@ -142,17 +144,18 @@ def test_of_the_kernel_that_is_called_once_a_member_of_the_group(monkeypatch, dt
         "padding": (torch.arange(S) < torch.tensor([S, 30])[:, None])[:, None, None],
         "heads": torch.rand(B, HQ, S, S, generator=g) < 0.5,
     }.get(kind)
-    if kind == "bias":
-        inputs.append(torch.randn(1, 1, S, S, generator=g).to(dtype))
+    biased = kind.startswith("bias")
+    if biased:
+        inputs.append(torch.randn(1, 1 if kind == "bias" else HQ, S, S, generator=g).to(dtype))
     mask = see if kind in ("padding", "heads") else None
     layout = Dense(B, S, S, mask=mask) if mask is not None else full(S, S, False, (None, None), B)
-    request: Any = SimpleNamespace(bias=kind == "bias", tracing=False, grad=True)
+    request: Any = SimpleNamespace(bias=biased, tracing=False, grad=True)
 
     def grouped(q, k, v, bias=None):
         operands = Operands(layout, 32**-0.5, bias=bias)
         return _sdpa_members.efficient(q, k, v, mask if bias is None else bias, kind == "causal", request, operands)
 
-    if kind == "bias":
+    if biased:
         results = []
         for function, wide in ((grouped, False), (plain, False), (plain, True)):
             leaves = [(t.double() if wide else t).detach().requires_grad_() for t in inputs]

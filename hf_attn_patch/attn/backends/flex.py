@@ -14,7 +14,7 @@ from hf_attn_patch.attn.request import AttentionRequest, Operands
 from hf_attn_patch.attn.visibility import Dense, Full, Packed, Visibility
 from hf_attn_patch.compat.torch import recompile_limit
 
-from ._common import cut, cut_bias, rescale_by_sinks
+from ._common import as_dtype, cut, cut_bias, rescale_by_sinks
 from ._scores import unseen_of
 from ._unseen import without_unseen
 
@@ -70,6 +70,8 @@ def run(q: Tensor, k: Tensor, v: Tensor, request: AttentionRequest, operands: Op
     k, v = cut(seen, k, v)
     if operands.bias is not None:
         k, v = unseen_of(seen, operands.bias, k.device).clean(k, v)
+        if request.grad:
+            operands = operands._replace(bias=_captured(operands.bias, q.dtype))
     elif not isinstance(seen, Full):
         k, v = without_unseen(seen, None, k, v)
     out, lse = _compiled()(
@@ -87,6 +89,15 @@ def run(q: Tensor, k: Tensor, v: Tensor, request: AttentionRequest, operands: Op
     if operands.sinks is not None:
         out = rescale_by_sinks(out, lse, operands.sinks)
     return out, None
+
+
+def _captured(bias: Tensor, dtype: torch.dtype) -> Tensor:
+    """A bias as a backward may capture it: in the dtype of the queries.
+
+    Inductor adds up a captured tensor's gradient atomically in fp32, whatever its dtype, and rounds the sum once. But
+    one that is wider than the scores it is added to fails in the backward (seen with torch 2.11 on an H100).
+    """
+    return as_dtype(bias, dtype)
 
 
 def _capped(softcap: float) -> Callable[..., Tensor]:
