@@ -123,6 +123,7 @@ package: $(VENV)/.ready  ## build the sdist, the wheel from it, and check both a
 	$(VENV)/bin/python -m check_wheel_contents dist/*.whl
 
 release-check:  ## TAG=v1.2.3: whether pyproject.toml and the changelog agree with a tag
+	@test -n '$(TAG)' || { echo 'say which tag: make release-check TAG=v1.2.3'; exit 1; }
 	@grep -qx 'version = "$(TAG:v%=%)"' pyproject.toml || { echo "pyproject.toml's version is not that of the tag $(TAG)"; exit 1; }
 	@grep -q '^## $(TAG:v%=%) (20' CHANGELOG.md || { echo "CHANGELOG.md has no section '## $(TAG:v%=%) (DATE)' for the tag $(TAG)"; exit 1; }
 

@@ -108,6 +108,8 @@ def test_a_tag_must_agree_with_the_version_and_the_changelog() -> None:
     run = ["make", "-s", "release-check"]
     wrong = subprocess.run([*run, "TAG=v99.0.0"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert wrong.returncode != 0 and "v99.0.0" in wrong.stdout
+    none = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert none.returncode != 0 and none.stdout == "say which tag: make release-check TAG=v1.2.3\n"
     workflow = yaml.safe_load((ROOT / ".github/workflows/release.yml").read_text())["jobs"]
     assert workflow["publish"]["permissions"] == {"id-token": "write"} and set(workflow["publish"]["needs"]) == {
         "build",

@@ -17,6 +17,7 @@ from .backends import reference
 from .backends.base import RunFunction
 from .backends.registry import backend, when_changed
 from .choice import asked_for, traced_for
+from .devices import no_bf16
 from .ladder import order
 from .request import AttentionRequest, CallKind, Operands, PlainKind, request_of
 from .visibility import Full, Visibility, remembered_full
@@ -84,6 +85,8 @@ def choose(request: AttentionRequest, name: str | None = None) -> AttentionPlan:
         found = _first(request)
     if not request.tracing:
         plans_of_requests[(request, name)] = found
+        if name is None and found.backend == "reference" and (slow := no_bf16(request, request.dtype)):
+            logger.warning("attention runs by 'reference', exact and slow: %s", slow)
         if logger.isEnabledFor(logging.INFO):
             passed = "; ".join(f"{n}: {why}" for n, why in reasons(request) if why and name is None)
             logger.info("%s for %s%s", found.backend, request.describe(), f" ({passed})" if passed else "")

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_attn_patch.attn import devices, dispatch
+from hf_attn_patch.attn import devices, dispatch, plan
 from hf_attn_patch.attn.backends import _sdpa_members, flash2, flash3, flash4, torch_sdpa, triton_decode
 from hf_attn_patch.attn.devices import Device, device_of
 from hf_attn_patch.attn.dispatch import BACKENDS, reasons
@@ -76,6 +76,17 @@ def test_bf16_begins_with_ampere(capability: int) -> None:
         if capability < 80:
             refused = dict(reasons(request(capability, decode=decode, dtype=torch.bfloat16)))
             assert "use float16" in str(refused["torch_sdpa"])
+
+
+def test_bf16_before_ampere_is_told_once_a_kind(caplog: pytest.LogCaptureFixture) -> None:
+    plan.forget()
+    for asked in (request(75, dtype=torch.bfloat16), request(80, dtype=torch.bfloat16), request(75)):
+        for _ in range(2):
+            plan.choose(asked)
+    plan.choose(request(75, dtype=torch.bfloat16), "reference")  # asked for by name: no surprise
+    plan.forget()
+    told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(told) == 1 and "'reference'" in told[0] and "not 7.5; use float16" in told[0]
 
 
 @pytest.mark.parametrize(

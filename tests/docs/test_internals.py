@@ -7,13 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "docs/internals.md", *sorted((ROOT / "docs/decisions").glob("*.md")), ROOT / "CONTRIBUTING.md"]
-#: `path.py`, and after a colon the names in it
-STATION = re.compile(
-    r"`((?:hf_attn_patch|conversion|modeling|examples|tests)/[\w/]+\.py)`(?:: ((?:`[\w.]+`(?:, )?)+))?"
-)
+from stations import PAGES, ROOT, STATION
 
 
 def defined(path: Path) -> set[str]:

@@ -26,6 +26,7 @@ def wants_fp32(request: AttentionRequest) -> bool:
 def flash(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, request: AttentionRequest, operands: Operands
 ) -> Tensor:
+    """One call of the kernel, so that no key that is hidden reaches the result: mask is bool, or scores to add."""
     width = v.shape[-1]
     if width != q.shape[-1]:
         q, k, v = _same_width(q, k, v)
