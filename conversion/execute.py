@@ -22,6 +22,7 @@ from .families.accounts import is_buffer
 from .methods.apply import compute_unit, raw_bytes, refuse_nonfinite
 from .methods.method import Merge
 from .plan_data import Plan
+from .processes import current
 
 #: of conversion.json; raised when a reader of an older version would misread it
 FORMAT = 1
@@ -67,13 +68,19 @@ def execute(
         raise ConversionError(f"{workers} workers can do nothing; give at least 1")
     check_apart(plan.source.folder, dst)
     check_destination(dst, overwrite)
+    processes = current()
+    if not processes.main:
+        return follow(plan, allow_nonfinite)
     with OutputFolder(dst, fingerprint=fingerprint(plan), overwrite=overwrite, resume=resume) as folder:
         finished = sum(
             plan.tensors[n].nbytes for s in plan.shards if f"copy {s.name}" in folder.done for n in s.tensors
         )
         check_space(dst, plan.disk_needed - finished)
         left = any(job not in folder.done for job in _unit_jobs(plan))
+        processes.everybody(left)
         merge = plan.method.build(plan, plan.options) if left else _nothing
+        if processes.count > 1 and plan.method.ordered and left:
+            merge.record["processes"] = processes.count  # type: ignore[attr-defined]
         _Work(plan, folder, merge, allow_nonfinite, progress).run(workers)
         digests = {
             name: digest for job in folder.done if job.startswith("unit ") for name, digest in folder.done[job].items()
@@ -97,6 +104,19 @@ def execute(
         for name, text in code.items():
             folder.write_text(name, text)
         folder.commit(json.dumps(plan.new_config, indent=2, ensure_ascii=False) + "\n")
+    processes.everybody(record)
+    return record
+
+
+def follow(plan: Plan, allow_nonfinite: bool) -> dict[str, Any]:
+    """What a process does of :func:`execute` that is not the main one: its share of the calibration."""
+    processes = current()
+    (left, *_) = processes.everybody(None)
+    if left and plan.method.ordered:
+        merge = plan.method.build(plan, plan.options)
+        for unit in plan.units:
+            compute_unit(plan, unit, merge, allow_nonfinite=allow_nonfinite, digests={})
+    record: dict[str, Any] = processes.everybody(None)[0]
     return record
 
 

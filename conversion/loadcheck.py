@@ -105,8 +105,7 @@ def device_named(name: str | None) -> torch.device:
     """
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
+        return torch.empty(0, device=device).device  # with its number: as a model on it says
     except (RuntimeError, AssertionError) as error:
         text = str(error).splitlines()[0][:120]
         raise ConversionError(f"--device {name} cannot be used here: {text}") from None
-    return device

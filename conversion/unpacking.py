@@ -22,6 +22,7 @@ from hf_attn_patch.errors import ConversionError
 from .checkpoints.hub import fetched
 from .checkpoints.reader import companions_of, inside
 from .checkpoints.writer import check_space
+from .processes import current
 
 #: what GGUF files are unpacked to: their weights have fewer bits than this has
 GGUF_DTYPE = "bfloat16"
@@ -42,10 +43,15 @@ def dequantized(src: str | os.PathLike[str], beside: Path, *, revision: str | No
     Raises:
         ConversionError: it is not quantized, or cannot be unpacked here.
     """
+    processes = current()
+    if not processes.main:
+        yield Path(processes.everybody(None)[0])
+        return
     parent = beside.expanduser().absolute().parent
     parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{beside.name}.plain-", dir=parent) as folder:
         dequantize(src, folder, revision=revision)
+        processes.everybody(folder)
         yield Path(folder)
 
 

@@ -47,3 +47,23 @@ class ConversionError(HFAttnError, ValueError):
 
 class TrainingError(HFAttnError, ValueError):
     """The run cannot start, or cannot go on, for a reason that its owner can change."""
+
+
+def sentence_of(error: Exception) -> str | None:
+    """What to tell of an error that a user, the disk or a lack of memory caused; None for a fault of ours.
+
+    >>> sentence_of(FileNotFoundError(2, "No such file or directory", "a.png"))
+    'a.png cannot be used: No such file or directory'
+    >>> sentence_of(KeyError("x"))
+    """
+    if isinstance(error, HFAttnError):
+        return str(error)
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or 'a file'} cannot be used: {error.strerror}"
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, of a GPU
+        where = "this machine" if isinstance(error, MemoryError) else "the GPU"
+        return (
+            f"{where} has not enough memory for this; what helps: fewer tokens at a time (--context, "
+            "--calibration-length), --device cpu, or no other program beside it"
+        )
+    return None

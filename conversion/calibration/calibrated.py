@@ -24,10 +24,11 @@ from hf_attn_patch.conversion.families.head_layouts import AttentionWeights
 from hf_attn_patch.conversion.methods.aligned import Aligned
 from hf_attn_patch.conversion.methods.apply import from_heads, to_heads
 from hf_attn_patch.conversion.plan_data import Plan, Unit
+from hf_attn_patch.conversion.processes import current
 from hf_attn_patch.documents.bars import progress_bar
 from hf_attn_patch.errors import ConversionError
 
-from .joined import heads_of
+from .joined import heads_of, of_main
 from .layers import Block, LayerStack, caller, sides
 from .moments import Moments
 from .refit import LayerFunction, RefitRecipe, Rows, TwoStreams
@@ -60,6 +61,7 @@ class Calibrated:
         device: torch.device,
     ) -> None:
         self.plan, self.original, self.samples, self.refit, self.device = plan, original, samples, refit, device
+        current().require_same(samples.inputs, "calibration samples")
         self.aligned = Aligned(plan, group or "adjacent")
         self.units = {unit.layer.prefix: unit for unit in plan.units}
         self.half = next(self.original.parameters()).dtype in (torch.float16, torch.bfloat16)
@@ -280,7 +282,7 @@ class Calibrated:
             if moment is not None:
                 self.aligned.moments[key] = moment
         weights = to_heads(unit, {name: self.plan.source.read(name) for name in unit.reads})
-        merged = self.aligned(weights.on(self.device))
+        merged = of_main(self.aligned(weights.on(self.device)))
         for key in (prefix, (prefix, "memory")):
             self.aligned.moments.pop(key, None)
         return merged.on("cpu")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_attn_patch.conversion.plan_data import Plan
+from hf_attn_patch.conversion.processes import current
 from hf_attn_patch.errors import ConversionError
 
 from .own_samples import own_samples
@@ -110,4 +111,13 @@ def _written(plan: Plan, model: Any, tokens: int, length: int, device: torch.dev
         * sum(layer.kv_heads * (layer.head_dim + layer.value_dim) for layer in plan.layers)
         * writer.dtype.itemsize
     )
-    return own_samples(writer, tokens, length, seed=plan.seed, row_bytes=row_bytes)
+    processes, rows = current(), max(1, tokens // length)
+    share = processes.share(rows)
+    mine = share.stop - share.start
+    with processes.all_or_none():
+        ids = (
+            own_samples(writer, mine * length, length, seed=processes.seed(plan.seed), row_bytes=row_bytes)
+            if mine
+            else torch.empty(0, length, dtype=torch.int64)
+        )
+    return processes.gathered(ids, rows)

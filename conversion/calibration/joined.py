@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from hf_attn_patch.compat.torch import own_tensors
 from hf_attn_patch.conversion.families.head_layouts import AttentionWeights
 from hf_attn_patch.conversion.methods.apply import from_heads, to_heads
 from hf_attn_patch.conversion.plan_data import Plan, Unit
+from hf_attn_patch.conversion.processes import current
 
 from .layers import attention_name, meta_model
 
@@ -56,3 +57,11 @@ def heads_of(unit: Unit, tensors: Mapping[str, Tensor], like: AttentionWeights) 
     )
     found = to_heads(done, {name: tensors[name].detach().float().cpu() for name in unit.writes})
     return replace(found, layer=like.layer)
+
+
+def of_main(weights: AttentionWeights) -> AttentionWeights:
+    """The main process's weights, so that whatever a GPU rounds otherwise, all go on from the same."""
+    known = {f.name: getattr(weights, f.name) for f in fields(weights) if f.name != "layer"}
+    tensors = {name: tensor for name, tensor in known.items() if tensor is not None}
+    sent: dict[str, Any] = dict(zip(tensors, current().of_main(list(tensors.values())), strict=True))
+    return replace(weights, **sent)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_attn_patch.conversion.families.layer import LayerAttention
+from hf_attn_patch.conversion.processes import Processes, current
 
 
 class Sum:
@@ -27,6 +28,14 @@ class Sum:
         with torch.autocast(x.device.type, enabled=False):
             part = (x.T @ x).double()
         self.sum = part if self.sum is None else self.sum + part
+
+    def of_all(self, processes: Processes) -> None:
+        """From here on the sums over what the module read in all processes."""
+        size = max(processes.everybody(0 if self.sum is None else len(self.sum)))
+        if size:
+            mine = torch.zeros(size, size, dtype=torch.float64) if self.sum is None else self.sum
+            (self.sum,) = processes.summed([mine])
+        self.rows, self.broken = map(round, processes.total(self.rows, self.broken))
 
     def result(self) -> tuple[Tensor | None, str | None]:
         """E[x x^T] [E + 1, E + 1] (None: use the weights alone), and what had to be done to it."""
@@ -49,7 +58,8 @@ class Sum:
 
 
 class Moments:
-    """Sums over what the attention of a layer reads; in cross-attention also over what K and V are made from."""
+    """Sums over what the attention of a layer reads, in all processes together, once the context is left; in
+    cross-attention also over what K and V are made from."""
 
     def __init__(self, attention: nn.Module, layer: LayerAttention) -> None:
         roles = ("q", "k") if layer.stack.cross else ("q",)
@@ -60,9 +70,11 @@ class Moments:
         self.hooks = [module.register_forward_pre_hook(found.add) for module, found in self.read]
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
         for hook in self.hooks:
             hook.remove()
+        for _, found in self.read if kind is None else ():
+            found.of_all(current())
 
     def count_only(self, kept: Tensor | None) -> None:
         """Of what is read next, the positions that count, [B, S]: in cross-attention, of the layer's own inputs."""

@@ -3,7 +3,8 @@
 Merging keeps what fits into fewer heads on average over a layer's inputs; which of it matters for what the model says
 is known only at its end. So the attentions of all layers are trained together for a little while on the KL divergence
 of the next token's distribution from the original's (distillation, Hinton et al. 2015, arXiv 1503.02531), on the
-calibration text. All other tensors stay the original's, and are shared with it.
+calibration text. All other tensors stay the original's, and are shared with it. Of several processes each has both
+models, and its share of every step's sequences; gradients are summed.
 
 Shapes: N sequences of calibration text, S tokens of each, E model width.
 """
@@ -19,7 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from hf_attn_patch.compat.torch import copy_all
+from hf_attn_patch.conversion.processes import Processes, current
 from hf_attn_patch.documents.bars import progress_bar
+from hf_attn_patch.errors import ConversionError
 from hf_attn_patch.losses.chunked import Head, linear_loss
 from hf_attn_patch.losses.output_head import head_matches, head_of
 
@@ -35,7 +38,8 @@ class PolishRecipe:
 
     Attributes:
         tokens: how many are read, all passes over the text together.
-        batch_tokens: of a step, fewer where that would make less than ``STEPS`` steps.
+        batch_tokens: of a step, fewer where that would make less than ``STEPS`` steps; at least a sequence for each
+            process.
         lr: peak learning rate of Adam at a width of 512 or less, in inverse proportion beyond; cosine to zero.
     """
 
@@ -83,7 +87,8 @@ def losses(original: Speaker, converted: Speaker, ids: Tensor, batch: int) -> di
     sums = torch.zeros(3, dtype=torch.float64)
     words = original.model.get_input_embeddings().num_embeddings
     chunk = max(1, CPU_CHUNK // words) if original.model.device.type == "cpu" else None
-    for rows in progress_bar(ids.split(batch), desc="measuring the loss", unit="batch", leave=False):
+    mine = [rows for rows in ids[current().share(len(ids))].split(batch) if len(rows)]
+    for rows in progress_bar(mine, desc="measuring the loss", unit="batch", leave=False):
         block = rows.to(original.model.device)
         told, said, labels = original.hidden(block), converted.hidden(block), _labels(block)
         before = linear_loss(told.flatten(0, 1), original.head.detach(), labels, chunk=chunk)
@@ -92,6 +97,7 @@ def losses(original: Speaker, converted: Speaker, ids: Tensor, batch: int) -> di
             teacher_head=original.head, kl_weight=1.0, chunk=chunk,
         )  # fmt: skip
         sums += torch.stack([before.ce, after.ce, after.kl]).double().cpu()
+    (sums,) = current().summed([sums])
     before_loss, after_loss, kl = (sums / max(1, ids.shape[0] * (ids.shape[1] - 1))).tolist()
     return {"loss_before": before_loss, "loss_after": after_loss, "kl": kl}
 
@@ -109,15 +115,17 @@ def polish(
         ids: [N, S]; rows that do not fill a batch are left out of a pass.
         layers: the original's and the converted model's, all in order; without them nothing is recorded.
     """
-    device, S = converted.model.device, ids.shape[1]
+    device, S, processes = converted.model.device, ids.shape[1], current()
     batch = max(1, min(recipe.batch_tokens // S, len(ids), recipe.tokens // (recipe.STEPS * S)))
+    batch = batch_of_all(batch, len(ids), processes.count)
+    mine = processes.share(batch)
     steps = max(1, recipe.tokens // (batch * S))
     lr = recipe.lr * min(1.0, 512 / converted.model.config.get_text_config().hidden_size)
     chains = None
     if layers is not None and device.type == "cuda":
-        sample = ids[:batch].to(device)
+        sample = ids[mine].to(device)
         chains = original.chain(layers[0], sample), converted.chain(layers[1], sample)
-    work = _Step(original, converted, parameters, (batch, S), recipe.betas, chains)
+    work = _Step(original, converted, parameters, (mine.stop - mine.start, S), recipe.betas, chains)
     warmup = max(1, round(recipe.warmup * steps))
     batches = _batches(len(ids), batch, recipe.seed)
     for p in parameters:
@@ -125,10 +133,28 @@ def polish(
     for step in progress_bar(range(steps), desc="polishing", unit="step"):
         done = max(0.0, (step - warmup) / max(1, steps - warmup))
         rate = lr * min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * done))
-        work.run(ids[next(batches)].to(device), rate)
+        work.run(ids[next(batches)[mine]].to(device), rate)
     for p in parameters:
         p.requires_grad_(False)
         p.grad = None
+
+
+def batch_of_all(batch: int, rows: int, count: int) -> int:
+    """The sequences of a step, of which ``count`` processes get as many each (steps are recorded with their shapes).
+
+    Raises:
+        ConversionError: there are fewer than processes.
+
+    >>> batch_of_all(6, 100, 1), batch_of_all(6, 100, 4), batch_of_all(6, 7, 4), batch_of_all(1, 100, 2)
+    (6, 8, 4, 2)
+    """
+    if rows < count:
+        raise ConversionError(
+            f"{rows} sequences cannot be shared out to {count} processes for --polish; give more text, fewer processes "
+            "or a smaller --calibration-length"
+        )
+    up = -(-batch // count) * count
+    return up if up <= rows else rows // count * count
 
 
 def _batches(rows: int, batch: int, seed: int) -> Iterator[Tensor]:
@@ -159,7 +185,7 @@ class _Step:
             self.masters, lr=self.rate if self.cuda else 0.0, betas=betas, fused=self.cuda, capturable=self.cuda
         )
         self.chains, self.first = chains, torch.empty(0)
-        self.steps = 0
+        self.steps, self.processes = 0, current()
         self.replay: Callable[[], None] | None = None
 
     def run(self, ids: Tensor, rate: float) -> None:
@@ -170,11 +196,15 @@ class _Step:
             self.first = first.clone() if self.first.shape != first.shape else self.first.copy_(first)
         if not self.cuda:
             self.optimizer.param_groups[0]["lr"] = rate
+        alone = self.processes.count == 1
         if self.chains is not None and all(self.chains) and self.steps == self.REHEARSALS:
-            self.replay = recorded(self.work, self.parameters)
+            # what waits for other processes is not recorded
+            self.replay = recorded(self.work if alone else self.gradients, self.parameters)
         self.steps += 1
         if self.replay is not None:
             self.replay()
+            if not alone:
+                self.update()
         elif self.cuda:  # on the stream that a recording wants its memory to come from
             side = _side_stream(self.ids.device)
             side.wait_stream(torch.cuda.current_stream())
@@ -189,6 +219,11 @@ class _Step:
         return (self.original, self.converted)[which].hidden(self.ids) if chain is None else chain(self.first)
 
     def work(self) -> None:
+        self.gradients()
+        self.update()
+
+    def gradients(self) -> None:
+        """Of the masters, from this process's sequences: their share of the mean over all."""
         ids = self.ids
         for p in self.parameters:
             p.grad = None
@@ -199,12 +234,23 @@ class _Step:
             said, self.converted.head.detach(), _labels(ids), teacher_hidden=told, teacher_head=self.original.head,
             ce_weight=0.0, kl_weight=1.0,
         )  # fmt: skip
-        (found.loss / (ids.shape[0] * (ids.shape[1] - 1))).backward()
+        count = self.processes.count * ids.shape[0] * (ids.shape[1] - 1)
+        (found.loss / count).backward()
+        for master, p in zip(self.masters, self.parameters, strict=True):
+            master.grad = None if p.grad is None else p.grad.detach().float()
+
+    def update(self) -> None:
         with torch.no_grad():
-            for master, p in zip(self.masters, self.parameters, strict=True):
-                master.grad = None if p.grad is None else p.grad.float()
+            if self.processes.count > 1:
+                sum_gradients(self.masters, self.processes)
             self.optimizer.step()
             copy_all([p.data for p in self.parameters], self.masters)
+
+
+def sum_gradients(parameters: Sequence[Tensor], processes: Processes) -> None:
+    """Every parameter's gradient becomes the sum over all processes, in place; what none is trained by keeps none."""
+    known = [p.grad for p in parameters if p.grad is not None]
+    copy_all(known, processes.summed(known))
 
 
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
@@ -221,12 +267,14 @@ def recorded(work: Callable[[], None], parameters: Sequence[nn.Parameter]) -> Ca
     """``work`` as a CUDA graph; None if something in it cannot be recorded, and it then runs as it is."""
     import logging
 
+    # beside others, threads of NCCL ask the device meanwhile whether it is done
+    mode = "global" if current().count == 1 else "thread_local"
     graph = torch.cuda.CUDAGraph()
     for p in parameters:
         p.grad = None
     torch.cuda.synchronize()
     try:
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode=mode):
             work()
     except RuntimeError as error:  # whatever waits for the device or moves host memory in a model's code
         logging.getLogger("hf_attn_patch").info("steps of polishing are not recorded: %s", str(error).split("\n")[0])

@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_attn_patch.conversion.processes import current
+
 #: what a layer is called with beside hidden states: positional and keyword arguments
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 #: which sequences of the calibration text
@@ -101,6 +103,8 @@ def run_layer(layer: nn.Module, hidden: Tensor, arguments: Arguments) -> Tensor:
 class TwoStreams:
     """Calibration text on its way up through the original's layers and the converted model's.
 
+    With several processes each has both streams whole, and sends its share of the sequences through the layers.
+
     Args:
         hidden: [N, S, E], what the first layer of both reads; kept where it is (on the CPU, for one).
         device: where layers run.
@@ -127,7 +131,7 @@ class TwoStreams:
     ) -> None:
         self.theirs, self.ours = hidden, hidden if together else hidden.clone()
         self.recipe, self.device, self.autocast, self.noise = recipe, device, autocast, noise
-        self.kept = kept
+        self.kept, self.processes = kept, current()
         N, S, E = hidden.shape
         self.batch = max(1, min(recipe.batch_tokens // max(S, reads), N // 16))
         self.lr = recipe.lr * min(1.0, 512 / E)
@@ -140,38 +144,58 @@ class TwoStreams:
         if self.ours is self.theirs:
             self.ours = self.theirs.clone()
 
-    def squares(self, x: Tensor, rows: Rows) -> tuple[Tensor, int]:
-        """The sum of x^2 [B, S, E] over the positions of ``rows`` that count, and how many numbers that is."""
+    def squares(self, x: Tensor, rows: Rows) -> Tensor:
+        """The sum of x^2 [B, S, E] over the positions of ``rows`` that count."""
         square = x.float().square().sum(-1)
+        return square.sum() if self.kept is None else (square * self._kept(rows).to(x.device)).sum()
+
+    def numbers(self, rows: Rows) -> int:
+        """How many numbers the positions of ``rows`` that count hold."""
         if self.kept is None:
-            return square.sum(), x.numel()
-        kept = self.kept[rows if isinstance(rows, slice) else rows.to(self.kept.device)].to(x.device)
-        return (square * kept).sum(), max(1, int(kept.sum())) * x.shape[-1]
+            return math.prod(self.theirs[rows].shape)
+        return int(self._kept(rows).sum()) * self.theirs.shape[-1]
+
+    def _kept(self, rows: Rows) -> Tensor:
+        assert self.kept is not None
+        return self.kept[rows if isinstance(rows, slice) else rows.to(self.kept.device)]
 
     @torch.no_grad()
     def original(self, layer: LayerFunction) -> float:
         """Send the original's stream through its next layer; returns the mean square of what the layer adds."""
-        total, count = 0.0, 0
+        total = 0.0
         for rows in self._blocks():
-            before = self.theirs[rows].to(self.device)
-            with self.autocast():
-                after = layer(before, rows)
-            square, numbers = self.squares(after.float() - before.float(), rows)
-            total, count = total + float(square), count + numbers
-            self.theirs[rows] = after.to(self.theirs)
-        return total / count
+            mine = self._mine(rows)
+            before = after = self.theirs[mine].to(self.device)
+            if len(before):
+                with self.autocast():
+                    after = layer(before, mine)
+                total += float(self.squares(after.float() - before.float(), mine))
+            self._put(self.theirs, rows, after)
+        return self.processes.total(total)[0] / max(1, self.numbers(slice(None)))
 
     @torch.no_grad()
     def converted(self, layer: LayerFunction) -> None:
         """Send the converted model's stream through its next layer."""
         for rows in self._blocks():
-            with self.autocast():
-                out = layer(self.ours[rows].to(self.device), rows)
-            self.ours[rows] = out.to(self.ours)
+            mine = self._mine(rows)
+            out = self.ours[mine].to(self.device)
+            if len(out):
+                with self.autocast():
+                    out = layer(out, mine)
+            self._put(self.ours, rows, out)
 
     def _blocks(self) -> Iterator[slice]:
-        for start in range(0, len(self.ours), self.batch):
-            yield slice(start, start + self.batch)
+        """A batch for each process."""
+        N, size = len(self.ours), self.batch * self.processes.count
+        for start in range(0, N, size):
+            yield slice(start, min(start + size, N))
+
+    def _mine(self, rows: slice) -> slice:
+        share = self.processes.share(rows.stop - rows.start)
+        return slice(rows.start + share.start, rows.start + share.stop)
+
+    def _put(self, stream: Tensor, rows: slice, mine: Tensor) -> None:
+        stream[rows] = self.processes.gathered(mine.to(stream.dtype), rows.stop - rows.start).to(stream.device)
 
     def fit(self, layer: LayerFunction, parameters: Sequence[nn.Parameter], size: float) -> tuple[float, float]:
         """Fit a converted layer: from ``ours`` (its inputs) to ``theirs`` (already what the original's layer gave).
@@ -202,15 +226,15 @@ class TwoStreams:
     def error(self, layer: LayerFunction, size: float) -> float:
         """Relative squared error of a converted layer from ``ours`` to ``theirs``, on unseen sequences if there are."""
         last = self.unseen or len(self.ours)
-        total, count = 0.0, 0
-        for start in range(0, last, self.batch):
-            rows = slice(start, min(start + self.batch, last))
+        total, mine = 0.0, self.processes.share(last)
+        for start in range(mine.start, mine.stop, self.batch):
+            rows = slice(start, min(start + self.batch, mine.stop))
             x, y = self.ours[rows], self.theirs[rows]
             with self.autocast():
                 out = layer(x.to(self.device), rows)
-            square, numbers = self.squares(out.float() - y.to(self.device).float(), rows)
-            total, count = total + float(square), count + numbers
-        return total / count / max(size, torch.finfo(torch.float32).tiny)
+            total += float(self.squares(out.float() - y.to(self.device).float(), rows))
+        count = max(1, self.numbers(slice(0, last)))
+        return self.processes.total(total)[0] / count / max(size, torch.finfo(torch.float32).tiny)
 
     def _train(self, layer: LayerFunction, parameters: Sequence[nn.Parameter], size: float, lr: float) -> None:
         """Adam on the relative squared error."""
@@ -224,15 +248,19 @@ class TwoStreams:
             if not order:
                 order = list((self.unseen + torch.randperm(known, generator=self.generator)).split(self.batch))
             rows = order.pop().to(self.ours.device)
+            mine = rows[self.processes.share(len(rows))]
             done = max(0.0, (step - warmup) / max(1, steps - warmup))
             for group in optimizer.param_groups:
                 group["lr"] = lr * min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * done))
-            with self.autocast():
-                out = layer(self.ours[rows].to(self.device), rows)
-            square, numbers = self.squares(out.float() - self.theirs[rows].to(self.device).float(), rows)
-            loss = square / (numbers * size)
-            gradients = torch.autograd.grad(loss, list(parameters))
-            for p, gradient in zip(parameters, gradients, strict=True):
+            if len(mine):
+                with self.autocast():
+                    out = layer(self.ours[mine].to(self.device), mine)
+                square = self.squares(out.float() - self.theirs[mine].to(self.device).float(), mine)
+                loss = square / (max(1, self.numbers(rows)) * size)
+                gradients: Sequence[Tensor] = torch.autograd.grad(loss, list(parameters))
+            else:
+                gradients = [torch.zeros_like(p) for p in parameters]
+            for p, gradient in zip(parameters, self.processes.summed(gradients), strict=True):
                 p.grad = gradient
             optimizer.step()
         for p in parameters:

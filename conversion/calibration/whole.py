@@ -19,12 +19,13 @@ from hf_attn_patch.conversion.families.head_layouts import AttentionWeights
 from hf_attn_patch.conversion.methods.aligned import Aligned
 from hf_attn_patch.conversion.methods.apply import to_heads
 from hf_attn_patch.conversion.plan_data import Plan, Unit
+from hf_attn_patch.conversion.processes import current
 from hf_attn_patch.documents.bars import progress_bar
 from hf_attn_patch.documents.positions import positions_of
 from hf_attn_patch.errors import ConversionError
 
 from .copies import LONGEST, joined_rows, with_copies
-from .joined import heads_of, joined
+from .joined import heads_of, joined, of_main
 from .layers import attention_name, layer_name
 from .moments import Moments
 from .polish import PolishRecipe, Speaker, losses, polish
@@ -59,6 +60,7 @@ class Whole:
         start: Mapping[str, AttentionWeights] | None = None,
     ) -> None:
         self.plan, self.original, self.ids, self.tokens = plan, original, ids, polish_tokens
+        current().require_same([ids], "calibration text")
         self.aligned = Aligned(plan, group or "adjacent")
         self.record = self.aligned.record | {"calibration": about, "refit": start is not None, "notes": notes}
         self.start = start
@@ -126,19 +128,20 @@ class Whole:
             mlp = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
             a_token = 2 * config.num_hidden_layers * (16 * config.hidden_size + 4 * mlp)
             tokens = min(tokens, int(0.4 * torch.cuda.mem_get_info()[0]) // a_token)
-        return max(1, tokens // S)
+        return max(1, min(current().everybody(tokens)) // S)
 
     @torch.no_grad()
     def _merged(self, ids: Tensor) -> dict[str, AttentionWeights]:
         """Heads merged by the moments of what the original's layers read."""
         model, rows = self.original, ids[: max(1, MOMENT_TOKENS // ids.shape[1])]
+        rows = rows[current().share(len(rows))]
         with contextlib.ExitStack() as stack:
             taken = [
                 stack.enter_context(Moments(model.get_submodule(attention_name(model, u.layer)), u.layer))
                 for u in self.plan.units
             ]
             body = getattr(model, model.base_model_prefix, model)
-            blocks = rows.split(self._batch(16384))
+            blocks = [block for block in rows.split(self._batch(16384)) if len(block)]
             for block in progress_bar(blocks, desc="reading calibration text", unit="batch", leave=False):
                 body(input_ids=block.to(model.device), use_cache=False)
         merged = {}
@@ -155,7 +158,7 @@ class Whole:
         if moment is not None:
             self.aligned.moments[prefix] = moment
         weights = to_heads(unit, {name: self.plan.source.read(name) for name in unit.reads})
-        merged = self.aligned(weights.on(self.original.device)).on("cpu")
+        merged = of_main(self.aligned(weights.on(self.original.device))).on("cpu")
         self.aligned.moments.pop(prefix, None)
         return merged
 

@@ -113,26 +113,33 @@ def convert(
 
     from hf_attn_patch.conversion.api import convert as run
     from hf_attn_patch.conversion.api import plan as make
+    from hf_attn_patch.conversion.processes import together
     from hf_attn_patch.conversion.reports.report import plan_dict, plan_text
 
-    _check_places(src, dst, overwrite, push_to_hub)
-    with _plain(src, dst, revision, unpack=dequantize) as (read, commit):
-        if wanted is None:
-            wanted = _under_budget(read, kv_budget or 0.0, seed, commit, allow_pickle, given, quiet)
-        plan = make(
-            read, wanted, method=method, seed=seed, revision=commit, allow_pickle=allow_pickle,
-            max_shard_size=max_shard_size, with_code=with_code, **given,
-        )  # fmt: skip
-        plan.source.name = src
-        if dry_run:
-            click.echo(json.dumps(plan_dict(plan, workers), indent=2) if as_json else plan_text(plan, workers))
-            return
-        _tell_plan(plan, plan_text(plan, workers) if verbose else "", quiet)
-        with progress_bar(total=plan.bytes_after, unit="B", unit_scale=True, desc="converting") as bar:
-            record = run(
-                plan, dst or "", overwrite=overwrite, resume=resume, workers=workers, allow_nonfinite=allow_nonfinite,
-                command=command_line(), progress=bar.update,
+    with contextlib.ExitStack() as unpacked:
+        with together(given.get("device")) as processes:
+            quiet = quiet or not processes.main
+            _check_places(src, dst, overwrite, push_to_hub)
+            read, commit = unpacked.enter_context(_plain(src, dst, revision, unpack=dequantize))
+            if wanted is None:
+                wanted = _under_budget(read, kv_budget or 0.0, seed, commit, allow_pickle, given, quiet)
+            plan = make(
+                read, wanted, method=method, seed=seed, revision=commit, allow_pickle=allow_pickle,
+                max_shard_size=max_shard_size, with_code=with_code, **given,
             )  # fmt: skip
+            plan.source.name = src
+            if dry_run:
+                if processes.main:
+                    click.echo(json.dumps(plan_dict(plan, workers), indent=2) if as_json else plan_text(plan, workers))
+                return
+            _tell_plan(plan, plan_text(plan, workers) if verbose else "", quiet)
+            with progress_bar(total=plan.bytes_after, unit="B", unit_scale=True, desc="converting") as bar:
+                record = run(
+                    plan, dst or "", overwrite=overwrite, resume=resume, workers=workers,
+                    allow_nonfinite=allow_nonfinite, command=command_line(), progress=bar.update,
+                )  # fmt: skip
+        if not processes.main:
+            return
         if push_to_hub:
             _push(str(dst), push_to_hub, private, quiet)
         if as_json:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
+import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
 from hf_attn_patch.documents.bars import no_progress
 from hf_attn_patch.documents.paths import user_path
-from hf_attn_patch.errors import ConversionError, HFAttnError
+from hf_attn_patch.errors import ConversionError, sentence_of
 
 
 def user_errors(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -32,30 +34,25 @@ def user_errors(function: Callable[..., Any]) -> Callable[..., Any]:
             sentence = sentence_of(error)
             if sentence is None:
                 raise
-            click.echo(f"Error: {printable(sentence)}", err=True)
-            sys.exit(2)
+            _end(error, printable(sentence))
 
     return wrapper
 
 
-def sentence_of(error: Exception) -> str | None:
-    """What to tell of an error that a user, the disk or a lack of memory caused; None for a fault of ours.
+def _end(error: Exception, sentence: str) -> NoReturn:
+    """Say it and end with code 2; of several processes that know of it, the main one says it."""
+    told = False
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        from hf_attn_patch.conversion.processes import AgreedError
+        from hf_attn_patch.training.loop.launcher import told_to_launcher
 
-    >>> sentence_of(FileNotFoundError(2, "No such file or directory", "a.png"))
-    'a.png cannot be used: No such file or directory'
-    >>> sentence_of(KeyError("x"))
-    """
-    if isinstance(error, HFAttnError):
-        return str(error)
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename or 'a file'} cannot be used: {error.strerror}"
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, of a GPU
-        where = "this machine" if isinstance(error, MemoryError) else "the GPU"
-        return (
-            f"{where} has not enough memory for this; what helps: fewer tokens at a time (--context, "
-            "--calibration-length), --device cpu, or no other program beside it"
-        )
-    return None
+        told_to_launcher(sentence)
+        told = isinstance(error, AgreedError) and os.environ.get("RANK", "0") != "0"
+    if told:
+        time.sleep(1)  # a launcher ends them all as soon as one has ended
+    else:
+        click.echo(f"Error: {sentence}", err=True)
+    sys.exit(2)
 
 
 def printable(text: str) -> str:
