@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .api import convert, plan
     from .budget import kv_heads_under_budget
     from .loading import from_pretrained
+    from .processes import together
     from .reports.evaluation import evaluate
     from .reports.inspection import inspect_source
     from .reports.verification import verify
@@ -29,6 +30,7 @@ _LAZY = {
     "inspect_source": "reports.inspection",
     "kv_heads_under_budget": "budget",
     "plan": "api",
+    "together": "processes",
     "verify": "reports.verification",
 }
 
@@ -41,6 +43,7 @@ __all__ = [
     "inspect_source",
     "kv_heads_under_budget",
     "plan",
+    "together",
     "verify",
 ]
 

@@ -79,8 +79,9 @@ def execute(
         left = any(job not in folder.done for job in _unit_jobs(plan))
         processes.everybody(left)
         merge = plan.method.build(plan, plan.options) if left else _nothing
-        if processes.count > 1 and plan.method.ordered and left:
-            merge.record["processes"] = processes.count  # type: ignore[attr-defined]
+        about = getattr(merge, "record", None)
+        if processes.count > 1 and plan.method.ordered and about is not None:
+            about["processes"] = processes.count
         _Work(plan, folder, merge, allow_nonfinite, progress).run(workers)
         digests = {
             name: digest for job in folder.done if job.startswith("unit ") for name, digest in folder.done[job].items()

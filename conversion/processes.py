@@ -105,7 +105,7 @@ class Processes:
         digest = hashlib.sha256()
         for x in tensors:
             digest.update(repr(x.shape).encode())
-            digest.update(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            digest.update(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         if len(set(self.everybody(digest.hexdigest()))) > 1:
             raise ConversionError(
                 f"the {self.count} processes found different {what}; give --calibrate files that all of them see alike"

@@ -70,7 +70,7 @@ class Moments:
         self.hooks = [module.register_forward_pre_hook(found.add) for module, found in self.read]
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None = None, *exc: object) -> None:
         for hook in self.hooks:
             hook.remove()
         for _, found in self.read if kind is None else ():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
 from typing import Any
 
 import click
@@ -80,7 +81,8 @@ class LazyGroup(click.Group):
             return super().invoke(ctx)
         except KeyboardInterrupt:
             way_on = "; the conversion goes on where it stopped with --resume" * (ctx.invoked_subcommand == "convert")
-            click.echo(f"Interrupted{way_on}.", err=True)
+            if os.environ.get("RANK", "0") == "0":  # of several processes, all of which are interrupted
+                click.echo(f"Interrupted{way_on}.", err=True)
             ctx.exit(130)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
