@@ -331,9 +331,9 @@ class GroupedQueryAttention(nn.Module):
         """The same attention with each group's K and V heads mean-pooled (exactly the same with all heads kept).
 
         Args:
-            mha: its weights are copied (pooled in fp32). ``batch_first`` does not matter: inputs here are [B, S, E].
+            mha: its weights are copied (pooled in fp32); its ``batch_first``, dropout and biases come along.
             num_kv_heads: HKV; by default as many as ``mha`` has heads.
-            kwargs: what the constructor takes beside shapes, bias and dropout (``causal``, ``position``, ...).
+            kwargs: what the constructor takes beside shapes and biases (``causal``, ``position``, ``batch_first``, ...).
 
         Raises:
             ValueError: ``mha`` has ``add_bias_kv`` or ``add_zero_attn``, or different widths for keys and values.
@@ -344,6 +344,6 @@ class GroupedQueryAttention(nn.Module):
         True
         """
         shapes, copy = read_mha(mha)
-        out = cls(num_kv_heads=num_kv_heads, **shapes, **kwargs)
+        out = cls(num_kv_heads=num_kv_heads, **{**shapes, **kwargs})
         copy(out)
         return out.train(mha.training)

@@ -39,6 +39,7 @@ def read_mha(mha: nn.MultiheadAttention) -> tuple[dict[str, Any], Callable[[Any]
         "kv_dim": mha.kdim,
         "dropout": mha.dropout,
         "bias": mha.in_proj_bias is not None,
+        "batch_first": mha.batch_first,
         "device": weights[0].device,
         "dtype": weights[0].dtype,
     }

@@ -3,7 +3,8 @@
 A mask function is a closure ``f(batch, head, query, key) -> bool``; what it means is told by the name of the function
 that made it and by what it closes over. Both are compared with what is known, and once in a process each of them is
 called on a small example and compared with the formula that it is read as. A function of the module that is anything
-else is refused: read wrongly, masks would be wrong without a word.
+else is refused, and so is one of another module of transformers that is no model's: read wrongly, masks would be wrong
+without a word.
 """
 
 from __future__ import annotations
@@ -46,13 +47,17 @@ def taken_apart(function: Callable[..., Any]) -> MaskFunction | None:
     """One of transformers' mask functions by its name and values; None for a function of anybody else.
 
     Raises:
-        CompatError: a function of ``transformers.masking_utils`` that is not known, or no longer means what it did.
+        CompatError: a function of transformers' own that is not known, or no longer means what it did.
 
     >>> from transformers.masking_utils import sliding_window_overlay
     >>> taken_apart(sliding_window_overlay(4))
     MaskFunction(name='sliding_window_overlay', values={'sliding_window': 4})
     """
-    if getattr(function, "__module__", None) != MODULE:
+    module = getattr(function, "__module__", None) or ""
+    if module != MODULE:
+        # models make functions of their own, which are theirs; any other place would be one where these have moved
+        if module.partition(".")[0] == "transformers" and not module.startswith("transformers.models."):
+            raise _unknown(getattr(function, "__qualname__", type(function).__qualname__).partition(".")[0], module)
         return None
     maker, _, inner = getattr(function, "__qualname__", type(function).__qualname__).partition(".<locals>.")
     code = getattr(function, "__code__", None)
@@ -64,8 +69,8 @@ def taken_apart(function: Callable[..., Any]) -> MaskFunction | None:
     return MaskFunction(maker, {name: cell.cell_contents for name, cell in zip(names, cells, strict=True)})
 
 
-def _unknown(maker: str) -> CompatError:
-    return changed("transformers", f"the mask function {MODULE}.{maker}")
+def _unknown(maker: str, module: str = MODULE) -> CompatError:
+    return changed("transformers", f"the mask function {module}.{maker}")
 
 
 _S = 6

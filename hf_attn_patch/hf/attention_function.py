@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from typing import Any
 
 import torch
@@ -16,7 +18,9 @@ from hf_attn_patch.attn.request import PlainKind, plain_kind
 from hf_attn_patch.attn.visibility import NO_WINDOW
 from hf_attn_patch.compat.batching import layer_writes_pages
 from hf_attn_patch.compat.cache_keyword import is_paged
+from hf_attn_patch.compat.ground import changed
 from hf_attn_patch.compat.later import LaterTensor
+from hf_attn_patch.compat.layer_keywords import named_by
 from hf_attn_patch.compat.torch import any_autocast, has_forward_hooks
 from hf_attn_patch.compat.transformers import output_collector
 from hf_attn_patch.errors import AttentionError
@@ -29,6 +33,8 @@ NAME = "hf_attn_patch"
 UNKNOWN = frozenset({"indices", "block_indices", "head_mask", "block_mask", "score_mod", "mask_mod", "alibi", "sinks"})
 #: a cache by the names of older transformers; one that arrives here was not taken by the layer
 UNTAKEN = frozenset({"past_key_values", "past_key_value", "layer_past"})
+#: what is refused wherever it comes from
+NEVER = UNKNOWN | UNTAKEN
 #: set on modules by :func:`enable` with a backend
 BACKEND_ATTRIBUTE = "_hf_attn_backend"
 _NOT_PLAIN: PlainKind | None = None
@@ -66,8 +72,8 @@ def attention_forward(
     Raises:
         AttentionError: a request that nothing here can run exactly.
     """
-    if kwargs and not (UNKNOWN.isdisjoint(kwargs) and UNTAKEN.isdisjoint(kwargs)):
-        _refuse_unknown(module, kwargs)
+    if kwargs and not (NEVER.isdisjoint(kwargs) and (is_compiling() or not _unheard(type(module), tuple(kwargs)))):
+        _refuse_unheard(module, kwargs)
     given = cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k
     if cache is not None or (kwargs and layer_writes_pages(kwargs)):
         return _paged(module, query, key, value, cache, (scaling, sliding_window, softcap, s_aux), given, kwargs)
@@ -133,16 +139,26 @@ def _refuse_cache(module: torch.nn.Module, name: str, cache: Any) -> None:
     )
 
 
-def _refuse_unknown(module: torch.nn.Module, kwargs: dict[str, Any]) -> None:
-    for name in sorted(UNTAKEN.intersection(kwargs)):
-        if kwargs[name] is not None:
-            _refuse_cache(module, name, kwargs[name])
-    for name in sorted(UNKNOWN.intersection(kwargs)):
-        if kwargs[name] is not None:
-            raise AttentionError(
-                f"{type(module).__name__} passes {name!r}, which selects or weighs keys in a way that hf_attn_patch "
-                'does not know; load this model with attn_implementation="eager"'
-            )
+@functools.lru_cache(maxsize=1024)
+def _unheard(layer: type, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Which of the further keyword arguments a layer of transformers names itself, though nobody here knows them."""
+    return tuple(sorted((named_by(layer) - _HEEDED - NEVER).intersection(names)))
+
+
+def _refuse_unheard(module: torch.nn.Module, kwargs: dict[str, Any]) -> None:
+    given = {name: value for name, value in sorted(kwargs.items()) if value is not None}
+    for name in UNTAKEN.intersection(given):
+        _refuse_cache(module, name, given[name])
+    for name in sorted(UNKNOWN.intersection(given)):
+        raise AttentionError(
+            f"{type(module).__name__} passes {name!r}, which selects or weighs keys in a way that hf_attn_patch "
+            'does not know; load this model with attn_implementation="eager"'
+        )
+    for name in () if is_compiling() else _unheard(type(module), tuple(given)):
+        raise changed("transformers", f"what {type(module).__name__} hands to its attention function ({name!r})")
+
+
+_HEEDED = frozenset(inspect.signature(attention_forward).parameters)
 
 
 def _may_be_collected(module: torch.nn.Module) -> bool:

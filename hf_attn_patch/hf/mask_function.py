@@ -14,6 +14,7 @@ from transformers import masking_utils
 
 from hf_attn_patch.attn import memo
 from hf_attn_patch.attn.visibility import Dense
+from hf_attn_patch.compat.ground import changed
 from hf_attn_patch.compat.mask_functions import taken_apart
 from hf_attn_patch.compat.transformers import attention_name, goes_through_interface
 from hf_attn_patch.errors import AttentionError
@@ -25,6 +26,9 @@ from .mask_pattern import Pattern
 #: families whose layers read or extend the mask that they are given (scores of their own, routers, attention in their
 #: own code beside the interface): they get what eager would get
 EXTENDS_MASKS = frozenset({"bigbird_pegasus", "deepseek_v4", "doge", "nllb-moe"})
+
+#: what transformers hands to every mask function besides, by its names
+FURTHER = frozenset({"config", "dtype", "local_size", "use_vmap", "allow_torch_fix"})
 
 
 def build_mask(
@@ -48,6 +52,7 @@ def build_mask(
         itself; float for those of ``EXTENDS_MASKS``. Under torch.compile uint8 [B, 1, Sq, Sk]: ours, to which borders
         of documents may be added.
     """
+    _refuse_unheard(kwargs)
     mask_function = masking_utils.causal_mask_function if mask_function is None else mask_function
     stock = {
         "batch_size": batch_size,
@@ -83,7 +88,7 @@ def build_mask(
     # transformers forbids skipping where it adds a function of the caller's, and that function is read here
     added = causal and bool(kwargs.get("use_vmap"))
     if parts is None or not (may_skip or added or packed_by_caller or static or q_length == 1):
-        return _dense(stock, causal and q_length > 1, untouched=parts is None)
+        return _dense(stock, causal, untouched=parts is None)
     pattern = _pattern(stock, parts)
     if q_length == 1:
         with memo.counted():
@@ -94,6 +99,11 @@ def build_mask(
     # None leaves causality to the module's flag, which not every family sets: only "sees everything" may be None
     says_everything = not causal and getattr(config, "is_causal", None) is not False
     return None if says_everything and pattern.is_plain() else pattern.carrier()
+
+
+def _refuse_unheard(further: dict[str, Any]) -> None:
+    if unheard := [name for name, value in further.items() if name not in FURTHER and value is not None]:
+        raise changed("transformers", f"what is handed to a mask function ({', '.join(unheard)})")
 
 
 def _pattern(stock: dict[str, Any], parts: dict[str, Any]) -> Pattern:
@@ -123,13 +133,14 @@ def _dense(stock: dict[str, Any], causal: bool, untouched: bool) -> Tensor:
     documents, which transformers looks for only where there is neither a cache nor a 2-D mask.
 
     Args:
-        causal: so that positions which go back begin a document.
+        causal: so that positions which go back begin a document. Of a function that nobody here made this is read off
+            what it says, which waits for the device.
         untouched: the mask goes to the layers as it is; it is uint8 then, which a copy to another device stays. A
             caller that works on the mask gets a bool one, open as long as nothing is made of it.
     """
     mask = masking_utils.sdpa_mask(**stock, allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
     assert mask is not None
-    if not causal:
+    if stock["q_length"] == 1 or not (causal or _hides_what_follows(mask, stock)):
         return mask
     mask = mask.to(torch.uint8) if untouched else mask
     kv_offset = stock["kv_offset"]
@@ -137,6 +148,13 @@ def _dense(stock: dict[str, Any], causal: bool, untouched: bool) -> Tensor:
         kv_offset = int(kv_offset)
     leave_open(mask, _valid_keys(stock["attention_mask"], stock["kv_length"], kv_offset))
     return mask
+
+
+def _hides_what_follows(mask: Tensor, stock: dict[str, Any]) -> bool:
+    """Whether a written-out mask that somebody's own function made lets nobody see a later key."""
+    if taken_apart(stock["mask_function"]) is not None or type(mask) is not Tensor or memo.capturing(mask.device):
+        return False
+    return not bool(mask.triu(int(stock["q_offset"] - stock["kv_offset"]) + 1).any())
 
 
 @cache

@@ -217,6 +217,18 @@ def test_from_mha(kv_heads, kdim):
     close(gqa(x, source), mha(x, source, source, need_weights=False)[0], 1e-6)
 
 
+@pytest.mark.parametrize("told", [None, True, False])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_from_mha_keeps_the_order_of_the_dimensions(batch_first, told):
+    """Of a square batch [4, 4, E] nothing else could tell which is which."""
+    mha = nn.MultiheadAttention(E, HQ, batch_first=batch_first).double().eval()
+    gqa = GroupedQueryAttention.from_mha(mha, **({} if told is None else {"batch_first": told}))
+    x = torch.randn(4, 4, E, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    flip = told is not None and told != batch_first
+    want = mha(x.transpose(0, 1), x.transpose(0, 1), x.transpose(0, 1))[0].transpose(0, 1) if flip else mha(x, x, x)[0]
+    close(gqa(x), want, 1e-6)
+
+
 def test_gradients_reach_everything():
     m = module(2, causal=True, position=RelativeBias(HQ, 8, 20, bidirectional=False), sinks=True, qk_norm="rms").train()
     m(data()).sum().backward()
