@@ -333,7 +333,7 @@ class GroupedQueryAttention(nn.Module):
         Args:
             mha: its weights are copied (pooled in fp32); its ``batch_first``, dropout and biases come along.
             num_kv_heads: HKV; by default as many as ``mha`` has heads.
-            kwargs: what the constructor takes beside shapes and biases (``causal``, ``position``, ``batch_first``, ...).
+            kwargs: what the constructor takes beside shapes and biases (``causal``, ``position``, ...).
 
         Raises:
             ValueError: ``mha`` has ``add_bias_kv`` or ``add_zero_attn``, or different widths for keys and values.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -139,8 +140,7 @@ def _refuse_cache(module: torch.nn.Module, name: str, cache: Any) -> None:
     )
 
 
-@functools.lru_cache(maxsize=1024)
-def _unheard(layer: type, names: tuple[str, ...]) -> tuple[str, ...]:
+def _unheard_of(layer: type, names: tuple[str, ...]) -> tuple[str, ...]:
     """Which of the further keyword arguments a layer of transformers names itself, though nobody here knows them."""
     return tuple(sorted((named_by(layer) - _HEEDED - NEVER).intersection(names)))
 
@@ -158,6 +158,7 @@ def _refuse_unheard(module: torch.nn.Module, kwargs: dict[str, Any]) -> None:
         raise changed("transformers", f"what {type(module).__name__} hands to its attention function ({name!r})")
 
 
+_unheard: Callable[[type, tuple[str, ...]], tuple[str, ...]] = functools.lru_cache(maxsize=1024)(_unheard_of)
 _HEEDED = frozenset(inspect.signature(attention_forward).parameters)
 
 

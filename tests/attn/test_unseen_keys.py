@@ -143,7 +143,12 @@ def test_outside_every_document(options, backend):
 def test_borders_are_read_once(monkeypatch):
     """Layers that are given the same borders share what is known of the documents; a write to them ends that."""
     made = []
-    monkeypatch.setattr(functional, "packed", lambda *a: made.append(1) or packed(*a))
+
+    def counted(*a):
+        made.append(1)
+        return packed(*a)
+
+    monkeypatch.setattr(functional, "packed", counted)
     t, cu = torch.randn(9, 2, 8), torch.tensor([0, 4, 9])
     first = attention_varlen(t, t, t, cu)
     assert torch.equal(attention_varlen(t, t, t, cu), first)
@@ -157,7 +162,8 @@ def test_borders_are_read_once(monkeypatch):
 
 def test_borders_made_in_inference_mode_are_read_anew():
     """They count no writes, and these calls have no layer that says where a forward begins."""
-    t, layer = torch.randn(9, 2, 8), torch.nn.Module()
+    t = torch.randn(9, 2, 8)
+    layer: Any = torch.nn.Module()
     layer.layer_idx = 0
     memo.asks(layer)  # of a model that ran before
     with torch.inference_mode():
