@@ -140,6 +140,14 @@ def _refuse_cache(module: torch.nn.Module, name: str, cache: Any) -> None:
     )
 
 
+def unknown_way(layer: str, name: str) -> AttentionError:
+    """The error for a layer that hands over ``name``."""
+    return AttentionError(
+        f"{layer} passes {name!r}, which selects or weighs keys in a way that hf_attn_patch does not know; load this "
+        'model with attn_implementation="eager"'
+    )
+
+
 def _unheard_of(layer: type, names: tuple[str, ...]) -> tuple[str, ...]:
     """Which of the further keyword arguments a layer of transformers names itself, though nobody here knows them."""
     return tuple(sorted((named_by(layer) - _HEEDED - NEVER).intersection(names)))
@@ -150,10 +158,7 @@ def _refuse_unheard(module: torch.nn.Module, kwargs: dict[str, Any]) -> None:
     for name in UNTAKEN.intersection(given):
         _refuse_cache(module, name, given[name])
     for name in sorted(UNKNOWN.intersection(given)):
-        raise AttentionError(
-            f"{type(module).__name__} passes {name!r}, which selects or weighs keys in a way that hf_attn_patch "
-            'does not know; load this model with attn_implementation="eager"'
-        )
+        raise unknown_way(type(module).__name__, name)
     for name in () if is_compiling() else _unheard(type(module), tuple(given)):
         raise changed("transformers", f"what {type(module).__name__} hands to its attention function ({name!r})")
 

@@ -15,11 +15,12 @@ from transformers import masking_utils
 from hf_attn_patch.attn import memo
 from hf_attn_patch.attn.visibility import Dense
 from hf_attn_patch.compat.ground import changed
+from hf_attn_patch.compat.layer_keywords import named_by
 from hf_attn_patch.compat.mask_functions import taken_apart
 from hf_attn_patch.compat.transformers import attention_name, goes_through_interface
 from hf_attn_patch.errors import AttentionError
 
-from .attention_function import NAME
+from .attention_function import NAME, unknown_way
 from .call_visibility import keep_visibility, leave_open
 from .mask_pattern import Pattern
 
@@ -75,11 +76,8 @@ def build_mask(
             allow_is_bidirectional_skip=allow_is_bidirectional_skip,
         )
         return mask if mask is None or q_length == 1 else mask.to(torch.uint8)
-    if config is not None and attention_name(config) == NAME and (outside := _outside(type(config).__module__)):
-        raise AttentionError(
-            f"{outside} computes attention in its own code, outside transformers' attention interface, and cannot read "
-            'the masks of hf_attn_patch; load it with attn_implementation="eager"'
-        )
+    if config is not None and attention_name(config) == NAME:
+        _refuse_family(type(config).__module__)
     parts = read_mask_function(mask_function)
     packed_by_caller = parts is not None and parts.get("documents") is not None
     static = isinstance(q_offset, Tensor)
@@ -155,6 +153,32 @@ def _hides_what_follows(mask: Tensor, stock: dict[str, Any]) -> bool:
     if taken_apart(stock["mask_function"]) is not None or type(mask) is not Tensor or memo.capturing(mask.device):
         return False
     return not bool(mask.triu(int(stock["q_offset"] - stock["kv_offset"]) + 1).any())
+
+
+def _refuse_family(config_module: str) -> None:
+    """Before its own code meets a carrier: a family that could not run anyway."""
+    if outside := _outside(config_module):
+        raise AttentionError(
+            f"{outside} computes attention in its own code, outside transformers' attention interface, and cannot read "
+            'the masks of hf_attn_patch; load it with attn_implementation="eager"'
+        )
+    if selecting := _selecting(config_module):
+        raise unknown_way(selecting, "indices")
+
+
+@cache
+def _selecting(config_module: str) -> str | None:
+    """The name of a layer of this config's family that chooses keys by scores of its own, from the mask that it reads,
+    and hands over which (DeepSeek-V3.2 and its kin); None if there is none."""
+    module = sys.modules.get(config_module.replace(".configuration_", ".modeling_"))
+    try:
+        source = inspect.getsource(module) if module is not None else ""
+    except OSError:
+        return None
+    if "indices=" not in source:
+        return None
+    layers = (value for value in vars(module).values() if inspect.isclass(value) and issubclass(value, torch.nn.Module))
+    return next((layer.__name__ for layer in layers if "indices" in named_by(layer)), None)
 
 
 @cache

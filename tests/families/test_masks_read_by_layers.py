@@ -62,3 +62,27 @@ def test_forward_and_generation_are_eagers(name: str) -> None:
     (eager, words), (ours, our_words) = results
     torch.testing.assert_close(ours, eager, atol=2e-5, rtol=1e-4)
     assert torch.equal(our_words, words)
+
+
+#: families whose layers choose keys by scores of their own, from the mask that they are given
+SELECTING = [name for name in ("deepseek_v32", "glm_moe_dsa", "axk2", "hy_v4") if name in transformers.CONFIG_MAPPING]
+LATENT: dict[str, Any] = {
+    **DECODER, "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 8, "v_head_dim": 6, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1,
+    "topk_group": 1, "moe_intermediate_size": 16, "first_k_dense_replace": 1, "index_topk": 8, "index_n_heads": 2,
+    "index_head_dim": 8,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("given", ["nothing", "padding", "documents"])
+@pytest.mark.parametrize("name", SELECTING)
+def test_a_family_that_hands_over_which_keys_is_refused_before_it_reads_a_mask(name: str, given: str) -> None:
+    config = transformers.AutoConfig.for_model(name, **LATENT)
+    model = transformers.AutoModel.from_config(config, attn_implementation="hf_attn_patch").eval()
+    ids = torch.arange(2, 24).view(2, 11)
+    inputs: dict[str, Any] = {
+        "padding": {"attention_mask": (torch.arange(11) > torch.tensor([[3], [-1]])).long()},
+        "documents": {"position_ids": torch.cat([torch.arange(5), torch.arange(6)])[None], "use_cache": False},
+    }.get(given, {})
+    with pytest.raises(hf_attn_patch.AttentionError, match="passes 'indices', which selects or weighs keys"):
+        model(input_ids=ids, **inputs)
