@@ -13,7 +13,14 @@ from contextlib import ContextDecorator
 from contextvars import ContextVar
 from types import TracebackType
 
+import torch
+
+from hf_attn_patch.compat.torch import in_backward
+
 from .backends.registry import backend
+
+#: set on layers in training while a block insists on a backend
+_ASKED = "_hf_attn_asked"
 
 #: blocks that were entered here, the innermost last: (the block, its backend, whether in an async task)
 _asked: ContextVar[tuple[tuple[object, str, bool], ...]] = ContextVar("hf_attn_patch_backend", default=())
@@ -36,6 +43,20 @@ def asked_for() -> str | None:
     return asked[-1][1] if asked else None
 
 
+def asked_in(layer: torch.nn.Module) -> str | None:
+    """:func:`asked_for` of a layer that is trained. Gradient checkpointing runs its forward once more within the
+    backward, on a GPU in a thread of autograd's own, where no block was entered: then what its forward was asked."""
+    asked = asked_for()
+    if in_backward():
+        remembered: str | None = layer.__dict__.get(_ASKED)
+        return asked if remembered is None else remembered
+    if asked is not None:
+        layer.__dict__[_ASKED] = asked
+    else:
+        layer.__dict__.pop(_ASKED, None)
+    return asked
+
+
 def traced_for() -> str | None:
     """The same while torch.compile traces."""
     names = _traced.names
@@ -51,7 +72,8 @@ class use_backend(ContextDecorator):  # noqa: N801 - called like a function, use
     """Insist on one backend for a block; it raises instead of falling back.
 
     The block counts where it was entered: not in other threads, nor in async tasks that were started before. Blocks may
-    be nested, left in any order, and entered again; a function can be decorated.
+    be nested, left in any order, and entered again; a function can be decorated. What gradient checkpointing computes
+    again in the backward takes the backend that the forward took, for the layers of a model.
 
     Args:
         name: one of :data:`hf_attn_patch.attn.backends.registry.BACKENDS`.

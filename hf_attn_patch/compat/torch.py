@@ -46,6 +46,12 @@ def storage_users(tensor: Tensor) -> int:
     return count - 1  # the storage object made to ask counts too
 
 
+@known("torch", "whether autograd runs a backward (torch._C._current_graph_task_id)")
+def in_backward() -> bool:
+    """Whether this is called from within a backward, in whichever thread."""
+    return torch._C._current_graph_task_id() != -1
+
+
 @known("torch", "the hooks of nn.Module (_forward_hooks, _forward_pre_hooks)")
 def forward_hooks(module: torch.nn.Module) -> list[Any]:
     """The hooks that run before and after a module's forward, its own alone (not the global ones)."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from hf_attn_patch.attn import memo
-from hf_attn_patch.attn.choice import asked_for
+from hf_attn_patch.attn.choice import asked_for, asked_in
 from hf_attn_patch.attn.dispatch import attend
 from hf_attn_patch.attn.plan import plain_calls, remember_plain
 from hf_attn_patch.attn.request import PlainKind, plain_kind
@@ -78,9 +78,9 @@ def attention_forward(
     given = cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k
     if cache is not None or (kwargs and layer_writes_pages(kwargs)):
         return _paged(module, query, key, value, cache, (scaling, sliding_window, softcap, s_aux), given, kwargs)
-    tracing = is_compiling()
+    tracing, own = is_compiling(), module.__dict__
     weights = bool(output_attentions) or _weights_are_collected(module, tracing)
-    name = module.__dict__.get(BACKEND_ATTRIBUTE)
+    name = own.get(BACKEND_ATTRIBUTE) or (asked_in(module) if own.get("training") and not tracing else None)
     if type(key) is LaterTensor:
         scores, more = (scaling, softcap, s_aux, position_bias), weights or bool(dropout) or cu_seq_lens_q is not None
         asked = Asked(name, is_causal, sliding_window, scores, position_ids, more)
