@@ -10,7 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_attn_patch.documents.stranger_json import CONFIG_BYTES, check_config_limits, parse_json_object, read_small
+from hf_attn_patch.documents.stranger_json import (
+    CONFIG_BYTES,
+    check_config_limits,
+    parse_json_object,
+    read_small,
+    refuse_adapter,
+)
 from hf_attn_patch.errors import ConversionError
 
 from .safetensors_header import LFS_POINTER, parse_index, read_header, refuse_lfs_pointer
@@ -134,8 +140,7 @@ def open_source(
         raise ConversionError(f"{folder} is not a folder")
     config_path = inside(folder, "config.json")
     if not config_path.is_file():
-        if (folder / "adapter_config.json").exists():
-            raise ConversionError(f"{folder} holds an adapter, not a model: merge it into its base model first")
+        refuse_adapter(folder, weights=False)
         if any(folder.glob("*.gguf")):
             raise ConversionError(
                 f"{folder} holds GGUF files: hf-attn convert unpacks one with --dequantize, or give the "
@@ -158,14 +163,11 @@ def open_source(
             )
         _add_pickles(source)
     else:
+        refuse_adapter(folder, weights=False)
         raise ConversionError(f"{folder} has no weights: neither {SINGLE} nor {INDEX}")
     if not source.tensors:
         raise ConversionError(f"{folder} has no tensors in its weights")
-    if (folder / "adapter_config.json").exists():
-        raise ConversionError(
-            f"{folder} holds weights and an adapter, which transformers would put on top of them: merge it (peft's "
-            "merge_and_unload, then save_pretrained), or move adapter_config.json out of the folder to go without it"
-        )
+    refuse_adapter(folder, weights=True)
     return source
 
 

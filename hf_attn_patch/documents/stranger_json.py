@@ -46,6 +46,25 @@ def check_model_folder(name: str) -> None:
         check_config_limits(parse_json_object(read_small(path, CONFIG_BYTES), str(path)), str(path))
 
 
+def refuse_adapter(folder: Path, weights: bool) -> None:
+    """A folder with an adapter is not the model that its config.json describes.
+
+    Args:
+        weights: whether it holds a model's weights too.
+
+    Raises:
+        ConversionError: there is an adapter_config.json in it.
+    """
+    if not (folder / "adapter_config.json").exists():
+        return
+    if not weights:
+        raise ConversionError(f"{folder} holds an adapter, not a model: merge it into its base model first")
+    raise ConversionError(
+        f"{folder} holds weights and an adapter, which transformers would put on top of them: merge it (peft's "
+        "merge_and_unload, then save_pretrained), or move adapter_config.json out of the folder to go without it"
+    )
+
+
 def read_small(path: Path, limit: int) -> bytes:
     """All of a file that has at most ``limit`` bytes.
 

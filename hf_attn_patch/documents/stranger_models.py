@@ -9,7 +9,7 @@ from typing import Any
 from hf_attn_patch.compat.transformers import set_attention_name
 from hf_attn_patch.errors import ConversionError
 
-from .stranger_json import check_model_folder
+from .stranger_json import check_model_folder, refuse_adapter
 
 #: the files of weights that transformers reads
 WEIGHTS = ("*.safetensors", "*.bin")
@@ -24,12 +24,16 @@ def config_of(name: str) -> Any:
         name: a folder, or a hub id.
 
     Raises:
-        ConversionError: it asks for too much.
+        ConversionError: it asks for too much, or an adapter lies in the folder, which transformers would load.
         Exception: whatever transformers refuses it with.
     """
     import transformers
 
     check_model_folder(name)
+    folder = Path(os.path.expanduser(name))
+    if folder.is_dir():
+        own = (path for pattern in WEIGHTS for path in folder.glob(pattern))
+        refuse_adapter(folder, any(not path.name.startswith("adapter_") for path in own))
     config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
     set_attention_name(config, "eager")
     return config
