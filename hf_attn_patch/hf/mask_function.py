@@ -171,13 +171,14 @@ def _selecting(config_module: str) -> str | None:
     """The name of a layer of this config's family that chooses keys by scores of its own, from the mask that it reads,
     and hands over which (DeepSeek-V3.2 and its kin); None if there is none."""
     module = sys.modules.get(config_module.replace(".configuration_", ".modeling_"))
+    if module is None or not config_module.startswith("transformers."):
+        return None
     try:
-        source = inspect.getsource(module) if module is not None else ""
-    except OSError:
+        if "indices=" not in inspect.getsource(module):
+            return None
+    except (OSError, TypeError):  # no source
         return None
-    if "indices=" not in source:
-        return None
-    layers = (value for value in vars(module).values() if inspect.isclass(value) and issubclass(value, torch.nn.Module))
+    layers: list[type] = [v for v in vars(module).values() if inspect.isclass(v) and issubclass(v, torch.nn.Module)]
     return next((layer.__name__ for layer in layers if "indices" in named_by(layer)), None)
 
 

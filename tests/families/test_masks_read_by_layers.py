@@ -80,9 +80,9 @@ def test_a_family_that_hands_over_which_keys_is_refused_before_it_reads_a_mask(n
     config = transformers.AutoConfig.for_model(name, **LATENT)
     model = transformers.AutoModel.from_config(config, attn_implementation="hf_attn_patch").eval()
     ids = torch.arange(2, 24).view(2, 11)
-    inputs: dict[str, Any] = {
+    of_kinds: dict[str, dict[str, Any]] = {
         "padding": {"attention_mask": (torch.arange(11) > torch.tensor([[3], [-1]])).long()},
         "documents": {"position_ids": torch.cat([torch.arange(5), torch.arange(6)])[None], "use_cache": False},
-    }.get(given, {})
+    }
     with pytest.raises(hf_attn_patch.AttentionError, match="passes 'indices', which selects or weighs keys"):
-        model(input_ids=ids, **inputs)
+        model(input_ids=ids, **of_kinds.get(given, {}))

@@ -47,6 +47,8 @@ def test_missing_things(src: Path) -> None:
     convert(src, words="adapter")
     (src.parent / "config.json").rename(src / "config.json")
     (src / "model.safetensors").unlink()
+    convert(src, words="holds an adapter, not a model")
+    (src / "adapter_config.json").unlink()
     convert(src, words="no weights")
 
 

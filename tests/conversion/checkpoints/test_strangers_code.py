@@ -102,7 +102,12 @@ HARMLESS = {"config", "another repository", "tokenizer", "processors", "generati
 @pytest.mark.parametrize("name", CASES)
 def test_is_not_run_and_nobody_is_asked(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
-    monkeypatch.setattr(builtins, "input", lambda *words: asked.append(words) or "y")
+
+    def answer(*words: Any) -> str:
+        asked.append(words)
+        return "y"
+
+    monkeypatch.setattr(builtins, "input", answer)
     monkeypatch.chdir(tmp_path)
     source, canary, text = tmp_path / "source", tmp_path / "CANARY", tmp_path / "text.txt"
     save_tiny(source, tiny_llama(4))
