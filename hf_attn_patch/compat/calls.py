@@ -11,8 +11,10 @@ import inspect
 from typing import Any
 
 import torch
+from transformers import Cache
 
 from .cache_keyword import NAMES, keyword_of, take_cache
+from .ground import changed
 
 #: each name for a cache -> the others
 _OTHERS = {name: frozenset(NAMES) - {name} for name in NAMES}
@@ -45,6 +47,7 @@ class Arguments:
         self.names = (*self._positional, *(p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY))
         self.rest = next((p.name for p in parameters if p.kind is inspect.Parameter.VAR_KEYWORD), "")
         self.cache = next((name for name in NAMES if name in self.names), "")
+        self._owner = type(module).__name__
         self._other_names = frozenset(NAMES) - {self.cache} if self.cache else frozenset()
 
     def by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -65,6 +68,19 @@ class Arguments:
             if cache is not None:
                 given[self.cache] = cache
         return given
+
+    def refuse_unknown_cache(self, given: dict[str, Any]) -> None:
+        """For who changes what a cache is filled with.
+
+        Args:
+            given: by :meth:`by_name`.
+
+        Raises:
+            CompatError: a cache is among them under a name that nobody here knows.
+        """
+        for name, value in given.items() if given.get(self.cache) is None else ():
+            if isinstance(value, Cache) and name not in NAMES:
+                raise changed("transformers", f"the name {name!r} under which {self._owner} takes a cache")
 
     def renames(self, kwargs: dict[str, Any]) -> bool:
         """Whether a cache is among ``kwargs`` under another name than the forward's own."""

@@ -95,6 +95,7 @@ class Unpadded(Handle):
 
     def _packed(self, given: dict[str, Any]) -> dict[str, Any] | None:
         """The arguments of the packed forward; None where the call runs as it is."""
+        self.arguments.refuse_unknown_cache(given)
         mask, tokens = given["attention_mask"], _tokens(given)
         fills = self._cached(given) is not None or given.get("use_cache") is True
         cache = self._empty_cache(given)
@@ -151,6 +152,8 @@ class Unpadded(Handle):
         cache, mask, tokens = self._cached(given), given["attention_mask"], _tokens(given)
         fills = cache is not None or given.get("use_cache") is True
         if not fills or tokens is None or tokens.shape[1] == 1 or given.get("use_cache") is False:
+            return None
+        if not self.arguments.cache:  # whose name for it nobody here knows
             return None
         if cache is not None and (not isinstance(cache, Cache) or cache.get_seq_length() != 0):
             return None

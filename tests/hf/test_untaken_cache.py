@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 from transformers.masking_utils import create_causal_mask
 
-from hf_attn_patch import AttentionError
+from hf_attn_patch import AttentionError, unpadded
 from hf_attn_patch.compat.cache_keyword import NAMES, is_paged, keyword_of, take_cache, update_cache
 from hf_attn_patch.hf.attention_function import attention_forward
 
@@ -110,3 +110,31 @@ def test_a_paged_cache_is_known_and_wants_its_places() -> None:
     assert not is_paged(DynamicCache())
     with pytest.raises(TypeError, match=r"Layer got a paged cache without the places .* continuous batching"):
         update_cache(Layer(), torch.randn(1, 1, 2, 8), torch.randn(1, 1, 2, 8), {"cache": paged})
+
+
+class NextForCausalLM(LlamaForCausalLM):
+    """A model whose forward has another name for its cache, as a release might."""
+
+    def forward(self, input_ids: Any = None, attention_mask: Any = None, kv_cache: Any = None, **rest: Any) -> Any:
+        return super().forward(input_ids, attention_mask=attention_mask, **{NEW: kv_cache}, **rest)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_cache_under_an_unknown_name_is_never_filled_with_a_packed_prompt(rows: int) -> None:
+    """In the packed layout one row would hold only its own tokens, and the next step would look elsewhere."""
+    model = NextForCausalLM._from_config(llama().config, attn_implementation="hf_attn_patch").eval()
+    ids, mask = torch.arange(7).expand(rows, 7), torch.tensor([[0, 0, 0, 1, 1, 1, 1]]).expand(rows, 7)
+    with torch.no_grad():
+        want = model(ids, attention_mask=mask, kv_cache=DynamicCache()).logits
+        with unpadded(model):
+            with pytest.raises(AttentionError, match="the name 'kv_cache' under which NextForCausalLM takes a cache"):
+                model(ids, attention_mask=mask, kv_cache=DynamicCache())
+            cache = DynamicCache()
+            model(ids, kv_cache=cache)  # nothing to pack
+            assert cache.get_seq_length() == 7
+            out = model(ids, attention_mask=mask, use_cache=True)
+            cache = out[NEW]
+            assert cache.layers[0].keys.shape[:3] == (rows, 2, 7)
+            torch.testing.assert_close(out.logits[:, 3:], want[:, 3:])
+            without = model(ids, attention_mask=mask, use_cache=False).logits
+            torch.testing.assert_close(without[:, 3:], want[:, 3:])
