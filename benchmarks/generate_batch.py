@@ -4,8 +4,8 @@
     python benchmarks/generate_batch.py --small          # a smoke test on a CPU
 
 A quarter of Llama-3-8B (8 of its 32 layers, 32,000 words) with random weights in bf16. Prompts begin with the same
-tokens (a system prompt), whose pages transformers shares, and end with 32 to as many of their own; greedy. tokens/s: all
-new tokens over the time from the first request to the last token, of a call after one that warmed everything up.
+tokens (a system prompt), whose pages transformers shares, and end with their own, 32 or more; greedy. tokens/s: all new
+tokens over the time from the first request to the last token, of a call after one that warmed everything up.
 CUDA graphs are as transformers decides, but where a row says otherwise. Some answers are held against sdpa's logits for
 the same text: every token is the best one, or as good up to rounding.
 """

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 ROOT = Path(__file__).parents[2]
 
@@ -171,3 +172,24 @@ def test_kernels_that_are_wrong_are_not_timed(load: Any, tmp_path: Path, monkeyp
         assert row["results"]["ours"]["us"] > 0 and "ratio" not in row
     contenders["ours"] = off
     assert kernels.main(args) == 1
+
+
+def test_generate_batch(load: Any, tmp_path: Path) -> None:
+    """Each row's answers are held to sdpa's logits by the script itself."""
+    if tuple(int(n) for n in transformers.__version__.split(".")[:2]) < (5, 20):
+        pytest.skip("block tables of generate_batch, from transformers 5.20")
+    script = load("generate_batch")
+    assert script.main(["--small", "--out", str(tmp_path)]) == 0
+    result = json.loads((tmp_path / "generate_batch.json").read_text())
+    assert [row["form"] for row in result["rows"]] == [form.name for form in script.FORMS]
+    assert all(row["tokens_per_second"] > 0 and row["worst_choice"] <= 0.25 for row in result["rows"])
+    prompts = script.requests(3, 4, 40, 100)
+    assert [len(prompt) for prompt in prompts] == [36, 40, 44]
+    assert prompts[0][:4] == prompts[1][:4] == prompts[2][:4] != prompts[0][4:8]
+
+
+@pytest.mark.slow
+def test_tensor_parallel(load: Any, tmp_path: Path) -> None:
+    load("tensor_parallel").main(["--small", "--out", str(tmp_path)])
+    rows = json.loads((tmp_path / "tensor_parallel.json").read_text())["rows"]
+    assert [(row["gpus"], row["B"]) for row in rows] == [(n, B) for n in (1, 2) for B in (1, 1, 16, 16)]
