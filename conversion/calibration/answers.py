@@ -1,7 +1,7 @@
 """After the layers of an encoder-decoder are fitted: what its decoder says as a whole, measured and taught.
 
-The encoder's outputs stay as they are, so only the decoder runs, over and over. What is lost is told on samples that
-were held out: cross-entropy of the words that were to be said, and KL(original || converted).
+The encoder's outputs stay as they are, so only the decoder learns. What is lost is told on samples that were held out:
+cross-entropy of the words that were to be said, and KL(original || converted).
 
 Shapes: N samples, T tokens of a decoder, S' positions of an encoder's output, E model width.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,26 +24,46 @@ from hf_attn_patch.losses.output_head import head_matches, head_of
 
 from .calibrated import Calibrated
 from .joined import heads_of, joined
+from .layers import as_read
 from .polish import PolishRecipe
 from .samples import IGNORE, Samples
 
-#: samples held out, on which what was lost is measured, and samples that are measured at a time
-UNSEEN, ROWS = 16, 8
-#: peak learning rate of the last pass, lower than a language model's: there are a few hundred samples, not a million
-#: tokens (Whisper tiny.en on 128: at 1e-3 the KL on other recordings went from 0.059 to 0.200, at 3e-4 to 0.066)
-LR = 3e-4
+#: samples held out, on which what was lost is measured (of many, more), and samples that are measured at a time
+UNSEEN, MANY_UNSEEN, ROWS = 16, 256, 8
+#: peak learning rates of the last pass where there are few words to say (a few hundred recordings), and where there are
+#: so many (Whisper tiny.en on 128: at 1e-3 the KL on other recordings went from 0.059 to 0.200, at 3e-4 to 0.066)
+LR, MANY_LR, MANY = 3e-4, 1e-3, 20_000
+#: positions of encoders' outputs that a step of the last pass reads, at most
+POSITIONS = 1 << 15
+
+
+class Heard:
+    """An encoder's output for some of the samples, worked out when it is asked for, and once for who asks after."""
+
+    def __init__(self, model: Any, samples: Samples) -> None:
+        self.encoder, self.read, self.device = model.get_encoder(), samples.inputs[0], model.device
+        self.last: tuple[Tensor, Tensor] | None = None
+
+    @torch.no_grad()
+    def __call__(self, rows: Tensor) -> Tensor:
+        """[B, S', E] of the samples ``rows``."""
+        if self.last is None or self.last[0] is not rows:
+            read = as_read(self.read[rows].to(self.device), self.encoder)
+            self.last = (rows, self.encoder(read)[0])
+        return self.last[1]
 
 
 class Answerer:
     """A sequence-to-sequence model's decoder up to its last hidden states, and the head that makes words of them.
 
     Args:
-        memory: what it reads of the encoder, for all samples [N, S', E].
+        memory: what it reads of the encoder, for all samples [N, S', E]; or a function that gives it for some.
         samples: whose last input is the decoder's, with labels.
     """
 
-    def __init__(self, model: Any, memory: Tensor, samples: Samples) -> None:
-        self.model, self.memory, self.ids = model, memory, samples.inputs[-1]
+    def __init__(self, model: Any, memory: Tensor | Callable[[Tensor], Tensor], samples: Samples) -> None:
+        self.model, self.ids, self.labels = model, samples.inputs[-1], samples.labels
+        self.memory = memory if callable(memory) else lambda rows: memory[rows.to(memory.device)]
         self.decoder, self.head = model.get_decoder(), head_of(model)
         with torch.no_grad():
             rows = torch.arange(1)
@@ -60,8 +80,12 @@ class Answerer:
         return out
 
     def _placed(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        device, dtype = self.model.device, self.model.dtype
-        return self.ids[rows].to(device), self.memory[rows.to(self.memory.device)].to(device, dtype)
+        """What the decoder reads [B, T], up to the last word that any of them is to say, and its encoder's output."""
+        ids = self.ids[rows]
+        if self.labels is not None:
+            said = (self.labels[rows] != IGNORE).any(0).nonzero()
+            ids = ids[:, : int(said.max()) + 1 if len(said) else 1]
+        return ids.to(self.model.device), self.memory(rows).to(self.model.device, self.model.dtype)
 
     def _whole(self, rows: Tensor) -> Tensor:
         from transformers.modeling_outputs import BaseModelOutput
@@ -77,11 +101,13 @@ class Answered:
 
     Args:
         steps: what fits the layers.
-        polish_tokens: of a decoder's text, that are read to train its attentions together; 0: none.
+        polish_tokens: of a decoder's words, that are read to train its attentions together; 0: none.
+        samples: what is measured and taught on, if not what the layers were fitted on: of the first ``held`` of these
+            they have seen none.
     """
 
-    def __init__(self, steps: Calibrated, polish_tokens: int) -> None:
-        self.plan, self.steps, self.tokens = steps.plan, steps, polish_tokens
+    def __init__(self, steps: Calibrated, polish_tokens: int, samples: Samples | None = None) -> None:
+        self.plan, self.steps, self.tokens, self.samples = steps.plan, steps, polish_tokens, samples
         self.record: dict[str, Any] = steps.record
         self.done: dict[str, AttentionWeights] | None = None
 
@@ -94,12 +120,14 @@ class Answered:
     def _make(self) -> dict[str, AttentionWeights]:
         steps, device = self.steps, self.steps.device
         merged = steps.all()
-        (theirs, ours), samples = steps.heard(), steps.samples
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+        known = None if self.samples is not None else steps.heard()
+        samples = self.samples or steps.samples
         original = steps.original.to(device, dtype)
         student, own = joined(self.plan, original, merged)
+        theirs, ours = known or self._heard(original, student, samples)
         answerers = Answerer(original, theirs, samples), Answerer(student, ours, samples)
-        unseen = min(UNSEEN, len(samples) // 8)
+        unseen = held_out(len(samples))
         held = torch.arange(unseen or len(samples))
         before = losses(*answerers, samples, held)
         self.record["held_out"] = {"tokens": before.pop("tokens"), "seen": not unseen} | before
@@ -107,7 +135,9 @@ class Answered:
         if not (self.tokens and unseen and trained):
             return merged
         began, start = time.perf_counter(), [p.detach().clone() for p in trained.values()]
-        recipe = PolishRecipe(self.tokens, lr=LR, seed=self.plan.seed)
+        assert samples.labels is not None
+        many = int((samples.labels != IGNORE).sum()) >= MANY
+        recipe = PolishRecipe(self.tokens, lr=MANY_LR if many else LR, seed=self.plan.seed)
         teach(*answerers, list(trained.values()), samples, torch.arange(unseen, len(samples)), recipe)
         for name, p in trained.items():  # what is measured shall be what is stored
             p.data = p.data.to(self.plan.source.read(name).dtype).to(p.dtype)
@@ -124,9 +154,24 @@ class Answered:
         self.record["held_out"] |= after
         return {u.layer.prefix: heads_of(u, own, merged[u.layer.prefix]) for u in self.plan.units}
 
+    def _heard(self, original: Any, student: Any, samples: Samples) -> tuple[Any, Any]:
+        """What the decoders read of their encoders: one and the same where the encoder is the original's."""
+        theirs = Heard(original, samples) if samples.memory is None else samples.memory
+        own = any(not unit.layer.stack.cached for unit in self.plan.units)
+        return theirs, Heard(student, samples) if own else theirs
+
     def _decoders(self) -> set[str]:
         """The names of what the decoder's attentions write."""
         return {name for unit in self.plan.units if unit.layer.stack.cached for name in unit.writes}
+
+
+def held_out(count: int) -> int:
+    """How many of ``count`` samples are not taught on.
+
+    >>> held_out(7), held_out(160), held_out(20_000)
+    (0, 16, 256)
+    """
+    return min(MANY_UNSEEN if count >= 16 * MANY_UNSEEN else UNSEEN, count // 8)
 
 
 @torch.no_grad()
@@ -150,11 +195,11 @@ def losses(original: Answerer, converted: Answerer, samples: Samples, rows: Tens
 def _paired(original: Answerer, converted: Answerer, samples: Samples, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """What both have to say at the tokens that have a label: hidden states [n, E] each, and labels [n]."""
     assert samples.labels is not None
-    labels = samples.labels[rows].to(original.model.device)
-    there = labels != IGNORE
     with torch.no_grad():
-        told = original.hidden(rows)[there]
-    return told, converted.hidden(rows)[there], labels[there]
+        told = original.hidden(rows)
+    labels = samples.labels[rows][:, : told.shape[1]].to(told.device)
+    there = labels != IGNORE
+    return told[there], converted.hidden(rows)[there], labels[there]
 
 
 def teach(
@@ -163,11 +208,14 @@ def teach(
 ) -> None:  # fmt: skip
     """Train ``parameters`` of the converted decoder in place on the KL to the original's words.
 
-    They are stepped in fp32 and rounded to their own dtype for each pass.
+    They are stepped in fp32 and rounded to their own dtype for each pass. ``recipe`` counts the words that are said.
     """
-    T = samples.inputs[-1].shape[1]
-    batch = max(1, min(recipe.batch_tokens // T, len(rows) // 8))
-    steps = max(1, round(recipe.tokens / (batch * T)))
+    assert samples.labels is not None
+    words = max(1.0, float((samples.labels[rows] != IGNORE).sum()) / len(rows))
+    some = rows[:1]
+    most = min(POSITIONS // original.memory(some).shape[1], POSITIONS // samples.inputs[-1].shape[1], len(rows) // 8)
+    batch = max(1, min(round(recipe.batch_tokens / words), most))
+    steps = max(1, round(recipe.tokens / (batch * words)))
     width = converted.model.config.get_text_config(decoder=True).hidden_size
     lr, warmup = recipe.lr * min(1.0, 512 / width), max(1, round(recipe.warmup * steps))
     masters = [p.detach().float().clone() for p in parameters]

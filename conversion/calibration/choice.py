@@ -11,12 +11,13 @@ from hf_attn_patch.conversion.methods.method import Merge
 from hf_attn_patch.conversion.plan_data import Plan
 from hf_attn_patch.errors import ConversionError
 
-from .answers import Answered
+from .answers import Answered, held_out
 from .calibrated import Calibrated, refuse
 from .collect import LENGTH, collected
 from .gather import OWN, gathered, reads_text
 from .layers import load_by_names
 from .meaningless import aligned
+from .samples import Samples
 from .sight import seen
 from .text import INSTALLED, longest, tokenizer_of
 from .whole import Whole, on_device
@@ -29,6 +30,8 @@ MERGE_LENGTH = 64
 MERGE_SAMPLES = 24
 #: tokens of the last pass end to end on a GPU
 POLISH = 4_000_000
+#: tokens that encoders read, where their decoders' answers are then trained on; and of them layers are fitted on
+PAIR_TOKENS, FIT_TOKENS = 1 << 22, 1 << 17
 
 
 def calibrated(
@@ -53,19 +56,21 @@ def calibrated(
     refuse(plan)
     gpu, alone = where.type == "cuda", plan.speaks
     asked = calibrate is not None
+    pairs = plan.answers and plan.family.reads == "text"
     if calibrate is None:
-        calibrate = _without_text(plan, gpu) if alone else OWN
+        calibrate = _without_text(plan, gpu) if alone or pairs else OWN
     texts = reads_text(calibrate)
     if calibration_samples is not None and plan.family.reads == "text":
         raise ConversionError(f"--calibration-samples counts recordings and pictures, and {plan.model_type} reads text")
     if polish and not (alone or plan.answers):
         raise ConversionError(f"--polish is for models that write, and {plan.model_type} does not")
     if polish is None:
-        polish = POLISH if gpu and alone else 0
+        polish = POLISH if gpu and (alone or pairs) else 0
     if refit is None:
         refit = (texts and not gpu) if alone else (texts or gpu)
     if calibration_tokens is None:
-        calibration_tokens = GPU_TOKENS if polish and alone else TOKENS if texts or refit else MERGE_TOKENS
+        many = PAIR_TOKENS if pairs and gpu else GPU_TOKENS
+        calibration_tokens = many if polish and (alone or pairs) else TOKENS if texts or refit else MERGE_TOKENS
     small = not (texts or refit or polish)
     if calibration_length is None and small and alone:
         calibration_length = longest(plan, MERGE_LENGTH)
@@ -107,6 +112,12 @@ def _steps(
     """Layer by layer; ``amounts``: tokens, length and count, see :func:`~.collect.collected`."""
     source, (tokens, length, count) = load_by_names(plan), amounts
     samples = collected(plan, source, calibrate, tokens=tokens, length=length, count=count, device=device)
+    return _prepared(plan, source, samples, refit, group, device)
+
+
+def _prepared(
+    plan: Plan, source: Any, samples: Samples, refit: bool, group: str | None, device: torch.device
+) -> Calibrated:
     steps = Calibrated(plan, source, samples, refit=refit, group=group, device=device)
     steps.prepare()
     return steps
@@ -118,7 +129,10 @@ def _by_layers(
 ) -> Merge:  # fmt: skip
     """What encoders and encoder-decoders get; what nobody ``asked`` for may fail, and is replaced."""
     try:
-        steps = _steps(plan, calibrate, amounts, refit, group, device)
+        source, (tokens, length, count) = load_by_names(plan), amounts
+        samples = collected(plan, source, calibrate, tokens=tokens, length=length, count=count, device=device)
+        some = _some(samples) if polish and plan.answers and plan.family.reads == "text" else None
+        steps = _prepared(plan, source, samples if some is None else some, refit, group, device)
     except ConversionError as error:
         if asked:
             raise
@@ -132,7 +146,13 @@ def _by_layers(
             + ", and nothing was fitted to the original's after that: --refit does it, on data of the model's use"
             " (--calibrate) it keeps far more"
         )
-    return Answered(steps, polish) if plan.answers else steps
+    return Answered(steps, polish, None if some is None else samples) if plan.answers else steps
+
+
+def _some(samples: Samples) -> Samples | None:
+    """Those that layers are fitted on where more are trained on after that; None: all."""
+    held, count = held_out(len(samples)), FIT_TOKENS // samples.inputs[0].shape[1]
+    return samples.only(torch.arange(held, held + count)) if held + count < len(samples) else None
 
 
 def _without_text(plan: Plan, gpu: bool) -> str:

@@ -11,7 +11,7 @@ from hf_attn_patch.conversion.plan_data import Plan
 from hf_attn_patch.errors import ConversionError
 
 from .gather import gathered, reads_text, writes_itself
-from .own_pairs import own_pairs
+from .own_pairs import own_pairs, read_by_encoder
 from .pairs import text_pairs
 from .samples import IGNORE, Samples
 from .sound import sound_samples
@@ -19,8 +19,8 @@ from .text import longest, tokenizer_of
 
 #: tokens of a sequence at most, where nothing else is asked for
 LENGTH, PAIR_LENGTH, ENCODER_LENGTH = 1024, 512, 128
-#: of what an encoder-decoder makes itself: tokens that either side reads at most, and pairs at most
-OWN_LENGTH, MOST_OWN = 48, 4096
+#: tokens that either side of an encoder-decoder reads at most, where that is random ids
+OWN_LENGTH = 48
 
 
 def collected(
@@ -48,8 +48,10 @@ def text_samples(
 ) -> Samples:
     """Samples for a model that reads text: see :func:`collected`."""
     both = bool(plan.config.is_encoder_decoder)
-    if both and writes_itself(calibrate):
+    if both and plan.answers:
         return _own_pairs(plan, original, calibrate, tokens, length, device)
+    if both and writes_itself(calibrate):
+        raise ConversionError(f"{plan.source.name} has no head, so it cannot write; give --calibrate TEXT")
     tokenizer = tokenizer_of(plan) if reads_text(calibrate) else None
     causal = both or plan.units[0].layer.stack.causal
     ids, about, notes = gathered(
@@ -69,12 +71,15 @@ def text_samples(
 def _own_pairs(
     plan: Plan, original: Any, calibrate: str, tokens: int, length: int | None, device: torch.device
 ) -> Samples:
-    if reads_text(calibrate):
-        raise ConversionError(
-            f"--calibrate {calibrate}: an encoder-decoder's own samples and texts have other lengths; give one of them"
-        )
-    if not plan.answers:
-        raise ConversionError(f"{plan.source.name} has no head, so it cannot write; give --calibrate TEXT")
-    size = length or longest(plan, OWN_LENGTH, length)
+    texts = reads_text(calibrate)
+    tokenizer = tokenizer_of(plan) if texts else None
+    most = longest(plan, ENCODER_LENGTH if texts else OWN_LENGTH, length)
+    read, about, notes = read_by_encoder(
+        plan, tokenizer, calibrate, tokens=tokens, length=length, longest=most
+    )
+    if int(read.max()) >= original.get_input_embeddings().num_embeddings:
+        raise ConversionError(f"{plan.source.name}: its tokenizer has ids that the model has no embedding for")
     writer = original if original.device == device else copy.deepcopy(original).to(device)
-    return own_pairs(plan, writer, max(1, min(MOST_OWN, tokens // size)), size)
+    samples = own_pairs(plan, writer, read, most if length is None else length, about)
+    samples.notes += notes
+    return samples

@@ -53,9 +53,10 @@ def calibration_memory(plan: Plan) -> int:
     first = plan.units[0].layer
     tokens = int(plan.options["calibration_tokens"] or TOKENS)
     both = bool(plan.config.is_encoder_decoder)
-    longest = PAIR_LENGTH if both else LENGTH if first.stack.causal else ENCODER_LENGTH
+    pairs = both and not plan.answers
+    longest = PAIR_LENGTH if pairs else LENGTH if first.stack.causal and not both else ENCODER_LENGTH
     batch = max(plan.options["calibration_length"] or longest, min(RefitRecipe.batch_tokens, tokens // 16))
-    if both:  # the larger side's share of a sequence (see pairs.py)
+    if pairs:  # the larger side's share of a sequence (see pairs.py)
         share = 0.9 if "t5" in plan.model_type else 0.5
         tokens, batch = round(share * tokens), round(share * batch)
     # an encoder's are still there while the decoder's are made

@@ -127,7 +127,7 @@ def calibration_ids(
     if tokens < FEWEST:
         raise ConversionError(f"--calibration-tokens {tokens}: give at least {FEWEST}")
     limit = CHARACTERS * tokens
-    texts = _enough(documents(source, seed), limit)
+    texts = enough(documents(source, seed), limit)
     if whole:
         length = length or min(longest, typical_length(tokenizer, texts))
         joined = "\n\n".join(texts)[:limit]
@@ -162,7 +162,7 @@ def calibration_ids(
     return ids, about, notes
 
 
-def _enough(texts: Iterator[str], limit: int) -> list[str]:
+def enough(texts: Iterator[str], limit: int) -> list[str]:
     """The first texts, until there are more than ``limit`` characters."""
     found: list[str] = []
     characters = 0  # a bar that is hidden does not count
@@ -176,15 +176,21 @@ def _enough(texts: Iterator[str], limit: int) -> list[str]:
     return found
 
 
-def typical_length(tokenizer: Any, texts: list[str], sample: int = 1000) -> int:
-    """The median number of tokens, special ones included, of a paragraph; at least 8.
+def paragraphs(texts: list[str]) -> list[str]:
+    """What stands between blank lines; in one text without blank lines every line.
 
-    Paragraphs stand between blank lines; in one text without blank lines every line is one.
+    >>> paragraphs(["one\\ntwo\\n\\nthree"]), paragraphs(["one\\ntwo"])
+    (['one\\ntwo', 'three'], ['one', 'two'])
     """
     pieces = [piece for text in texts for piece in re.split(r"\n\s*\n", text)]
     if len(pieces) == 1:
         pieces = pieces[0].splitlines()
-    pieces = [piece for piece in pieces if piece.strip()]
+    return [piece for piece in pieces if piece.strip()]
+
+
+def typical_length(tokenizer: Any, texts: list[str], sample: int = 1000) -> int:
+    """The median number of tokens, special ones included, of a paragraph (:func:`paragraphs`); at least 8."""
+    pieces = paragraphs(texts)
     pieces = pieces[:: max(1, len(pieces) // sample)]
     counts = sorted(len(tokenizer(piece[: 1 << 14], verbose=False)["input_ids"]) for piece in pieces)
     return max(8, counts[len(counts) // 2]) if counts else 8

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from hf_attn_patch.compat.cache_keyword import keyword_of
 from hf_attn_patch.compat.calls import cache_of
+from hf_attn_patch.documents.bars import progress_bar
 
-#: sequences that are written at a time
-ROWS = 32
+#: sequences that are written at a time: on a CPU, and at most on a GPU
+ROWS, MOST_ROWS = 32, 4096
 
 
 @torch.no_grad()
@@ -32,12 +33,31 @@ def written(
     """
     draw = torch.Generator(model.device).manual_seed(seed)
     out: list[list[int]] = []
-    for some, begin in zip(memory.split(ROWS), prefix.split(ROWS), strict=True):
+    at_once = rows_at_once(model, memory.shape[1], length)
+    parts = list(zip(memory.split(at_once), prefix.split(at_once), strict=True))
+    for some, begin in progress_bar(parts, desc="answering", unit="batch", leave=False):
         rows = _write(model, some.to(model.device, model.dtype), begin.to(model.device), length, end, draw, forbidden)
         for row in rows.tolist():
             after = row[prefix.shape[1] :]
             out.append(row[: prefix.shape[1] + after.index(end) + 1] if end in after else row)
     return out
+
+
+def rows_at_once(model: Any, heard: int, length: int) -> int:
+    """How many sequences are written at a time: as many as a GPU has room for.
+
+    Args:
+        heard: S', of the encoder's output; ``length``: of what is written.
+    """
+    if model.device.type != "cuda":
+        return ROWS
+    config = model.config.get_text_config(decoder=True)
+    layers = getattr(config, "decoder_layers", None) or getattr(config, "num_decoder_layers", None)
+    width = int(config.hidden_size)
+    # keys and values of both attentions, which may be twice as wide as the model; the logits and what is made of them
+    cache = 2 * 2 * int(layers or config.num_hidden_layers) * (heard + length) * width * model.dtype.itemsize
+    row = cache + heard * width * model.dtype.itemsize + 5 * 4 * int(config.vocab_size)
+    return int(max(1, min(MOST_ROWS, 0.4 * torch.cuda.mem_get_info(model.device)[0] // row)))
 
 
 def _write(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from hf_attn_patch.errors import TrainingError
@@ -22,9 +23,18 @@ def load_tokenizer(name: str) -> Any:
         ids = tokenizer(SAMPLE, verbose=False)["input_ids"]
     except Exception as error:  # of transformers, tokenizers or sentencepiece, from whatever the files hold
         raise TrainingError(f"{name} has no tokenizer that can be loaded ({first_line(error)})") from error
+    if _of_nothing(tokenizer, Path(name)):
+        raise TrainingError(f"{name} has no tokenizer that can be loaded (none of its files is there)")
     if not all(isinstance(id, (int, type(None))) for id in (*ids, tokenizer.eos_token_id, tokenizer.bos_token_id)):
         raise TrainingError(f"{name} has a tokenizer whose ids are no numbers")
     return tokenizer
+
+
+def _of_nothing(tokenizer: Any, folder: Path) -> bool:
+    """Whether transformers 5 made up a tokenizer without words, as it does of a folder without its files (T5, BART)."""
+    names = set(getattr(type(tokenizer), "vocab_files_names", {}).values())  # none: bytes or characters (ByT5)
+    known = names | {"tokenizer.json", "tokenizer.model", "tekken.json"}
+    return bool(names) and folder.is_dir() and not any((folder / name).exists() for name in known)
 
 
 def first_line(error: Exception) -> str:

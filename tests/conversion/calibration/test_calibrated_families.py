@@ -116,7 +116,7 @@ def test_some_of_an_encoder_decoders_attentions(heads: dict[str, int], text: str
     """The others' tensors stay as they are, to the byte."""
     made("t5", tmp_path / "src")
     record = convert(tmp_path / "src", tmp_path / "dst", heads, calibrate=text, **SMALL)
-    assert record["details"]["calibration"]["pairs"] == "halves"  # this tokenizer has no sentinels
+    assert record["details"]["calibration"]["pairs"] == "own answers"
     config = transformers.AutoConfig.from_pretrained(tmp_path / "dst")
     assert {name: getattr(config, f"{name}_kv_heads") for name in heads} == heads
     old = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "src").state_dict()

@@ -3,6 +3,7 @@ default, and what was lost is told after every conversion of one."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,15 @@ import pytest
 import torch
 import transformers
 from click.testing import CliRunner
+from tiny import trained_tokenizer
 from zoo_cases import BY_NAME, output
 
 from hf_attn_patch.cli import main
 from hf_attn_patch.conversion import ConversionError, convert, plan
+from hf_attn_patch.conversion.calibration.answers import Answerer, Heard, losses
 from hf_attn_patch.conversion.calibration.babble import babble
 from hf_attn_patch.conversion.calibration.layers import load
-from hf_attn_patch.conversion.calibration.own_pairs import heard, own_pairs
+from hf_attn_patch.conversion.calibration.own_pairs import heard, own_pairs, read_by_encoder
 from hf_attn_patch.conversion.calibration.written_pairs import written
 from hf_attn_patch.conversion.methods import registry
 
@@ -72,12 +75,64 @@ def test_pairs_are_what_the_decoder_says(stock: str, tmp_path: Path) -> None:
     made(stock, tmp_path / "src")
     ready = plan(tmp_path / "src", 2, check_load=False)
     assert ready.method.name == "calibrated"
-    pairs = own_pairs(ready, load(ready), 24, 10)
+    given, about, _ = read_by_encoder(ready, None, "own", tokens=240, length=10, longest=48)
+    pairs = own_pairs(ready, load(ready), given, 10, about)
     read, ids = pairs.inputs
     assert read.shape == (24, 10) and (read[:, -1] == 2).all() and len(ids) == 24 and ids.shape[1] <= 10
     assert pairs.labels is not None and pairs.kept is not None
     words = pairs.labels >= 0
     assert (words == pairs.kept).all() and bool((ids[:, 1:][words[:, 1:]] == pairs.labels[:, :-1][words[:, 1:]]).all())
+
+
+def test_rows_begin_where_documents_and_paragraphs_do(tmp_path: Path) -> None:
+    """Of records each by itself, its beginning first; of a text each paragraph, short ones with the next; by shares."""
+    src, tokenizer = made("t5", tmp_path / "src", vocab_size=512), trained_tokenizer()
+    ready = plan(src, 2, check_load=False)
+    words = [f"summarize: {'class' if i % 2 else 'import'} {i} " + "def main self " * 9 for i in range(40)]
+    (tmp_path / "records.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in [*words, "short"]))
+    (tmp_path / "text.txt").write_text("\n\n".join(words))
+    begun = {tuple(tokenizer(text)["input_ids"][:12]) for text in words}
+    for name in ("records.jsonl", "text.txt"):
+        read, about, _ = read_by_encoder(
+            ready, tokenizer, str(tmp_path / name), tokens=100_000, length=12, longest=48
+        )  # fmt: skip
+        rows = list(map(tuple, read.tolist()))
+        assert read.shape[1] == 12 and len(rows) == about["parts"][str(tmp_path / name)]
+        assert begun <= set(rows) and len(begun) > 20
+        few, _, _ = read_by_encoder(ready, tokenizer, str(tmp_path / name), tokens=60, length=12, longest=48)
+        assert len(few) == 5 and set(map(tuple, few.tolist())) <= set(rows)
+    both, about, _ = read_by_encoder(
+        ready, tokenizer, f"own:1,{tmp_path / 'records.jsonl'}:3", tokens=480, length=None, longest=12
+    )  # fmt: skip
+    assert both.shape == (40, 12) and about["parts"]["own"] == 10
+    assert sum(tuple(row) in begun for row in both.tolist()) >= 1
+
+
+def test_an_encoder_is_read_again_where_its_output_is_not_kept(tmp_path: Path) -> None:
+    """Losses of kept outputs, of outputs worked out when they are read, and of transformers' own forward."""
+    src = made("t5", tmp_path / "src")
+    ready = plan(src, 2, check_load=False)
+    model, other = load(ready), BY_NAME["t5"].make(None, eos_token_id=2)
+    with torch.no_grad():
+        other.get_decoder().block[0].layer[0].SelfAttention.v.weight.mul_(-1.5)
+    read, about, _ = read_by_encoder(ready, None, "own", tokens=190, length=10, longest=48)
+    samples = own_pairs(ready, model, read, 10, about)
+    assert samples.memory is not None and samples.labels is not None
+    samples.labels[:, -2:] = -100  # nobody is to say the last words, which are then not read
+    rows = torch.arange(len(samples))
+    again = Heard(model, samples)
+    found = [
+        losses(Answerer(model, memory, samples), Answerer(other, memory, samples), samples, rows)
+        for memory in (samples.memory, again)
+    ]
+    assert found[0] == pytest.approx(found[1], rel=1e-6) and again(rows) is again(rows)
+    with torch.no_grad():
+        for key, one in (("loss_before", model), ("loss_after", other)):
+            logits = one(
+                encoder_outputs=(samples.memory,), decoder_input_ids=samples.inputs[1], use_cache=False
+            ).logits  # fmt: skip
+            want = torch.nn.functional.cross_entropy(logits.flatten(0, 1), samples.labels.flatten())
+            assert found[0][key] == pytest.approx(float(want), rel=1e-5)
 
 
 @pytest.mark.parametrize("stock", ["t5", "bart", "marian", "whisper"])
@@ -104,8 +159,12 @@ def test_what_cannot_be_made_is_replaced_or_refused(tmp_path: Path) -> None:
     with pytest.raises(ConversionError, match="feature extractor"):
         convert(src, tmp_path / "asked", 1, calibrate="own")
     made("t5", tmp_path / "t5")
-    with pytest.raises(ConversionError, match="other lengths"):
+    with pytest.raises(ConversionError, match="tokenizer"):
         convert(tmp_path / "t5", tmp_path / "asked", 1, calibrate="own,python")
+    trained_tokenizer().save_pretrained(tmp_path / "t5")
+    (tmp_path / "short.txt").write_text("import numpy")
+    with pytest.raises(ConversionError, match="short.txt: no 16 tokens of text in a row"):
+        convert(tmp_path / "t5", tmp_path / "asked", 1, calibrate=str(tmp_path / "short.txt"), calibration_length=16)
 
 
 @pytest.mark.parametrize("method", ["random", "auto"])
