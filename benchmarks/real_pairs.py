@@ -31,7 +31,7 @@ from torch import Tensor
 from transformers import AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq, AutoTokenizer
 
 import hf_attn_patch  # noqa: F401  (the grouped families)
-from benchmarks.real_sources import run
+from benchmarks.real_sources import MIX, run
 from hf_attn_patch.conversion import convert, plan
 from hf_attn_patch.conversion.calibration.answers import Answerer, losses
 from hf_attn_patch.conversion.calibration.layers import load
@@ -61,7 +61,7 @@ VOICES = (
 )  # fmt: skip
 SENTENCES = 704
 #: paragraphs of a domain, and tokens of each and of what is said of it
-PARAGRAPHS, TOKENS = 24, 48
+PARAGRAPHS, TOKENS = 256, 48
 DOMAINS = ("handbook", "fortunes")
 
 #: options of ``convert``; ``{data}`` is the folder of data
@@ -80,7 +80,11 @@ ROWS: dict[str, dict[str, dict[str, Any]]] = {
         "no data": {},
         "no data, fitted": {"refit": True, "calibration_tokens": 50_000},
         "WikiText, fitted": {
-            "calibrate": "{data}/texts/wikitext-valid.txt", "calibration_tokens": 100_000, "calibration_length": 64,
+            "calibrate": "{data}/texts/wikitext-valid.txt", "calibration_tokens": 100_000, "calibration_length": 48,
+        },
+        "mix, fitted and polished": {
+            "calibrate": ",".join(f"{{data}}/texts/{name}.txt" for name in MIX if name not in DOMAINS), "refit": True,
+            "calibration_tokens": 4_000_000, "calibration_length": 48, "polish": 8_000_000,
         },
     },
 }  # fmt: skip

@@ -202,6 +202,32 @@ def _paired(original: Answerer, converted: Answerer, samples: Samples, rows: Ten
     return told[there], converted.hidden(rows)[there], labels[there]
 
 
+def batches(lengths: Tensor, heard: int, words: int, draw: torch.Generator) -> list[Tensor]:
+    """The samples of each step of one pass, drawn, but with others that are about as long, so that little is padding.
+
+    Args:
+        lengths: words that each sample says, [N].
+        heard: S', of the encoder's output.
+        words: of a step, at most; fewer where encoders' outputs are long, and so that a pass has 8 steps.
+
+    >>> parts = batches(torch.arange(64) % 4 + 1, 48, 12, torch.Generator().manual_seed(0))
+    >>> sorted(int(i) for part in parts for i in part) == list(range(64)), max(map(len, parts)) <= 8
+    (True, True)
+    """
+    most = max(1, min(POSITIONS // heard, len(lengths) // 8))
+    pool = 16 * max(1, round(words / max(1.0, float(lengths.float().mean()))))
+    found: list[Tensor] = []
+    for some in torch.randperm(len(lengths), generator=draw).split(pool):
+        some, begin, total = some[lengths[some].argsort()], 0, 0
+        for i, n in enumerate(lengths[some].tolist()):
+            if i > begin and (total + n > words or i - begin == most):
+                found.append(some[begin:i])
+                begin, total = i, 0
+            total += n
+        found.append(some[begin:])
+    return [found[i] for i in torch.randperm(len(found), generator=draw).tolist()]
+
+
 def teach(
     original: Answerer, converted: Answerer, parameters: Sequence[nn.Parameter], samples: Samples, rows: Tensor,
     recipe: PolishRecipe,
@@ -211,30 +237,28 @@ def teach(
     They are stepped in fp32 and rounded to their own dtype for each pass. ``recipe`` counts the words that are said.
     """
     assert samples.labels is not None
-    words = max(1.0, float((samples.labels[rows] != IGNORE).sum()) / len(rows))
-    some = rows[:1]
-    most = min(POSITIONS // original.memory(some).shape[1], POSITIONS // samples.inputs[-1].shape[1], len(rows) // 8)
-    batch = max(1, min(round(recipe.batch_tokens / words), most))
-    steps = max(1, round(recipe.tokens / (batch * words)))
+    lengths = (samples.labels[rows] != IGNORE).sum(1)
+    draw, heard = torch.Generator().manual_seed(recipe.seed), original.memory(rows[:1]).shape[1]
+    left = batches(lengths, heard, recipe.batch_tokens, draw)
+    words = float(lengths.sum()) / len(left)  # of a step
+    steps = max(1, round(recipe.tokens / words))
     width = converted.model.config.get_text_config(decoder=True).hidden_size
     lr, warmup = recipe.lr * min(1.0, 512 / width), max(1, round(recipe.warmup * steps))
     masters = [p.detach().float().clone() for p in parameters]
     optimizer = torch.optim.Adam(masters, lr=lr, betas=recipe.betas, fused=masters[0].is_cuda)
-    draw = torch.Generator().manual_seed(recipe.seed)
-    left: list[Tensor] = []
     for p in parameters:
         p.requires_grad_(True)
     for step in progress_bar(range(steps), desc="polishing", unit="step"):
         if not left:
-            left = list(rows[torch.randperm(len(rows), generator=draw)].split(batch))
+            left = batches(lengths, heard, recipe.batch_tokens, draw)
         done = max(0.0, (step - warmup) / max(1, steps - warmup))
         optimizer.param_groups[0]["lr"] = lr * min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * done))
-        told, said, labels = _paired(original, converted, samples, left.pop())
+        told, said, labels = _paired(original, converted, samples, rows[left.pop()])
         found = linear_loss(
             said, converted.head.detach(), labels, teacher_hidden=told, teacher_head=original.head, ce_weight=0.0,
             kl_weight=1.0,
         )  # fmt: skip
-        gradients = torch.autograd.grad(found.loss / max(1, len(labels)), list(parameters), allow_unused=True)
+        gradients = torch.autograd.grad(found.loss / words, list(parameters), allow_unused=True)
         with torch.no_grad():
             for master, gradient in zip(masters, gradients, strict=True):
                 master.grad = None if gradient is None else gradient.float()

@@ -69,19 +69,19 @@ def calibrated(
     if refit is None:
         refit = (texts and not gpu) if alone else (texts or gpu)
     if calibration_tokens is None:
-        many = PAIR_TOKENS if pairs and gpu else GPU_TOKENS
-        calibration_tokens = many if polish and (alone or pairs) else TOKENS if texts or refit else MERGE_TOKENS
+        trained = bool(polish) and (PAIR_TOKENS if pairs and gpu else GPU_TOKENS if alone or pairs else 0)
+        calibration_tokens = trained or (TOKENS if texts or refit else MERGE_TOKENS)
     small = not (texts or refit or polish)
     if calibration_length is None and small and alone:
         calibration_length = longest(plan, MERGE_LENGTH)
     if not alone:
         if calibration_samples is None and small:
             calibration_samples = MERGE_SAMPLES
-        made = (calibration_tokens, calibration_length, calibration_samples)
-        return _by_layers(plan, calibrate, made, refit, polish, group, where, asked)
+        amounts = (calibration_tokens, calibration_length, calibration_samples)
+        return _by_layers(plan, calibrate, amounts, refit, polish, group, where, asked)
     if refit or (texts and not polish):
-        made = (calibration_tokens, calibration_length, None)
-        return Later(plan, _steps(plan, calibrate, made, refit, group, where), where, polish, group)
+        steps = _steps(plan, calibrate, (calibration_tokens, calibration_length, None), refit, group, where)
+        return Later(plan, steps, where, polish, group)
     try:
         original = on_device(load_by_names(plan), where)
         ids, about, notes = gathered(
@@ -95,14 +95,15 @@ def calibrated(
         merge.record["notes"].append(f"heads were merged by what layers read on random inputs: {error}")
         return merge
     if not polish:
-        notes.append(
-            f"heads were merged by what layers read on {ids.numel()} tokens that the model wrote, and nothing was"
-            " fitted to the original's after that: a GPU does it in minutes, --calibrate TEXT and --polish TOKENS do it"
-            " here, and keep far more"
-        )
+        notes.append(f"heads were merged by what layers read on {ids.numel()} tokens that the model wrote{_ONLY}")
     return Whole(plan, original, ids, about, notes, polish_tokens=polish, group=group)
 
 
+#: what a merge by a model's own text is told with
+_ONLY = (
+    ", and nothing was fitted to the original's after that: a GPU does it in minutes, --calibrate TEXT and --polish"
+    " TOKENS do it here, and keep far more"
+)
 Amounts = tuple[int, int | None, int | None]
 
 

@@ -74,9 +74,7 @@ def _own_pairs(
     texts = reads_text(calibrate)
     tokenizer = tokenizer_of(plan) if texts else None
     most = longest(plan, ENCODER_LENGTH if texts else OWN_LENGTH, length)
-    read, about, notes = read_by_encoder(
-        plan, tokenizer, calibrate, tokens=tokens, length=length, longest=most
-    )
+    read, about, notes = read_by_encoder(plan, tokenizer, calibrate, tokens=tokens, length=length, longest=most)
     if int(read.max()) >= original.get_input_embeddings().num_embeddings:
         raise ConversionError(f"{plan.source.name}: its tokenizer has ids that the model has no embedding for")
     writer = original if original.device == device else copy.deepcopy(original).to(device)

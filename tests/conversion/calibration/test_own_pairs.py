@@ -163,7 +163,7 @@ def test_what_cannot_be_made_is_replaced_or_refused(tmp_path: Path) -> None:
         convert(tmp_path / "t5", tmp_path / "asked", 1, calibrate="own,python")
     trained_tokenizer().save_pretrained(tmp_path / "t5")
     (tmp_path / "short.txt").write_text("import numpy")
-    with pytest.raises(ConversionError, match="short.txt: no 16 tokens of text in a row"):
+    with pytest.raises(ConversionError, match=r"short\.txt: no 16 tokens of text in a row"):
         convert(tmp_path / "t5", tmp_path / "asked", 1, calibrate=str(tmp_path / "short.txt"), calibration_length=16)
 
 
