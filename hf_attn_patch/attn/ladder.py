@@ -15,11 +15,17 @@ from .crossovers import SHIPPED, crossovers, has_many_rows, is_small
 from .request import AttentionRequest
 from .visibility import DENSE, FULL
 
-_CPU = ("torch_sdpa", "reference", "triton_decode", "torch_varlen", "flex", "flash4", "flash3", "flash2")
-_AMD = ("torch_sdpa", "flex", "reference", "torch_varlen", "triton_decode", "flash4", "flash3", "flash2")
-_DECODE = ("triton_decode", "flash3", "torch_sdpa", "flash4", "torch_varlen", "flash2", "flex", "reference")
-_FULL = ("flash4", "flash3", "torch_sdpa", "flash2", "torch_varlen", "flex", "reference", "triton_decode")
-_MASKED = ("flash4", "flash3", "flash2", "torch_varlen", "flex", "torch_sdpa", "reference", "triton_decode")
+_CPU = ("torch_sdpa", "reference", "triton_decode", "triton_bias", "torch_varlen", "flex", "flash4", "flash3", "flash2")
+_AMD = ("torch_sdpa", "flex", "reference", "torch_varlen", "triton_decode", "triton_bias", "flash4", "flash3", "flash2")
+_DECODE = (
+    "triton_decode", "flash3", "torch_sdpa", "flash4", "torch_varlen", "flash2", "flex", "reference", "triton_bias",
+)  # fmt: skip
+_FULL = (
+    "flash4", "flash3", "torch_sdpa", "flash2", "torch_varlen", "flex", "reference", "triton_decode", "triton_bias",
+)  # fmt: skip
+_MASKED = (
+    "flash4", "flash3", "flash2", "torch_varlen", "flex", "torch_sdpa", "reference", "triton_decode", "triton_bias",
+)  # fmt: skip
 
 
 def order(request: AttentionRequest) -> tuple[str, ...]:

@@ -53,6 +53,7 @@ RANGES = {
     "flex": (75, 1000),
     "torch_sdpa": (70, 1000),
     "triton_decode": (70, 1000),
+    "triton_bias": (80, 1000),
     "reference": (0, 1000),
 }
 
@@ -61,7 +62,7 @@ RANGES = {
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_each_backend_says_what_it_refuses(capability: int, backend: str) -> None:
     least, below = RANGES[backend]
-    asked = request(capability, decode=backend == "triton_decode")
+    asked = request(capability, decode=backend == "triton_decode", bias=backend == "triton_bias")
     reason = dispatch.backend(backend).refuses(asked)
     assert (reason is None) == (least <= capability < below)
     if reason is not None:

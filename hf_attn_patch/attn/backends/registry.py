@@ -7,7 +7,7 @@ from collections.abc import Callable
 from hf_attn_patch.errors import AttentionError
 from hf_attn_patch.handle import Handle
 
-from . import flash2, flash3, flash4, flex, reference, torch_sdpa, torch_varlen, triton_decode
+from . import flash2, flash3, flash4, flex, reference, torch_sdpa, torch_varlen, triton_bias, triton_decode
 from .base import Backend
 
 _ours: dict[str, Backend] = {
@@ -15,6 +15,7 @@ _ours: dict[str, Backend] = {
     "flash3": flash3,
     "flash2": flash2,
     "triton_decode": triton_decode,
+    "triton_bias": triton_bias,
     "torch_sdpa": torch_sdpa,
     "torch_varlen": torch_varlen,
     "flex": flex,
