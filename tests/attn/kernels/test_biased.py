@@ -60,10 +60,12 @@ def results(function, tensors, grad, dtype=None):
 def check(tensors, call, kept=None):
     q, _, v, _ = tensors
     grad = torch.randn(*q.shape[:3], v.shape[3]).to(DEVICE, q.dtype)
-    mine = results(lambda *t: biased_attention(*t, call), tensors, grad)
-    low = results(lambda *t: textbook(*t, call, None if kept is None else kept.to(q.dtype)), tensors, grad)
+    mine = results(lambda q, k, v, bias: biased_attention(q, k, v, bias, call), tensors, grad)
+    low = results(
+        lambda q, k, v, bias: textbook(q, k, v, bias, call, None if kept is None else kept.to(q.dtype)), tensors, grad
+    )
     wide = None if kept is None else kept.double()
-    ref = results(lambda *t: textbook(*t, call, wide), tensors, grad, torch.float64)
+    ref = results(lambda q, k, v, bias: textbook(q, k, v, bias, call, wide), tensors, grad, torch.float64)
     for a, b, c, factor in zip(mine, low, ref, (2.0, 3.0, 3.0, 3.0, 3.0), strict=True):
         assert a.dtype == b.dtype
         assert_conforms(a, b, c, factor=factor)
@@ -92,7 +94,7 @@ def made(B, HKV, G, Sq, Sk, D, Dv, bias_shape, dtype, bias_dtype, seed=0):
 def test_conforms(dtype, B, heads, Sq, Sk, D, bias_shape, sides, bounded, mask, wide, seed):
     HKV, G = heads
     call = Biased(D[0] ** -0.5, sides)
-    tensors = made(B, HKV, G, Sq, Sk, *D, bias_shape, dtype, torch.float32 if wide else dtype, seed)
+    tensors = made(B, HKV, G, Sq, Sk, D[0], D[1], bias_shape, dtype, torch.float32 if wide else dtype, seed)
     if bounded:
         first = torch.randint(0, Sk, (B,), dtype=torch.int32)
         end = first + torch.randint(0, Sk + 1, (B,), dtype=torch.int32)
@@ -106,7 +108,9 @@ def test_conforms(dtype, B, heads, Sq, Sk, D, bias_shape, sides, bounded, mask, 
 def test_what_all_keys_share_changes_nothing():
     """A bias without an axis of keys: softmax does not feel it, and its gradient is zero but for rounding."""
     q, k, v, bias = made(2, 1, 2, 9, 17, 16, 16, (False, True, True, False), torch.float32, torch.float32)
-    out, *grads = results(lambda *t: biased_attention(*t, Biased(0.25)), (q, k, v, bias), torch.randn_like(q))
+    out, *grads = results(
+        lambda q, k, v, bias: biased_attention(q, k, v, bias, Biased(0.25)), (q, k, v, bias), torch.randn_like(q)
+    )
     torch.testing.assert_close(out, textbook(q, k, v, torch.zeros(1, device=DEVICE), Biased(0.25)))
     assert grads[3].shape == bias.shape
     torch.testing.assert_close(grads[3], torch.zeros_like(bias), atol=1e-5, rtol=0)
@@ -152,8 +156,10 @@ def test_dropout(bias_shape):
     v = torch.randn(B, 2, Sk, 16, device=DEVICE)
     grad = torch.randn(B, 4, Sq, 16, device=DEVICE)
     torch.manual_seed(5)
-    mine = results(lambda *t: biased_attention(*t, call), (q, k, v, bias), grad)
-    truth = results(lambda *t: textbook(*t, call, kept.double()), (q, k, v, bias), grad, torch.float64)
+    mine = results(lambda q, k, v, bias: biased_attention(q, k, v, bias, call), (q, k, v, bias), grad)
+    truth = results(
+        lambda q, k, v, bias: textbook(q, k, v, bias, call, kept.double()), (q, k, v, bias), grad, torch.float64
+    )
     for a, b in zip(mine, truth, strict=True):
         torch.testing.assert_close(a, b.float(), atol=2e-5, rtol=1e-4)
     assert not torch.equal(biased_attention(q, k, v, bias, call), mine[0])  # the next call drops others
