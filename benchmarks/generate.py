@@ -85,6 +85,7 @@ FORMS = (
     Form(OURS, OURS, OFF),
     Form(f"{OURS}, growing cache", OURS, (("cuda_graphs", False),)),
     Form("enable(model)", OURS, ()),
+    Form('enable(model, cuda_graphs="unfused")', OURS, (("cuda_graphs", "unfused"),)),
     Form("enable(model), tokens chosen one at a time", OURS, (), one_by_one=True),
     Form("enable(model), sampling (top-k 50, top-p .9)", OURS, (), sampling=True),
     Form('enable(model, cuda_graphs="compiled")', OURS, (("cuda_graphs", "compiled"),)),

@@ -48,7 +48,8 @@ def enable(
             :func:`~hf_attn_patch.decoding.cuda_graphs.use_cuda_graphs`). "auto": wherever they can be; what cannot be
             recorded runs as it always did, and the log says why, once, as information. True: the same, and a warning
             says why. "compiled": steps of the model compiled by torch.compile, the fastest, after a minute of
-            compiling. False: no more; None: as it is.
+            compiling. "unfused": as True, each operator of the model with its own kernels; else several small ones
+            share one wherever that is as exact (``explain(model)`` says where). False: no more; None: as it is.
 
     Returns:
         The model.
@@ -66,10 +67,10 @@ def enable(
         backend_named(backend)
     if cache not in (None, "auto", "growing"):
         raise AttentionError(f"there is no cache {cache!r}; choose 'growing', or None for the model's own")
-    if isinstance(cuda_graphs, str) and cuda_graphs not in ("auto", "compiled"):
-        raise AttentionError(f"cuda_graphs={cuda_graphs!r} is not known; choose True, 'compiled' or False")
+    if isinstance(cuda_graphs, str) and cuda_graphs not in ("auto", "compiled", "unfused"):
+        raise AttentionError(f"cuda_graphs={cuda_graphs!r} is not known; choose True, 'compiled', 'unfused' or False")
     generates = any(isinstance(module, GenerationMixin) for module in model.modules())
-    if not generates and (cache == "growing" or cuda_graphs in (True, "compiled")):
+    if not generates and (cache == "growing" or cuda_graphs in (True, "compiled", "unfused")):
         raise AttentionError(f"{type(model).__name__} cannot generate: it has no use for cache= and cuda_graphs=")
     register()
     model.set_attn_implementation(NAME)
@@ -111,7 +112,8 @@ def _speed_up_generate(model: torch.nn.Module, cache: str | None, cuda_graphs: b
     elif cuda_graphs == "auto" and not can_record_here():
         withdraw_cuda_graphs(model, _OWNER)
     elif cuda_graphs is not None:
-        ask_for_cuda_graphs(model, _OWNER, Wish(cuda_graphs == "compiled", loud=cuda_graphs != "auto"))
+        wish = Wish(cuda_graphs == "compiled", loud=cuda_graphs != "auto", fused=cuda_graphs != "unfused")
+        ask_for_cuda_graphs(model, _OWNER, wish)
 
 
 def refuse_outside(model: torch.nn.Module) -> None:

@@ -27,6 +27,10 @@ _MASKED = (
     "flash4", "flash3", "flash2", "torch_varlen", "flex", "torch_sdpa", "reference", "triton_decode", "triton_bias",
 )  # fmt: skip
 
+#: queries of a tree that share a KV head, up to which our kernel, which reads K and V again for every 64 of them, beats
+#: cuDNN with a mask of scores (one H100: benchmarks/results/recorded_step.md)
+TREE_ROWS = 256
+
 
 def order(request: AttentionRequest) -> tuple[str, ...]:
     """All backends, the one that was measured fastest for this kind of request first."""
@@ -40,6 +44,8 @@ def _ours(request: AttentionRequest) -> tuple[str, ...]:
         return _CPU
     if request.q_class < 17 and not request.grad:  # decoding: bytes, not arithmetic
         return _first(rival(request), _DECODE) if has_many_rows(request) else _DECODE
+    if request.tree and request.rows <= TREE_ROWS:
+        return _first("triton_decode", _MASKED)
     if request.visibility == FULL and not request.windowed and not request.bias:
         return _first("torch_sdpa", _FULL) if is_small(request) else _FULL
     if (request.bias or request.visibility == DENSE) and kernel(request) == "cudnn":

@@ -16,12 +16,16 @@ from hf_attn_patch.compat.torch import deterministic_algorithms
 from hf_attn_patch.errors import AttentionError as AttentionError
 
 from .devices import device_of, half_of
-from .visibility import FULL, Sides, Visibility, VisibilityFacts
+from .visibility import DENSE, FULL, Sides, Visibility, VisibilityFacts
 
 
 def query_class(q_len: int) -> int:
     """The class of a number of queries: 1, 16 (2 to 16 of them) or 17 (more)."""
     return 1 if q_len == 1 else (16 if q_len <= 16 else 17)
+
+
+#: queries of a tree of guesses at most, and how many keys there are for each at least
+TREE_QUERIES, TREE_KEYS = 64, 8
 
 
 class AttentionRequest(NamedTuple):
@@ -41,7 +45,7 @@ class AttentionRequest(NamedTuple):
     q_class: int
     work_bits: int  # -1 where the lengths are not known (torch.compile)
     streams: int  # B * HKV, the K and V to read; -1 where it is not known
-    rows: int  # G * Sq, the queries that share a KV head, of 1 to 16 queries; else 0
+    rows: int  # G * Sq, the queries that share a KV head, of 1 to 16 queries and of a tree; else 0
     square: bool  # as many queries as keys, after the cut of the key axis
     visibility: str  # the kind of the visibility: "full", "padded", "packed" or "dense"
     causal: bool
@@ -56,6 +60,7 @@ class AttentionRequest(NamedTuple):
     per_head_mask: bool
     deterministic: bool
     tracing: bool
+    tree: bool = False  # 17 to 64 queries over many more keys, with a mask or bias of their own: speculative decoding
 
     @property
     def group_size(self) -> int:
@@ -73,7 +78,9 @@ class AttentionRequest(NamedTuple):
             f"{str(self.dtype).removeprefix('torch.')} on {self.device}",
             f"{self.heads} query and {self.kv_heads} KV heads of {self.head_dim}"
             + (f"/{self.value_dim}" if self.value_dim != self.head_dim else ""),
-            {1: "1 query", 16: "2 to 16 queries", 17: "more than 16 queries"}[self.q_class],
+            {1: "1 query", 16: "2 to 16 queries", 17: "17 to 64 queries" if self.tree else "more than 16 queries"}[
+                self.q_class
+            ],
             {"full": "no padding", "padded": "padded", "packed": "packed documents", "dense": "a dense mask"}[
                 self.visibility
             ],
@@ -254,6 +261,9 @@ def request_of(kind: CallKind, *, tracing: bool = False) -> AttentionRequest:
     """What backends are asked for a kind of call. tracing: its lengths are torch.compile's, and may not be known."""
     (B, HQ, Sq, D), (_, HKV, Sk, Dv) = kind.q, kind.v
     seen, device = kind.seen, device_of(kind.device)
+    tree = False
+    if not (tracing or kind.grad) and 16 < Sq <= TREE_QUERIES:
+        tree = TREE_KEYS * Sq <= Sk and (kind.bias or seen.kind == DENSE)
     return AttentionRequest(
         device=device.device,
         capability=device.capability,
@@ -265,7 +275,7 @@ def request_of(kind: CallKind, *, tracing: bool = False) -> AttentionRequest:
         q_class=query_class(Sq),
         work_bits=-1 if tracing else (B * HQ * Sq * Sk * D).bit_length(),
         streams=-1 if tracing else B * HKV,
-        rows=0 if tracing or Sq > 16 else HQ // HKV * Sq,
+        rows=0 if tracing or not (tree or Sq <= 16) else HQ // HKV * Sq,
         square=Sq == seen.keys,
         visibility=seen.kind,
         causal=seen.causal,
@@ -280,6 +290,7 @@ def request_of(kind: CallKind, *, tracing: bool = False) -> AttentionRequest:
         per_head_mask=seen.per_head_mask,
         deterministic=kind.deterministic,
         tracing=tracing,
+        tree=tree,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -171,6 +172,23 @@ def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
         return
     for target, source in zip(targets, sources, strict=True):
         target.copy_(source)
+
+
+@functools.lru_cache(4096)
+def is_composite(operator: Any) -> bool:
+    """Whether an operator is made of others alone and has ``decompose``: under inference mode those reach a dispatch
+    mode whole. torch 2.11 to 2.13; where that cannot be asked, none is."""
+    can = getattr(operator, "_can_decompose", None)
+    composite = "CompositeImplicitAutograd"
+    return can is not None and torch._C._dispatch_has_kernel_for_dispatch_key(operator.name(), composite) and can()
+
+
+def operators_are_watched() -> bool:
+    """Whether a dispatch mode wants to see each operator (torch 2.11 to 2.13; never, where that cannot be asked)."""
+    return _dispatch_modes() > 0
+
+
+_dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
 
 
 def missing_operators(names: Iterable[str]) -> list[str]:

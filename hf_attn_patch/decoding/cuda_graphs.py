@@ -30,6 +30,7 @@ from hf_attn_patch.compat.torch import forward_hooks
 from hf_attn_patch.compat.transformers import captures_outputs, has_accelerate_hook
 from hf_attn_patch.handle import Handle, of_each
 
+from . import fusing
 from .generating import leave_generate, stand_before_generate
 from .recorded_forward import RecordedForward, Wish, _states, state_of
 
@@ -80,7 +81,7 @@ def _without_self(method: Callable[..., Any], _: Any, *args: Any, **kwargs: Any)
     return method(*args, **kwargs)
 
 
-def use_cuda_graphs(model: torch.nn.Module, compiled: bool = False) -> Handle:
+def use_cuda_graphs(model: torch.nn.Module, compiled: bool = False, fused: bool = True) -> Handle:
     """Record the decoding steps of a model with a :class:`GrowingCache` as CUDA graphs, in ``generate`` and in loops
     that call the model with one new token a row.
 
@@ -90,6 +91,8 @@ def use_cuda_graphs(model: torch.nn.Module, compiled: bool = False) -> Handle:
         compiled: compile the steps with torch.compile before they are recorded: faster by a third or so (norms, rotary
             embeddings and the like are fused, and the products of a single row are made anew), for up to a minute at
             the first step of a process.
+        fused: without compiling, several small operators (norms, rotary embeddings, gated activations, products of one
+            row) as one kernel, wherever that was found as exact on the model itself (``fusing.py``).
 
     Returns:
         a handle that undoes it. Asked for several times, the last that was not undone counts.
@@ -97,7 +100,7 @@ def use_cuda_graphs(model: torch.nn.Module, compiled: bool = False) -> Handle:
     Raises:
         TypeError: if nothing in ``model`` can generate.
     """
-    return ask_for_cuda_graphs(model, object(), Wish(compiled))
+    return ask_for_cuda_graphs(model, object(), Wish(compiled, fused=fused))
 
 
 def ask_for_cuda_graphs(model: torch.nn.Module, owner: Any, wish: Wish) -> Handle:
@@ -139,8 +142,18 @@ def recording_of(model: torch.nn.Module) -> str | None:
     module: Any = asked[0]
     reason = state_of(module).refused or why_not(module)
     compiled = module.__dict__["forward"].__func__.compiles and not state_of(module).uncompiled
-    how = "compiled and recorded as CUDA graphs" if compiled else "recorded as CUDA graphs"
+    how = "compiled and recorded as CUDA graphs" if compiled else f"recorded as CUDA graphs{_fused(module)}"
     return how if reason is None else f"not recorded as CUDA graphs: {reason}"
+
+
+def _fused(module: Any) -> str:
+    """What was fused in a model's recorded steps, or why nothing was; empty before there is one."""
+    told = fusing.told.get(module)
+    if not told:
+        return ""
+    if isinstance(told, str):
+        return f", each operator with its own kernels ({told})"
+    return f", with one kernel each for {', '.join(f'{n} {kind}' for kind, n in sorted(told.items()))}"
 
 
 def _change(module: Any, change: Callable[[dict[Any, Wish]], dict[Any, Wish]]) -> None:
@@ -153,6 +166,7 @@ def _change(module: Any, change: Callable[[dict[Any, Wish]], dict[Any, Wish]]) -
         inner = type(module).forward if own is None else functools.partial(_without_self, own)
         before = {}
     asked = change(before)
+    fusing.told.pop(module, None)
     _states.pop(module, None)  # whoever asks again may have removed what was in the way
     if asked and [*asked.items()] == [*before.items()]:
         return

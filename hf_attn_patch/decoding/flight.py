@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from .next_token import Choosing, NextToken
-from .step import Step, StepCall, UnfitError, growing_of
+from .outputs import UnfitError
+from .step import Step, StepCall, growing_of
 from .step_layers import StepRoom, advance
 
 IN_FLIGHT = 2  # steps that are started before the host looks at the one before them
@@ -28,7 +29,7 @@ class ChoosingStep(Step):
     """A step that goes on from what the one before it chose.
 
     Args:
-        model, inner, compiled, call, room: as of a :class:`Step`.
+        model, inner, compiled, fuses, call, room: as of a :class:`Step`.
         how: how tokens are chosen.
         vocabulary: V, of the model's logits [B, 1, V].
         moving: the names of the arguments that grow by one with each token (positions).
@@ -39,6 +40,7 @@ class ChoosingStep(Step):
         model: torch.nn.Module,
         inner: Callable[..., Any],
         compiled: bool,
+        fuses: bool,
         call: StepCall,
         room: StepRoom,
         *,
@@ -46,7 +48,7 @@ class ChoosingStep(Step):
         vocabulary: int,
         moving: tuple[str, ...],
     ) -> None:
-        super().__init__(model, inner, compiled, call, room)
+        super().__init__(model, inner, compiled, fuses, call, room)
         self.tokens_name, self.moving = call.tokens_name, moving
         self.choosing = Choosing(how, vocabulary, call.tokens, self.steps_left(room))
 

@@ -38,8 +38,9 @@ from hf_attn_patch.compat.transformers import captures_outputs
 
 from .flight import ChoosingStep, Flight, Landing, moving_names
 from .next_token import NextToken
+from .outputs import UnfitError
 from .recorded_forward import recorder_of, state_of
-from .step import SHORT, WARM, UnfitError, growing_of
+from .step import SHORT, WARM, growing_of
 
 logger = logging.getLogger("hf_attn_patch")
 

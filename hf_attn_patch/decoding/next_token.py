@@ -17,7 +17,7 @@ from transformers.generation import EosTokenCriteria, MaxLengthCriteria, MaxTime
 
 from hf_attn_patch.compat.generation import pad_token
 
-from .step import UnfitError
+from .outputs import UnfitError
 
 #: these read the scores alone, and wait for nothing: they are called as they are
 _OF_SCORES = frozenset(

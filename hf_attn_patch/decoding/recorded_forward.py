@@ -19,7 +19,8 @@ from hf_attn_patch.compat.transformers import attention_name
 from hf_attn_patch.hf.attention_function import NAME
 
 from .capture import WaitsError
-from .step import Step, StepCall, Steps, UnfitError, growing_of, is_prompt, tensors_of
+from .outputs import UnfitError, tensors_of
+from .step import Step, StepCall, Steps, growing_of, is_prompt
 from .step_layers import StepRoom, advance, reserve
 
 logger = logging.getLogger("hf_attn_patch")
@@ -30,10 +31,11 @@ _inside = threading.local()
 
 
 class Wish(NamedTuple):
-    """How somebody wants steps recorded: compiled before, and told loudly where they are not."""
+    """How somebody wants steps recorded: compiled before, told loudly where they are not, with fewer kernels."""
 
     compiled: bool
     loud: bool = True
+    fused: bool = True
 
 
 class ModelState:
@@ -102,7 +104,7 @@ class RecordedForward:
         self.inner, self.arguments, self.why_not = inner, arguments, why_not
         self.asked = asked  # by whom, and how: the last one counts
         self.loud = any(wish.loud for wish in asked.values())
-        self.compiles = [*asked.values()][-1].compiled
+        self.compiles, _, self.fuses = [*asked.values()][-1]
         self._compiled: dict[bool, Callable[..., Any]] = {}
         functools.update_wrapper(self, inner)
 
@@ -156,7 +158,7 @@ class RecordedForward:
             reason = "rows that share a prompt are gone over in parts, which torch.compile cannot trace"
             state.say(model, reason, self.loud, True)
             compiles = False
-        return model, self._compiled_for(call) if compiles else self.inner, compiles, call, room
+        return model, self._compiled_for(call) if compiles else self.inner, compiles, self.fuses, call, room
 
     def _compiled_for(self, call: StepCall) -> Callable[..., Any]:
         """The forward, compiled. Of one row's products inductor makes kernels of its own, which read the weights faster

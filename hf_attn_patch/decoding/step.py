@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import weakref
 from collections.abc import Callable
@@ -16,8 +17,12 @@ from hf_attn_patch.attn.choice import asked_for
 from hf_attn_patch.cache.growing_cache import GrowingCache
 from hf_attn_patch.compat.torch import any_length
 
+from . import fusing
 from .capture import Recording, Repetition, record, rehearse
+from .fusing import Fused
+from .outputs import CACHE, UnfitError, map_output, tensors_of
 from .step_layers import StepRoom, TokenPlace, settle, standing_in, step_layers
+from .tape import Tape
 
 REHEARSALS = 1  # steps that run unrecorded first, watched for what cannot be recorded
 COMPILATIONS = 1  # steps before those, of a compiled model: compiling waits for the device
@@ -25,19 +30,22 @@ MOST_STEPS = 4  # recordings kept for one cache
 PAYS = 8  # runs that a recording must have served on average, after the first few
 WARM = 1  # steps after a prompt that run unrecorded: an answer of a word or two is over before a recording pays
 SHORT = 8  # nor does it pay for fewer steps than these, where their number is known
+FUSED_SHORT = 96  # nor to write a step down for fewer than these: it takes what some 70 fused steps save
 CONSTANT = 1 << 18  # inputs of more elements are used where they are, not copied
 MASK_STEP = 1024  # columns that a mask grows by where no buffer says how long it can get
-
-
-class UnfitError(Exception):
-    """A step that cannot be recorded, with the reason."""
 
 
 class Step:
     """One form of a decoding step for one cache: the memory of its inputs, and its recording."""
 
     def __init__(
-        self, model: torch.nn.Module, inner: Callable[..., Any], compiled: bool, call: StepCall, room: StepRoom
+        self,
+        model: torch.nn.Module,
+        inner: Callable[..., Any],
+        compiled: bool,
+        fuses: bool,
+        call: StepCall,
+        room: StepRoom,
     ) -> None:
         self.model, self.inner = weakref.ref(model), inner
         self.unwatched = COMPILATIONS if compiled else 0
@@ -59,6 +67,12 @@ class Step:
                 any_length(tensor, dim)
         self.runs = 0
         self.recording: Recording | Repetition | None = None
+        pays = not 0 <= room.expected - room.position < FUSED_SHORT
+        self.fuses = fuses and pays and not compiled and fusing.can_fuse(call.device)
+        self.tokens_form = call.tokens.shape, call.device
+        self.tape: Tape | None = None  # while the step is written down
+        self.written: Any = None  # the output of the forward that was written down
+        self.fused: Fused | None = None
 
     def fits(self, call: StepCall, room: StepRoom) -> bool:
         """Whether it writes to the cache's memory as it is now, and the mask has room."""
@@ -74,28 +88,37 @@ class Step:
 
     def forward(self, cache: Any) -> Any:
         """The model on the step's own memory; leaves the cache as it found it, but for K and V."""
+        if self.fused is not None:
+            return self.fused.run(cache)
         growing = growing_of(cache)
-        with standing_in(growing, step_layers(growing, self.room, self.place)):
-            return self.inner(self.model(), **self.kwargs, **{self.cache_name: cache})
+        with standing_in(growing, step_layers(growing, self.room, self.place)), self.tape or contextlib.nullcontext():
+            output = self.inner(self.model(), **self.kwargs, **{self.cache_name: cache})
+        if self.tape is not None:
+            if not fusing.is_known(self.model(), self.tape, self.tokens_form):
+                self.tape.run_again()
+            self.written = map_output(output, lambda t: t, cache, CACHE)
+        return output
 
     def work(self, cache: Any) -> Any:
         """What is recorded: the model's forward, and its output."""
         output = self.forward(cache)
         self.place.advance()
-        return _map(output, lambda t: t, cache, _CACHE)
+        return map_output(output, lambda t: t, cache, CACHE)
 
     def run(self, cache: Any) -> Any:
         """Run the step on what was loaded; its output is the caller's."""
         result = self.launch(cache)
         constants = {id(t) for t in self.kwargs.values() if isinstance(t, Tensor)}
         # a copy: the next run writes to the same memory
-        return _map(result, lambda t: t if id(t) in constants else t.clone(), _CACHE, cache)
+        return map_output(result, lambda t: t if id(t) in constants else t.clone(), CACHE, cache)
 
     def launch(self, cache: Any) -> Any:
         """Start the step: unrecorded at first, then recorded. What it gives is overwritten by the next one."""
         if self.recording is None:
             if self.runs < self.unwatched + REHEARSALS:
+                self.tape = self._new_tape() if self.fuses else None
                 result = rehearse(functools.partial(self.work, cache), self.device, self.runs >= self.unwatched)
+                self._fuse()
             else:
                 held = weakref.ref(cache)
                 self.recording = record(lambda: self.work(held()), self.device)
@@ -105,35 +128,30 @@ class Step:
         self.place.advanced()
         return result
 
+    def _new_tape(self) -> Tape:
+        tape = Tape()
+        for value in self.kwargs.values():
+            if isinstance(value, (Tensor, ModelOutput, tuple, list)):
+                for tensor in tensors_of(value, CACHE):
+                    tape.give(tensor)
+        return tape
 
-_CACHE = object()  # stands for the cache in a result that is kept, which must not keep the cache
+    def _fuse(self) -> None:
+        """From what was written down to fewer kernels; where that fails, the step is recorded as it is."""
+        tape, self.tape, model = self.tape, None, self.model()
+        if tape is None or model is None:
+            return
+        try:
+            self.fused = Fused(model, tape, self.written, self.tokens_form)
+            fusing.told[model] = self.fused.kinds
+        except Exception as error:  # a model may run anything; nothing is lost but speed
+            kind = "" if isinstance(error, UnfitError) else f"{type(error).__name__}: "
+            fusing.told[model] = f"{kind}{error}".split("\n")[0]
+        self.written = None
 
 
 def growing_of(cache: Any) -> Any:
     return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
-
-
-def _map(value: Any, function: Callable[[Tensor], Tensor], old: Any, new: Any) -> Any:
-    """A model's output with ``function`` of its tensors, and ``new`` for ``old``."""
-    if value is old:
-        return new
-    if isinstance(value, Tensor):
-        return function(value)
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, ModelOutput):
-        return type(value)(**{k: _map(v, function, old, new) for k, v in value.items()})
-    if type(value) in (tuple, list):
-        return type(value)(_map(v, function, old, new) for v in value)
-    if type(value) is dict:
-        return {k: _map(v, function, old, new) for k, v in value.items()}
-    raise UnfitError(f"it returns a {type(value).__name__}")
-
-
-def tensors_of(output: Any, cache: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-    _map(output, lambda t: found.append(t) or t, cache, None)  # type: ignore[func-returns-value]
-    return found
 
 
 class StepCall:

@@ -17,6 +17,7 @@ from hf_attn_patch.attn.visibility import Dense
 from hf_attn_patch.compat.ground import changed
 from hf_attn_patch.compat.layer_keywords import named_by
 from hf_attn_patch.compat.mask_functions import taken_apart
+from hf_attn_patch.compat.torch import operators_are_watched
 from hf_attn_patch.compat.transformers import attention_name, goes_through_interface
 from hf_attn_patch.errors import AttentionError
 
@@ -107,9 +108,11 @@ def _refuse_unheard(further: dict[str, Any]) -> None:
 def _pattern(stock: dict[str, Any], parts: dict[str, Any]) -> Pattern:
     """What was asked for (``stock``: by transformers' names) and what the mask function closes over, as one pattern."""
     q_offset, kv_offset, kv_length = stock["q_offset"], stock["kv_offset"], stock["kv_length"]
+    watched = operators_are_watched()  # whoever writes them down cannot write down a number
     if isinstance(q_offset, Tensor):
-        q_offset = q_offset.clone() if q_offset.device.type != "cpu" else int(q_offset)  # which moves on
-    if isinstance(kv_offset, Tensor) and kv_offset.device.type == "cpu":
+        stays = q_offset.device.type != "cpu" or watched
+        q_offset = q_offset.clone() if stays else int(q_offset)  # which moves on
+    if isinstance(kv_offset, Tensor) and kv_offset.device.type == "cpu" and not watched:
         kv_offset = int(kv_offset)
     return Pattern(
         stock["batch_size"],
@@ -230,7 +233,8 @@ def _keys_of(attention_mask: Tensor, kv_length: int, kv_offset: int | Tensor) ->
     if missing > 0:
         attention_mask = torch.nn.functional.pad(attention_mask, (0, missing))
     keys = attention_mask[:, kv_offset : kv_offset + kv_length].to(torch.bool, copy=True)
-    return None if keys.device.type == "cpu" and bool(keys.all()) else keys
+    looks = keys.device.type == "cpu" and not operators_are_watched()
+    return None if looks and bool(keys.all()) else keys
 
 
 def read_mask_function(function: Callable[..., Any]) -> dict[str, Any] | None:

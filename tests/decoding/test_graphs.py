@@ -107,7 +107,7 @@ def test_turned_off_again() -> None:
 
 
 def test_an_unknown_way_is_refused() -> None:
-    with pytest.raises(AttentionError, match="'compile' is not known; choose True, 'compiled' or False"):
+    with pytest.raises(AttentionError, match="'compile' is not known; choose True, 'compiled', 'unfused' or False"):
         hf_attn_patch.enable(build("llama", "cpu"), cuda_graphs="compile")
 
 
@@ -125,7 +125,7 @@ def test_one_line_gives_all_of_it(caplog: pytest.LogCaptureFixture) -> None:
     torch.testing.assert_close(out.sequences, expected, rtol=0, atol=0)
     assert type(cache_of_output(out)) is hf_attn_patch.GrowingCache
     assert recorded(model) == 1
-    assert "Decoding steps are recorded as CUDA graphs." in str(hf_attn_patch.explain(model))
+    assert "Decoding steps are recorded as CUDA graphs" in str(hf_attn_patch.explain(model))
     assert not [message for message in caplog.messages if "decoding steps of" in message]
     before = dict(vars(model))
     hf_attn_patch.enable(model)

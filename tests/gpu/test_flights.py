@@ -15,6 +15,12 @@ from hf_attn_patch.decoding import flight
 
 pytestmark = pytest.mark.gpu
 
+
+@pytest.fixture(autouse=True)
+def _fused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_attn_patch.decoding.step.FUSED_SHORT", 0)
+
+
 build = functools.partial(decoding.build, device="cuda")
 batch = functools.partial(decoding.batch, "cuda")
 ENDS = list(range(5, 40))

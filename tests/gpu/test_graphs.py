@@ -15,9 +15,16 @@ from transformers import DynamicCache
 
 import hf_attn_patch
 from hf_attn_patch.cache.growing_cache import GrowingCache
+from hf_attn_patch.decoding import fusing
 from hf_attn_patch.decoding import step as recorded_step
 
 pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def _fused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorded_step, "FUSED_SHORT", 0)
+
 
 build = functools.partial(decoding.build, device="cuda")
 batch = functools.partial(decoding.batch, "cuda")
@@ -34,6 +41,9 @@ def test_same_tokens_as_a_dynamic_cache(family: str, padded: bool, caplog: pytes
     torch.testing.assert_close(out.sequences, expected, rtol=0, atol=0)
     assert not [r for r in caplog.messages if "not recorded" in r]
     assert recorded(model) == 1
+    told = fusing.told[model]
+    assert not isinstance(told, str), told
+    assert sum(told.values()) >= 2
     hf_attn_patch.enable(model, cuda_graphs=False)
     torch.testing.assert_close(generate(model, inputs), expected, rtol=0, atol=0)
 

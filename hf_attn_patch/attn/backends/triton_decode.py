@@ -1,4 +1,7 @@
-"""Our own Triton kernel for 1 to 16 queries: the group's queries in one tile, so that K and V are read once."""
+"""Our own Triton kernel for 1 to 16 queries, and for trees of up to 64 with a mask of their own.
+
+The group's queries are one tile, so that K and V are read once.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from hf_attn_patch.attn.devices import generation, lacks, needs_nvidia, no_bf16,
 from hf_attn_patch.attn.kernels.decode_plan import power_of_two
 from hf_attn_patch.attn.request import AttentionRequest, Operands, new_tuple
 from hf_attn_patch.attn.visibility import PACKED, Dense, Full, Padded, Visibility
+from hf_attn_patch.compat.torch import operators_are_watched
 
 from ._common import cut, cut_bias
 
@@ -33,8 +37,8 @@ def refuses(request: AttentionRequest) -> str | None:
     """Why not, or None."""
     if not _interpreted() and (reason := needs_nvidia(request, 70)):
         return reason
-    if request.q_class > 16:
-        return "takes at most 16 queries"
+    if request.q_class > 16 and not request.tree:
+        return "takes at most 16 queries, or 64 with a mask over 8 times as many keys"
     if request.grad:
         return "has no backward"
     if request.dropout:
@@ -82,7 +86,7 @@ def shorter(request: AttentionRequest, seen: Visibility) -> Callable[..., tuple[
     window = None if left is None else left + 1
 
     def straight(q: Tensor, k: Tensor, v: Tensor, request: AttentionRequest, operands: Operands) -> tuple[Tensor, None]:
-        if type(q) is not Tensor:  # what only looks like a tensor goes through the registered operator
+        if type(q) is not Tensor or operators_are_watched():  # both want the registered operator
             return run(q, k, v, request, operands)
         scale, softcap, sinks = operands.scale, operands.softcap, operands.sinks
         numbers = (q, k, v, None, None, None, None, None, sinks, scale, causal, window, softcap, False)

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from hf_attn_patch.compat.torch import operators_are_watched
+
 from .decode_launch import DTYPES, MAX_HEAD_DIM, MAX_QUERIES, SHORT, DecodeOperands, launch
 from .mask_bounds import mask_bounds
 
@@ -107,8 +109,8 @@ def grouped_decode_paged(
 
 
 def _run(o: DecodeOperands) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Through the operator where a graph is traced, or what only looks like a tensor would have no memory."""
-    if torch.compiler.is_compiling() or type(o.q) is not torch.Tensor:
+    """Through the operator where somebody writes operators down, or what only looks like a tensor has no memory."""
+    if torch.compiler.is_compiling() or type(o.q) is not torch.Tensor or operators_are_watched():
         out, lse = torch.ops.hf_attn_patch.grouped_decode(*o)
     else:
         out, lse = launch(o)

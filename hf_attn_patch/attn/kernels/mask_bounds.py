@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from hf_attn_patch.compat.torch import operators_are_watched
 from hf_attn_patch.compat.triton import raw_stream
 
 from .decode_plan import power_of_two
@@ -23,6 +24,12 @@ def mask_bounds(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     Returns:
         Two [B] int32 tensors; equal (and so an empty range) where a row sees nothing.
     """
+    found: tuple[torch.Tensor, torch.Tensor]
+    found = torch.ops.hf_attn_patch.mask_bounds(mask) if operators_are_watched() else _launch(mask)
+    return found
+
+
+def _launch(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     B, H, Sq, Sk = mask.shape
     strides = mask.stride()
     first = torch.empty(B, dtype=torch.int32, device=mask.device)
@@ -34,6 +41,17 @@ def mask_bounds(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         pointers = (mask.data_ptr(), first.data_ptr(), end.data_ptr())
         launch.first(strides, (mask, first, end), pointers, raw_stream(mask.device))
     return first, end
+
+
+_mask_bounds = torch.library.custom_op(
+    "hf_attn_patch::mask_bounds", _launch, mutates_args=(), schema="(Tensor mask) -> (Tensor, Tensor)"
+)
+
+
+@_mask_bounds.register_fake
+def _(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    first = mask.new_empty(mask.shape[0], dtype=torch.int32)
+    return first, torch.empty_like(first)
 
 
 @triton.jit(do_not_specialize=["Sk", "heads", "queries"])

@@ -1,0 +1,283 @@
+"""A model's step written down as the operators that it runs, so that they can be run again without the model, and
+several of them replaced by one.
+
+What is written down is one call with tensors that hold numbers: shapes, memory and constants are those of that call,
+which a recorded step keeps anyway. Kernels that PyTorch does not see (started by Python code, past its operators) are
+not on the tape. Where there may be some, :meth:`Tape.why_not` says so: by memory that is read though nobody wrote it,
+and by operators that, run again (:meth:`Tape.run_again`), give something else than what stands in their memory.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hf_attn_patch.compat.torch import is_composite
+
+_EMPTY = ("empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "resize_", "empty_permuted")
+_TOLERANCE = 2e-2  # operators run again may choose another algorithm, no more
+
+
+NONE = -1  # stands for what an operator returns that is no tensor
+
+
+class Slot(int):
+    """The number of a tensor on the tape, where it stands for an argument."""
+
+
+class Nature(NamedTuple):
+    """What an operator does beside computing.
+
+    Attributes:
+        mutates: it writes to its arguments.
+        views: it returns memory of its arguments.
+        draws: it takes random numbers.
+        makes_room: its result is memory that nobody wrote.
+    """
+
+    mutates: bool = False
+    views: bool = False
+    draws: bool = False
+    makes_room: bool = False
+
+    @property
+    def computes(self) -> bool:
+        """It gives the same for the same arguments, and does nothing else."""
+        return not any(self)
+
+
+@functools.lru_cache(4096)
+def nature_of(run: Any) -> Nature:
+    """Of an operator of PyTorch."""
+    schema = run._schema
+    room = schema.name.split("::")[1] in _EMPTY
+    shares = any(r.alias_info is not None for r in schema.returns)
+    draws = torch.Tag.nondeterministic_seeded in run.tags
+    return Nature(schema.is_mutable, shares and not schema.is_mutable, draws, room)
+
+
+class Op:
+    """One operator: what is called with what, and where its results go.
+
+    Args:
+        run: called with the arguments; a function that writes to some of them has the attribute ``writes``.
+        args, kwargs: a :class:`Slot` for each tensor, also in lists and tuples.
+        inputs: all those slots.
+        outputs: slots of the tensors that it returns, flat; :data:`NONE` for what is none.
+    """
+
+    __slots__ = ("args", "inputs", "kwargs", "nature", "outputs", "run")
+
+    def __init__(
+        self, run: Any, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: list[Slot], outputs: list[int]
+    ) -> None:
+        self.run, self.args, self.kwargs, self.inputs, self.outputs = run, args, kwargs, inputs, outputs
+        known = isinstance(run, torch._ops.OpOverload)
+        self.nature = nature_of(run) if known else Nature(getattr(run, "writes", False))
+
+    def __call__(self, values: Sequence[Any]) -> list[Any]:
+        """Run on the tensors of the slots; its results, flat."""
+        args = [values[a] if type(a) is Slot else _filled(a, values) for a in self.args]
+        kwargs = {k: _filled(v, values) for k, v in self.kwargs.items()} if self.kwargs else self.kwargs
+        return flat(self.run(*args, **kwargs))
+
+
+def _filled(value: Any, values: Any) -> Any:
+    """An argument with the tensors of its slots."""
+    if type(value) is Slot:
+        return values[value]
+    if type(value) in (list, tuple):
+        return type(value)(_filled(v, values) for v in value)
+    return value
+
+
+def flat(result: Any) -> list[Any]:
+    """What an operator returned, as a list without lists."""
+    if type(result) in (list, tuple):
+        return [one for part in result for one in flat(part)]
+    return [] if result is None else [result]
+
+
+class Tape(TorchDispatchMode):
+    """Within, operators run and are written down.
+
+    Attributes:
+        ops: in order.
+        values: the tensors of the slots, as they were left by the call.
+        given: slots of the tensors that no operator made.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: list[Op] = []
+        self.values: list[Tensor] = []
+        self.given: set[int] = set()
+        self._slots: dict[int, Slot] = {}
+        self._strange: str | None = None
+        self._wrong: list[Tensor] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if is_composite(func):
+            with self:
+                return func.decompose(*args, **kwargs)
+        inputs: list[Slot] = []
+        told = tuple([self._told(a, inputs) for a in args])
+        told_by_name = {k: self._told(v, inputs) for k, v in kwargs.items()} if kwargs else kwargs
+        result = func(*args, **kwargs)
+        outputs: list[int] = [self._slot(v) if isinstance(v, Tensor) else NONE for v in flat(result)]
+        if NONE in outputs:
+            self._strange = f"it reads numbers of the device ({func})"
+        self.ops.append(Op(func, told, told_by_name, inputs, outputs))
+        return result
+
+    def _told(self, value: Any, inputs: list[Slot]) -> Any:
+        """An argument with slots for its tensors, which are added to ``inputs``."""
+        if isinstance(value, Tensor):
+            inputs.append(self._slot(value, given=True))
+            return inputs[-1]
+        if type(value) in (list, tuple):
+            return type(value)([self._told(v, inputs) for v in value])
+        return value
+
+    def _slot(self, tensor: Tensor, given: bool = False) -> Slot:
+        known = self._slots.get(id(tensor))
+        if known is not None:
+            return known
+        if type(tensor) not in (Tensor, torch.nn.Parameter):
+            self._strange = f"its operators take a {type(tensor).__name__}"
+        slot = self._slots[id(tensor)] = Slot(len(self.values))
+        if given:
+            self.given.add(slot)
+        self.values.append(tensor)  # kept: no other tensor gets its id
+        return slot
+
+    def give(self, tensor: Tensor) -> None:
+        """A tensor that is there before the call, which may return it without an operator."""
+        self._slot(tensor, given=True)
+
+    def slot_of(self, tensor: Tensor) -> Slot | None:
+        """Where a tensor stands on the tape, if it does."""
+        return self._slots.get(id(tensor))
+
+    def memory(self, slot: int) -> int:
+        """What tells the memory of tensors apart; 0 for those that have none."""
+        return self.values[slot].untyped_storage().data_ptr()
+
+    @functools.cached_property
+    def written(self) -> set[int]:
+        """The memory that operators wrote to in place."""
+        found: set[int] = set()
+        for op in self.ops:
+            if op.nature.mutates and not op.nature.makes_room:
+                for argument, value in _by_argument(op):
+                    if argument.alias_info is not None and argument.alias_info.is_write:
+                        found |= {self.memory(v) for v in flat(value) if type(v) is Slot}
+        return found
+
+    def run_again(self) -> None:
+        """Run the operators that write nothing in place once more, right after the call, and compare; waits for
+        nothing."""
+        self._wrong = [
+            _differs(again, self.values[slot])
+            for op in self.ops
+            if op.nature.computes
+            and not any(self.memory(s) in self.written for s in (*op.inputs, *op.outputs) if s != NONE)
+            for again, slot in zip(op(self.values), op.outputs, strict=True)
+            if slot != NONE
+        ]
+
+    def why_not(self, results: Sequence[Tensor] = ()) -> str | None:
+        """Why running the operators again might not be the same call, or None; waits for the device.
+
+        Args:
+            results: what the call gave.
+        """
+        if self._strange is not None:
+            return self._strange
+        rooms = {self.memory(slot) for op in self.ops if op.nature.makes_room for slot in op.outputs if slot != NONE}
+        untold = rooms - self.written - {0}
+        read: list[int] = []
+        if untold:
+            read = [slot for op in self.ops if not (op.nature.views or op.nature.makes_room) for slot in op.inputs]
+        read += [slot for result in results if (slot := self.slot_of(result)) is not None]
+        if any(self.memory(slot) in untold for slot in read):
+            return "it runs kernels that are no operators of PyTorch"
+        if any(self.slot_of(result) is None for result in results):
+            return "it returns what none of its operators made"
+        by_device: dict[torch.device, list[Tensor]] = {}
+        for flag in self._wrong:
+            by_device.setdefault(flag.device, []).append(flag)
+        if any(bool(torch.stack(flags).any()) for flags in by_device.values()):
+            return "its operators give something else when they are run again"
+        return None
+
+
+def _by_argument(op: Op) -> list[tuple[Any, Any]]:
+    """The arguments of an operator's schema with their values."""
+    schema: Any = op.run._schema  # type: ignore[attr-defined]
+    given = [*zip(schema.arguments, op.args, strict=False)]
+    return given + [(a, op.kwargs[a.name]) for a in schema.arguments if a.name in op.kwargs]
+
+
+def _differs(again: Tensor, first: Tensor) -> Tensor:
+    """Whether a tensor is another one but for rounding, on the device."""
+    if not first.is_floating_point():
+        return (again != first).any()
+    a, b = again.float(), first.float()
+    scale = b.abs().nan_to_num(0, 0, 0).amax() if b.numel() else b.sum()
+    same = (a == b) | ((a - b).abs() <= _TOLERANCE * scale) | (a.isnan() & b.isnan())
+    return (~same).any()
+
+
+class Program:
+    """The operators of a tape, to be run again.
+
+    Args:
+        ops: in order.
+        values: the tape's.
+        results: slots that are returned.
+    """
+
+    def __init__(self, ops: Sequence[Op], tape: Tape, results: Sequence[int]) -> None:
+        made = {slot for op in ops for slot in op.outputs} - tape.given
+        self.ops = _needed(ops, set(results))
+        self.results = list(results)
+        self.first: list[Tensor | None] = [None if i in made else value for i, value in enumerate(tape.values)]
+        self._keep_given()
+        last = {slot: i for i, op in enumerate(self.ops) for slot in (*op.inputs, *op.outputs)}
+        kept = set(results) | tape.given
+        self.over: list[list[int]] = [[] for _ in self.ops]  # the slots that nobody needs after an operator
+        for slot, i in last.items():
+            if slot != NONE and slot not in kept:
+                self.over[i].append(slot)
+
+    def _keep_given(self) -> None:
+        used = {slot for op in self.ops for slot in op.inputs} | set(self.results)
+        self.first = [value if i in used else None for i, value in enumerate(self.first)]
+
+    def run(self) -> list[Tensor]:
+        """Run all; the results."""
+        values: list[Any] = list(self.first)
+        for op, over in zip(self.ops, self.over, strict=True):
+            for slot, value in zip(op.outputs, op(values), strict=True):
+                if slot != NONE:
+                    values[slot] = value
+            for slot in over:
+                values[slot] = None
+        return [values[slot] for slot in self.results]
+
+
+def _needed(ops: Sequence[Op], wanted: set[int]) -> list[Op]:
+    """The operators without those whose results nobody reads."""
+    kept: list[Op] = []
+    for op in reversed(ops):
+        if op.nature.mutates or op.nature.draws or not wanted.isdisjoint(op.outputs):
+            kept.append(op)
+            wanted.update(op.inputs)
+    return kept[::-1]
