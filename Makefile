@@ -106,10 +106,10 @@ $(ENGINES)-llama/.ready: $(ENGINES)-llama/.python  # the converter is in no whee
 		$(addprefix llama_cpp_python-$(LLAMA_CPP_PYTHON)/vendor/llama.cpp/,conversion convert_hf_to_gguf.py gguf-py)
 	rm -r $(ENGINES)-llama/sdist && touch $@
 
-$(ENGINES)-ctranslate2/.ready: $(ENGINES)-ctranslate2/.python
+$(ENGINES)-ctranslate2/.ready $(ENGINES)-onnxruntime/.ready: %/.ready: %/.python
 	touch $@
 
-engines: $(VENV)/.ready $(ENGINES)-vllm/.ready $(ENGINES)-llama/.ready $(ENGINES)-ctranslate2/.ready  ## converted models in vLLM, llama.cpp and CTranslate2, each in its own environment: the same tokens?
+engines: $(VENV)/.ready $(ENGINES)-vllm/.ready $(ENGINES)-llama/.ready $(ENGINES)-ctranslate2/.ready $(ENGINES)-onnxruntime/.ready  ## converted models in vLLM, llama.cpp, CTranslate2 and ONNX Runtime, each in its own environment: the same tokens?
 	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/engines/run.py $(addprefix --engine=,$(ENGINE))
 
 families-tested: $(VENV)/.tools  ## run the tests of modeling/ and write docs/families-tested.md and the README's table

@@ -28,6 +28,7 @@ ASKED = {
     ),
     ("llama.cpp", "f16"): ("its converter, f16", "convert_hf_to_gguf.py FOLDER --outtype f16"),
     ("llama.cpp", "q8_0"): ("its converter, q8_0", "convert_hf_to_gguf.py FOLDER --outtype q8_0"),
+    ("ONNX Runtime", "exported"): ("`torch.onnx.export`, fp32, no cache", "torch.onnx.export(model, ..., dynamo=True)"),
     ("CTranslate2", "float32"): ("its converter, float32", "ct2-transformers-converter --model FOLDER"),
 }
 #: packages whose rules are written as a test, without the engine -> the distribution that has some of the rules

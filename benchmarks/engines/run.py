@@ -51,7 +51,8 @@ class Engine(NamedTuple):
 _OWN_CALL = (
     "does not dispatch through the Transformers attention interface",
     "it looks for the call of transformers' attention interface in the layer's own code, and there it is in a function "
-    "that these families share",
+    "that these families share; nor do their blocks, in the transformers that it takes (older than 5.20), hand on the "
+    "keywords by which it would reach it",
 )
 _NO_POSITIONS = (
     "Argument position_ids not found",
@@ -71,6 +72,9 @@ ENGINES = {
     ),
     "CTranslate2": Engine(
         "ctranslate2_worker.py", ".venv-engines-ctranslate2", ("mistral", "qwen2", "qwen3", "gemma"), {"float32": 1e-3}
+    ),
+    "ONNX Runtime": Engine(
+        "onnxruntime_worker.py", ".venv-engines-onnxruntime", ("llama", "qwen2", "qwen3", "gemma"), {"exported": 1e-3}
     ),
 }  # fmt: skip
 

@@ -23,7 +23,7 @@ def test_every_engine_is_in_the_page_as_it_was_found() -> None:
     page = load_script("docs/works_with.py")
     rows = json.loads(page.ENGINES.read_text(encoding="utf-8"))
     assert not [row for row in rows if row["fault"]]
-    assert {row["engine"] for row in rows} >= {"vLLM", "llama.cpp", "CTranslate2"}
+    assert {row["engine"] for row in rows} >= {"vLLM", "llama.cpp", "CTranslate2", "ONNX Runtime"}
     lines, text = page.engine_lines(rows), PAGE.read_text(encoding="utf-8")
     assert [line for line in lines if line not in text] == []
     families = {row["family"] for row in rows if not row["refused"]}
