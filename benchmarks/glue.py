@@ -45,7 +45,7 @@ def main() -> None:
     for name, (HQ, HKV, Sq, Sk) in SHAPES.items():
         q = torch.randn(1, HQ, Sq, 64, device=args.device, dtype=dtype)
         k, v = (torch.randn(1, HKV, Sk, 64, device=args.device, dtype=dtype) for _ in range(2))
-        module: Any = torch.nn.Module()
+        module: Any = torch.nn.Module().eval()  # as a model is that generates
         module.is_causal, module.num_key_value_groups, module.layer_idx = True, HQ // HKV, 0
         mask = torch.ones(1, 1, Sq, Sk, dtype=torch.bool, device=args.device) if "masked" in name else None
         functions = {"sdpa": sdpa_attention_forward, "ours": attention_forward}

@@ -46,14 +46,16 @@ def asked_for() -> str | None:
 def asked_in(layer: torch.nn.Module) -> str | None:
     """:func:`asked_for` of a layer that is trained. Gradient checkpointing runs its forward once more within the
     backward, on a GPU in a thread of autograd's own, where no block was entered: then what its forward was asked."""
-    asked = asked_for()
+    asked, own = asked_for(), layer.__dict__
+    if asked is None and _ASKED not in own:  # as nearly always
+        return None
     if in_backward():
-        remembered: str | None = layer.__dict__.get(_ASKED)
+        remembered: str | None = own.get(_ASKED)
         return asked if remembered is None else remembered
     if asked is not None:
-        layer.__dict__[_ASKED] = asked
+        own[_ASKED] = asked
     else:
-        layer.__dict__.pop(_ASKED, None)
+        own.pop(_ASKED, None)
     return asked
 
 
