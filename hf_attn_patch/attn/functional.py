@@ -170,7 +170,8 @@ def attention_varlen(
         max_seqlen_q, max_seqlen_k: the longest document, as ints; read from the device if not given.
 
     The other arguments, the result [T, HQ, Dv] and the errors are those of :func:`attention`; ``causal`` is aligned at
-    the end of each document.
+    the end of each document. Borders that are none are an AttentionError too (on a GPU where the lengths are not given,
+    since nothing is read there otherwise).
 
     >>> t = torch.randn(7, 4, 8)
     >>> attention_varlen(t, t, t, torch.tensor([0, 3, 7]), causal=True).shape
@@ -197,6 +198,27 @@ def attention_varlen(
     return out.squeeze(0).transpose(0, 1)  # out[0] would copy the whole gradient
 
 
+def _longest(cu_q: Tensor, cu_k: Tensor, tokens: tuple[int, int]) -> list[int]:
+    """The longest document of each; all that is asked of the device is asked at once.
+
+    Raises:
+        AttentionError: they are no borders. (Where nothing has to be read from a GPU, nobody looks.)
+    """
+    sizes = [nn.functional.pad(cu.diff(), (1, 0)) for cu in (cu_q, cu_k)]
+    facts = [(cu[0], cu[-1], size.min(), size.max()) for cu, size in zip((cu_q, cu_k), sizes, strict=True)]
+    found = torch.stack([fact.to(cu_q.device) for each in facts for fact in each]).view(2, 4)
+    if torch.compiler.is_compiling():
+        longest: list[int] = found[:, 3].tolist()
+        return longest
+    longest = []
+    for name, last, (first, end, least, most) in zip(("q", "k"), tokens, found.tolist(), strict=True):
+        if first != 0 or least < 0 or end > last:
+            said = f"from {first} to {end}" + ", and not ascending" * (least < 0)
+            raise AttentionError(f"cu_seqlens_{name} goes {said}: borders ascend from 0 to at most {last} tokens")
+        longest.append(most)
+    return longest
+
+
 def _documents(
     cu_q: Tensor, cu_k: Tensor, tokens: tuple[int, int], most: tuple[int | None, int | None], causal: bool, sides: Sides
 ) -> Packed:
@@ -208,8 +230,9 @@ def _documents(
     known: Packed | None = memo.recall(cu_q, key, cu_k)
     if known is None:
         max_q, max_k = most
-        if max_q is None or max_k is None:
-            longest = torch.stack([nn.functional.pad(cu.diff(), (1, 0)).max() for cu in (cu_q, cu_k)]).tolist()
+        free = type(cu_q) is Tensor and cu_q.device.type == "cpu" and not torch.compiler.is_compiling()
+        if max_q is None or max_k is None or free:
+            longest = _longest(cu_q, cu_k, tokens)
             max_q, max_k = (given if given is not None else n for given, n in zip(most, longest, strict=True))
         known = packed(1, *tokens, cu_q, cu_k, max_q, max_k, causal, sides)
         memo.keep(cu_q, key, known, cu_k)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from hf_attn_patch import attention, attention_varlen
+from hf_attn_patch import AttentionError, attention, attention_varlen
 from hf_attn_patch.hf.attention_function import attention_forward
 from hf_attn_patch.losses.chunked import Head, linear_loss
 from hf_attn_patch.modeling import GroupedQueryAttention
@@ -162,3 +162,20 @@ def test_the_loss_of_no_tokens_is_zero(chunk, kl):
     assert sums.labels == 0
     for leaf, gradient in zip(leaves, torch.autograd.grad(sums.loss, leaves), strict=True):
         assert_conforms(gradient, leaf * 0, leaf * 0)
+
+
+@pytest.mark.parametrize("most", [(None, None), (9, 9)], ids=str)
+@pytest.mark.parametrize(
+    ("borders", "said"),
+    [([2, 5, 9], "from 2 to 9"), ([0, 5, 12], "from 0 to 12"), ([0, 7, 4, 9], "not ascending"), ([-1, 9], "from -1")],
+    ids=str,
+)
+def test_borders_that_are_none_are_refused(borders, said, most):
+    """Tokens before the first border had attended to one another, or ended in an error of torch's."""
+    t = torch.randn(9, 4, 8)
+    good = torch.tensor([*range(len(borders) - 1), 9])
+    with pytest.raises(AttentionError, match=f"cu_seqlens_q.*{said}"):
+        attention_varlen(t, t, t, torch.tensor(borders), None, *most)
+    with pytest.raises(AttentionError, match=f"cu_seqlens_k.*{said}"):
+        attention_varlen(t, t, t, good, torch.tensor(borders), *most)
+    assert attention_varlen(t, t, t, good, None, *most).isfinite().all()
