@@ -101,7 +101,7 @@ def read_by_encoder(
                 )
             rows = torch.tensor(found)
             if len(rows) < 0.9 * min(wanted, 1000):
-                notes.append(f"{name}: only {len(rows)} pieces of text for the encoder; more give a better model")
+                notes.append(f"{name}: only {len(rows)} pieces of text for the encoder; more text gives a better model")
         parts.append(rows)
         about["parts"][name] = len(rows)
     read = torch.cat(parts)

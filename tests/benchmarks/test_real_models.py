@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import struct
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from tiny import tiny_llama
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -95,3 +97,20 @@ def test_rows_without_the_long_test_say_so() -> None:
     *_, first, second = real_report.lines([with_test, {**common, "row": "without", "seed": 1}])
     assert first == "| with | 0 | 8 | +0.500 | 0.250 | 50% | 1 | 0.0 |"
     assert second == "| without | 1 | 8 | +0.500 | 0.250 | not run | 1 | 0.0 |"
+
+
+def test_the_figure_is_the_committed_numbers() -> None:
+    """Every line from the source's bytes and mean loss to a row's, by numbers read out of the file by hand."""
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    file = Path(__file__).parents[2] / "benchmarks" / "results" / "real_models.json"
+    records = json.loads(file.read_text())
+    drawn = real_report.figure(records)
+    found = {tuple(map(float, line.get_xdata())) for line in drawn.axes[0].lines}
+    assert found == {(7680.0, 23040.0)}
+    ends = sorted(round(float(line.get_ydata()[0]), 4) for line in drawn.axes[0].lines)
+    rows = ["mean", "procrustes", "svd", "merged, own", "default", "mix", "mix, long + KD 20M"]
+    want = [np.mean([d["loss_after"] for d in r["domains"].values()]) for r in records if r["row"] in rows]
+    assert ends == sorted(round(float(x), 4) for x in want) and len(ends) == 7
+    said = " ".join(text.get_text() for text in drawn.axes[0].texts)
+    assert f"({min(want):.2f})" in said and "(2.89)" in said
+    pyplot.close(drawn)
