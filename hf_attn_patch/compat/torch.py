@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .ground import changed, known
 
@@ -172,6 +173,25 @@ def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
         return
     for target, source in zip(targets, sources, strict=True):
         target.copy_(source)
+
+
+#: the base of modes that see each operator (its module is private, its name is documented; torch 2.11 to 2.13)
+DispatchMode = TorchDispatchMode
+
+#: the operators behind ``Tensor.to`` and behind the views of a linear layer's result (torch 2.11 to 2.13)
+to_copy_op = torch.ops.aten._to_copy.default
+unsafe_view_op = torch.ops.aten._unsafe_view.default
+
+
+def is_operator(function: Any) -> bool:
+    """Whether a function is an operator of PyTorch's, with a schema (torch 2.11 to 2.13)."""
+    return isinstance(function, torch._ops.OpOverload)
+
+
+@known("torch", "the schemas of operators (OpOverload._schema)")
+def schema_of(operator: Any) -> Any:
+    """The schema of an operator: its name, arguments and returns, and what it writes to."""
+    return operator._schema
 
 
 @functools.lru_cache(4096)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hf_attn_patch.attn.backends import triton_decode
+from hf_attn_patch.compat.torch import to_copy_op
 
 from .outputs import CACHE, UnfitError, map_output, tensors_of
 from .tape import NONE, Op, Program, Slot, Tape
@@ -124,7 +125,7 @@ def _in_fp64(tape: Tape, inside: Iterable[int]) -> dict[int, Tensor]:
         if op.nature.mutates:
             continue
         given = {slot: wide(slot) for slot in op.inputs}
-        result = [given[op.inputs[0]]] if op.run is torch.ops.aten._to_copy.default else op(given)  # type: ignore[arg-type]
+        result = [given[op.inputs[0]]] if op.run is to_copy_op else op(given)  # type: ignore[arg-type]
         for slot, value in zip(op.outputs, result, strict=True):
             if slot != NONE:
                 values[slot] = value

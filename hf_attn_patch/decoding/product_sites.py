@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hf_attn_patch.attn.kernels import few_rows, matvec
 from hf_attn_patch.attn.kernels.decode_plan import overlaps
+from hf_attn_patch.compat.torch import unsafe_view_op
 
 from .sites import ACTIVATIONS, Reader, Site, _other, _slot, activation, near
 from .tape import Op
@@ -84,7 +85,7 @@ def _product(tape: Reader, at: int, op: Op) -> Product | None:
 
 def _flat(tape: Reader, slot: Any, by_out: dict[int, Product]) -> tuple[Product, int] | None:
     """The product behind a view that is read by nobody else, and the view's number."""
-    view = tape.maker(slot, aten._unsafe_view.default, aten.view.default)
+    view = tape.maker(slot, unsafe_view_op, aten.view.default)
     if view is None or (product := by_out.get(view[1].args[0])) is None or len(tape.read_by[product.out]) != 1:
         return None
     return product, view[0]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_attn_patch.attn.kernels import small
+from hf_attn_patch.compat.torch import to_copy_op
 
 from .tape import NONE, Op, Tape
 
@@ -118,7 +119,7 @@ def _norm(tape: Reader, at: int, root: Op) -> Site | None:
     if set(scaled[1].args) != {wide, root.outputs[0]}:
         return None
     x = wide
-    if (cast := tape.maker(wide, aten._to_copy.default)) is not None:
+    if (cast := tape.maker(wide, to_copy_op)) is not None:
         if tape.values[wide].dtype != torch.float32:
             return None
         x = cast[1].args[0]
@@ -179,7 +180,7 @@ def _plain_sum(tape: Reader, op: Op) -> bool:
 def _weighted(tape: Reader, slot: int, x: torch.Tensor) -> tuple[int, int | None, int, set[int]] | None:
     """(form, weight, result, operators) of what becomes of a normed fp32 tensor until it has x's dtype again."""
     N = x.shape[-1]
-    if x.dtype != torch.float32 and (cast := tape.reader(slot, aten._to_copy.default)) is not None:
+    if x.dtype != torch.float32 and (cast := tape.reader(slot, to_copy_op)) is not None:
         rounded = cast[1].outputs[0]
         if tape.values[rounded].dtype != x.dtype:
             return None
@@ -195,13 +196,13 @@ def _weighted(tape: Reader, slot: int, x: torch.Tensor) -> tuple[int, int | None
     more = tape.maker(factor, aten.add.Tensor)
     if more is not None and not _slot(more[1].args[1]) and more[1].args[1] == 1 and not more[1].kwargs:
         factor, form = more[1].args[0], small.ONE_MORE
-    if (wide := tape.maker(factor, aten._to_copy.default)) is not None and tape.values[factor].dtype == torch.float32:
+    if (wide := tape.maker(factor, to_copy_op)) is not None and tape.values[factor].dtype == torch.float32:
         factor = wide[1].args[0]
     weight, out = _vector(tape, factor, N), times[1].outputs[0]
     if weight is None or tape.values[out].dtype != torch.float32:
         return None
     if x.dtype != torch.float32:
-        cast = tape.reader(out, aten._to_copy.default)
+        cast = tape.reader(out, to_copy_op)
         if cast is None or tape.values[cast[1].outputs[0]].dtype != x.dtype:
             return None
         inside.add(cast[0])

@@ -15,9 +15,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_attn_patch.compat.torch import is_composite
+from hf_attn_patch.compat.torch import DispatchMode, is_composite, is_operator, schema_of
 
 _EMPTY = ("empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "resize_", "empty_permuted")
 _TOLERANCE = 2e-2  # operators run again may choose another algorithm, no more
@@ -54,7 +53,7 @@ class Nature(NamedTuple):
 @functools.lru_cache(4096)
 def nature_of(run: Any) -> Nature:
     """Of an operator of PyTorch."""
-    schema = run._schema
+    schema = schema_of(run)
     room = schema.name.split("::")[1] in _EMPTY
     shares = any(r.alias_info is not None for r in schema.returns)
     draws = torch.Tag.nondeterministic_seeded in run.tags
@@ -77,7 +76,7 @@ class Op:
         self, run: Any, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: list[Slot], outputs: list[int]
     ) -> None:
         self.run, self.args, self.kwargs, self.inputs, self.outputs = run, args, kwargs, inputs, outputs
-        known = isinstance(run, torch._ops.OpOverload)
+        known = is_operator(run)
         self.nature = nature_of(run) if known else Nature(getattr(run, "writes", False))
 
     def __call__(self, values: Sequence[Any]) -> list[Any]:
@@ -103,7 +102,7 @@ def flat(result: Any) -> list[Any]:
     return [] if result is None else [result]
 
 
-class Tape(TorchDispatchMode):
+class Tape(DispatchMode):
     """Within, operators run and are written down.
 
     Attributes:
@@ -220,7 +219,7 @@ class Tape(TorchDispatchMode):
 
 def _by_argument(op: Op) -> list[tuple[Any, Any]]:
     """The arguments of an operator's schema with their values."""
-    schema: Any = op.run._schema  # type: ignore[attr-defined]
+    schema = schema_of(op.run)
     given = [*zip(schema.arguments, op.args, strict=False)]
     return given + [(a, op.kwargs[a.name]) for a in schema.arguments if a.name in op.kwargs]
 
