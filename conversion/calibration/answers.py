@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_attn_patch.conversion.families.head_layouts import AttentionWeights
+from hf_attn_patch.conversion.processes import current
 from hf_attn_patch.documents.bars import progress_bar
 from hf_attn_patch.errors import ConversionError
 from hf_attn_patch.losses.chunked import Head, linear_loss
@@ -178,7 +179,9 @@ def held_out(count: int) -> int:
 def losses(original: Answerer, converted: Answerer, samples: Samples, rows: Tensor) -> dict[str, Any]:
     """Cross-entropy of both on the labels of ``rows``, and KL(original || converted), in nats a token."""
     sums, count = torch.zeros(3, dtype=torch.float64), 0
-    for some in rows.split(ROWS):
+    for some in rows[current().share(len(rows))].split(ROWS):
+        if not len(some):
+            continue
         told, said, labels = _paired(original, converted, samples, some)
         before = linear_loss(told, original.head.detach(), labels)
         after = linear_loss(
@@ -186,6 +189,8 @@ def losses(original: Answerer, converted: Answerer, samples: Samples, rows: Tens
         )
         sums += torch.stack([before.ce, after.ce, after.kl]).double().cpu()
         count += int((labels != IGNORE).sum())
+    (sums,), (counted,) = current().summed([sums]), current().total(count)
+    count = round(counted)
     if not count:
         raise ConversionError("the calibration samples hold no words that a decoder is to say")
     loss_before, loss_after, kl = (sums / count).tolist()
@@ -228,6 +233,28 @@ def batches(lengths: Tensor, heard: int, words: int, draw: torch.Generator) -> l
     return [found[i] for i in torch.randperm(len(found), generator=draw).tolist()]
 
 
+def _gradients(
+    original: Answerer, converted: Answerer, parameters: Sequence[nn.Parameter], samples: Samples, rows: Tensor,
+    words: float,
+) -> Sequence[Tensor | None]:  # fmt: skip
+    """Of the KL over ``words``, summed over the samples ``rows``, of which each process reads its share."""
+    processes = current()
+    gradients: list[Tensor | None] = [None for _ in parameters]
+    mine = rows[processes.share(len(rows))]
+    if len(mine):
+        told, said, labels = _paired(original, converted, samples, mine)
+        found = linear_loss(
+            said, converted.head.detach(), labels, teacher_hidden=told, teacher_head=original.head, ce_weight=0.0,
+            kl_weight=1.0,
+        )  # fmt: skip
+        gradients = list(torch.autograd.grad(found.loss / words, list(parameters), allow_unused=True))
+    if processes.count == 1:
+        return gradients
+    return processes.summed(
+        [torch.zeros_like(p) if g is None else g for g, p in zip(gradients, parameters, strict=True)]
+    )
+
+
 def teach(
     original: Answerer, converted: Answerer, parameters: Sequence[nn.Parameter], samples: Samples, rows: Tensor,
     recipe: PolishRecipe,
@@ -253,12 +280,7 @@ def teach(
             left = batches(lengths, heard, recipe.batch_tokens, draw)
         done = max(0.0, (step - warmup) / max(1, steps - warmup))
         optimizer.param_groups[0]["lr"] = lr * min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * done))
-        told, said, labels = _paired(original, converted, samples, rows[left.pop()])
-        found = linear_loss(
-            said, converted.head.detach(), labels, teacher_hidden=told, teacher_head=original.head, ce_weight=0.0,
-            kl_weight=1.0,
-        )  # fmt: skip
-        gradients = torch.autograd.grad(found.loss / words, list(parameters), allow_unused=True)
+        gradients = _gradients(original, converted, parameters, samples, rows[left.pop()], words)
         with torch.no_grad():
             for master, gradient in zip(masters, gradients, strict=True):
                 master.grad = None if gradient is None else gradient.float()

@@ -9,6 +9,7 @@ import torch
 from hf_attn_patch.conversion.loadcheck import device_named
 from hf_attn_patch.conversion.methods.method import Merge
 from hf_attn_patch.conversion.plan_data import Plan
+from hf_attn_patch.conversion.processes import current
 from hf_attn_patch.errors import ConversionError
 
 from .answers import Answered, held_out
@@ -83,11 +84,12 @@ def calibrated(
         steps = _steps(plan, calibrate, (calibration_tokens, calibration_length, None), refit, group, where)
         return Later(plan, steps, where, polish, group)
     try:
-        original = on_device(load_by_names(plan), where)
-        ids, about, notes = gathered(
-            plan, original, tokenizer_of(plan) if texts else None, calibrate, tokens=calibration_tokens,
-            length=calibration_length, longest=longest(plan, LENGTH, calibration_length), whole=False, device=where,
-        )  # fmt: skip
+        with current().all_or_none():
+            original = on_device(load_by_names(plan), where)
+            ids, about, notes = gathered(
+                plan, original, tokenizer_of(plan) if texts else None, calibrate, tokens=calibration_tokens,
+                length=calibration_length, longest=longest(plan, LENGTH, calibration_length), whole=False, device=where,
+            )  # fmt: skip
     except ConversionError as error:
         if asked:
             raise
@@ -130,10 +132,11 @@ def _by_layers(
 ) -> Merge:  # fmt: skip
     """What encoders and encoder-decoders get; what nobody ``asked`` for may fail, and is replaced."""
     try:
-        source, (tokens, length, count) = load_by_names(plan), amounts
-        samples = collected(plan, source, calibrate, tokens=tokens, length=length, count=count, device=device)
-        some = _some(samples) if polish and plan.answers and plan.family.reads == "text" else None
-        steps = _prepared(plan, source, samples if some is None else some, refit, group, device)
+        with current().all_or_none():
+            source, (tokens, length, count) = load_by_names(plan), amounts
+            samples = collected(plan, source, calibrate, tokens=tokens, length=length, count=count, device=device)
+            some = _some(samples) if polish and plan.answers and plan.family.reads == "text" else None
+            steps = _prepared(plan, source, samples if some is None else some, refit, group, device)
     except ConversionError as error:
         if asked:
             raise

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from hf_attn_patch.conversion.plan_data import Plan
+from hf_attn_patch.conversion.processes import current
 from hf_attn_patch.documents.bars import progress_bar
 from hf_attn_patch.errors import ConversionError
 
@@ -147,7 +148,10 @@ def _together(texts: list[str], characters: int) -> list[str]:
 @torch.no_grad()
 def heard(model: Any, read: Tensor) -> Tensor:
     """The encoder's output [N, S', E] for what it reads (ids, features), on the CPU."""
-    encoder = model.get_encoder()
+    encoder, n = model.get_encoder(), len(read)
+    mine = current().share(n)
+    read = read[mine] if mine.stop > mine.start else read[:1]  # one shows how large the others are
     rows = 8 if read.is_floating_point() or model.device.type != "cuda" else max(1, POSITIONS // read.shape[1])
     parts = progress_bar(read.split(rows), desc="reading", unit="batch", leave=False)
-    return torch.cat([encoder(as_read(part.to(model.device), encoder))[0].cpu() for part in parts])
+    found = torch.cat([encoder(as_read(part.to(model.device), encoder))[0].cpu() for part in parts])
+    return current().gathered(found[: mine.stop - mine.start], n)

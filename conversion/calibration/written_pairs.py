@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hf_attn_patch.compat.cache_keyword import keyword_of
 from hf_attn_patch.compat.calls import cache_of
+from hf_attn_patch.conversion.processes import current
 from hf_attn_patch.documents.bars import progress_bar
 
 #: sequences that are written at a time: on a CPU, and at most on a GPU
@@ -19,7 +20,7 @@ ROWS, MOST_ROWS = 32, 4096
 def written(
     model: Any, memory: Tensor, prefix: Tensor, length: int, *, end: int, seed: int, forbidden: Tensor | None = None
 ) -> list[list[int]]:
-    """Let a sequence-to-sequence model write, at temperature 1.
+    """Let a sequence-to-sequence model write, at temperature 1: of several processes each its share of the sequences.
 
     Args:
         memory: its encoder's output [N, S', E], on any device.
@@ -31,16 +32,18 @@ def written(
     Returns:
         N sequences, each with its prefix and, where it came to one, its end.
     """
-    draw = torch.Generator(model.device).manual_seed(seed)
+    processes = current()
+    draw, mine = torch.Generator(model.device).manual_seed(processes.seed(seed)), processes.share(len(memory))
+    memory, prefix = memory[mine], prefix[mine]
     out: list[list[int]] = []
     at_once = rows_at_once(model, memory.shape[1], length)
-    parts = list(zip(memory.split(at_once), prefix.split(at_once), strict=True))
+    parts = list(zip(memory.split(at_once), prefix.split(at_once), strict=True)) if len(memory) else []
     for some, begin in progress_bar(parts, desc="answering", unit="batch", leave=False):
         rows = _write(model, some.to(model.device, model.dtype), begin.to(model.device), length, end, draw, forbidden)
         for row in rows.tolist():
             after = row[prefix.shape[1] :]
             out.append(row[: prefix.shape[1] + after.index(end) + 1] if end in after else row)
-    return out
+    return [row for part in processes.everybody(out) for row in part]
 
 
 def rows_at_once(model: Any, heard: int, length: int) -> int:

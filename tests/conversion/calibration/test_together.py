@@ -18,10 +18,13 @@ import torch
 from safetensors.torch import load_file
 from scripts import ROOT
 from tiny import python_sources, save_tiny, tiny_llama
+from zoo_cases import BY_NAME
 
 from hf_attn_patch.cli import main
+from hf_attn_patch.conversion.calibration import own_pairs
 from hf_attn_patch.conversion.calibration.own_samples import own_samples
 from hf_attn_patch.conversion.calibration.polish import batch_of_all
+from hf_attn_patch.conversion.calibration.written_pairs import written
 from hf_attn_patch.conversion.processes import Processes, Several, current, together
 
 pytestmark = pytest.mark.slow
@@ -48,6 +51,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_tiny(root / "S", tiny_llama(4, num_hidden_layers=3, initializer_range=0.1))
     (root / "text.txt").write_text("".join(p.read_text() for p in python_sources())[:20_000])
     cases = [convert(f"two {way}", *arguments) for way, arguments in WAYS.items()]
+    made = BY_NAME["t5"].make(None, vocab_size=512, eos_token_id=2)
+    save_tiny(root / "T", made)
+    cases += [answered("two answers")]
     cases += [convert("two own", "--calibrate", "own", *SMALL, "--no-refit"), *DEPENDENT]
     (root / "cases.jsonl").write_text("".join(json.dumps({"command": command}) + "\n" for command in cases))
     launch = ["-m", "accelerate.commands.launch", "-q", "--multi_gpu", "--num_processes", "2", DRIVER, "cases.jsonl"]
@@ -61,6 +67,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def convert(dst: str, *arguments: str) -> list[str]:
     return ["convert", "S", dst, "--kv-heads", "2", *arguments]
+
+
+def answered(dst: str) -> list[str]:
+    """An encoder-decoder that says something of a text itself, is fitted and taught."""
+    return ["convert", "T", dst, *convert("", *WAYS["fitted"])[3:], "--polish", "4096"]
 
 
 #: other things that two processes are asked for at once
@@ -131,6 +142,26 @@ def test_a_model_s_own_text_is_written_by_both(world: Path) -> None:
     ids = torch.cat(written)[torch.randperm(93, generator=torch.Generator().manual_seed(0))]
     digest = hashlib.sha256(ids.numpy().tobytes()).hexdigest()
     assert details(world / "two own")["calibration"]["ids_sha256"] == digest
+
+
+def test_an_encoder_decoder_answers_in_both(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One process, whose answers to the second half of what is read are drawn as the second process draws them."""
+    second = Processes()
+    second.number = 1
+
+    def drawn(model: Any, memory: torch.Tensor, prefix: torch.Tensor, length: int, *, end: int, seed: int) -> Any:
+        half = -(-len(memory) // 2)
+        parts = ((slice(0, half), Processes()), (slice(half, None), second))
+        given = [(memory[rows], prefix[rows], who.seed(seed)) for rows, who in parts]
+        return [row for m, p, s in given for row in written(model, m, p, length, end=end, seed=s)]
+
+    monkeypatch.setattr(own_pairs, "written", drawn)
+    alone(world, *answered("one answers"))
+    first, second_told = details(world / "one answers"), details(world / "two answers")
+    assert second_told["calibration"] == first["calibration"] and first["calibration"]["pairs"] == "own answers"
+    assert second_told["polish"]["kl_after"] == pytest.approx(first["polish"]["kl_after"], rel=0.01)
+    one, two = weights(world / "one answers"), weights(world / "two answers")
+    assert max(float((two[name] - one[name]).norm() / one[name].norm()) for name in one) < 1e-3
 
 
 def test_one_of_them_speaks_and_writes(world: Path) -> None:
