@@ -11,6 +11,19 @@ _CONVOLVED = (
     "and attention: it cannot be given other heads"
 )
 
+_NO_FIELD = (
+    "its config has no field for KV heads, and this package has no grouped model of it (of models that hear it has "
+    "Whisper's)"
+)
+_ONE_FIELD = (
+    "one field of its config is for its decoder's own attention and its cross-attention, which no row describes yet "
+    "(of those that hear, Whisper can be converted)"
+)
+_INSIDE = (
+    "its decoder's numbers of heads stand in a config inside its own, which no row describes yet (of those that hear, "
+    "Whisper can be converted)"
+)
+
 #: reason -> model types
 REFUSED: dict[str, tuple[str, ...]] = {
     _LATENT: (
@@ -31,6 +44,12 @@ REFUSED: dict[str, tuple[str, ...]] = {
     ),
     "its towers of encoder and decoder share one attention and its field; no row describes them yet": (
         "t5gemma2_decoder",
+    ),
+    _NO_FIELD: ("pop2piano", "seamless_m4t", "seamless_m4t_v2", "speech_to_text", "speecht5"),
+    _ONE_FIELD: ("cohere_asr", "moonshine", "moonshine_streaming"),
+    _INSIDE: ("canary", "dia"),
+    "it is put together of two models, each with a config of its own: convert its decoder where that is by itself": (
+        "speech-encoder-decoder",
     ),
     "its heads each have a norm of their own with gains and biases, on queries and keys": ("chameleon",),
 }  # fmt: skip

@@ -55,6 +55,17 @@ def test_every_family_with_a_field_has_a_row_or_a_reason() -> None:
     assert not missing, f"families without a row in decoder_rows.py or a reason in refused.py: {missing}"
 
 
+def test_every_encoder_decoder_that_hears_has_a_row_or_a_reason() -> None:
+    refused = {name for names in REFUSED.values() for name in names}
+    hearing = {
+        name
+        for name in modeling_auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES
+        if getattr(transformers.CONFIG_MAPPING[name], "is_encoder_decoder", False) is True
+    }
+    missing = hearing - refused - set(supported())
+    assert {"whisper", "speech_to_text", "moonshine"} <= hearing and not missing, missing
+
+
 @pytest.mark.parametrize("model_type", sorted(name for names in REFUSED.values() for name in names))
 def test_a_refusal_says_why(model_type: str) -> None:
     with pytest.raises(ConversionError, match=f"'{model_type}' cannot be converted: "):
