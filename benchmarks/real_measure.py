@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_attn_patch import GrowingCache
+from hf_attn_patch.compat.cache_keyword import keyword_of
 from hf_attn_patch.conversion.calibration.polish import Speaker, losses
 
 #: texts of the table; the last two are never calibrated on
@@ -31,6 +33,44 @@ def by_domain(original: Any, model: Any, domains: dict[str, Tensor]) -> dict[str
     """Of each domain the source's loss, the model's, and KL(source || model), in nats a token."""
     speakers = Speaker(original), Speaker(model)
     return {name: losses(*speakers, ids, 4) for name, ids in domains.items()}
+
+
+#: tokens of a chunk by which :func:`by_caches` reads
+CHUNK = 64
+
+
+@torch.no_grad()
+def by_caches(model: Any, domains: dict[str, Tensor], kinds: tuple[str | None, ...]) -> dict[str, dict[str, Any]]:
+    """Of each domain and kind of cache the loss in nats a token, and KL(the first kind || it).
+
+    A window is read in chunks of 64 tokens, so that nearly all keys and values that a token attends to come out of the
+    cache: all but the first chunk's.
+
+    Args:
+        kinds: what ``GrowingCache`` takes as ``dtype``.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for name, ids in domains.items():
+        sums = {str(kind): [0.0, 0.0] for kind in kinds}
+        for row in ids.to(model.device).split(1):
+            first: Tensor | None = None
+            for kind in kinds:
+                predicted = _read(model, row, GrowingCache(config=model.config, dtype=kind))
+                first = predicted if first is None else first
+                sums[str(kind)][0] -= float(predicted.gather(-1, row[:, 1:, None]).mean())
+                sums[str(kind)][1] += float((first.exp() * (first - predicted)).sum(-1).mean())
+        found[name] = {kind: {"loss": a / len(ids), "kl": b / len(ids)} for kind, (a, b) in sums.items()}
+        print(name, {k: (round(v["loss"], 4), round(v["kl"], 5)) for k, v in found[name].items()}, flush=True)
+    return found
+
+
+def _read(model: Any, row: Tensor, cache: Any) -> Tensor:
+    """Log-probabilities [1, S - 1, V] of what follows each token."""
+    parts = []
+    for chunk in row.split(CHUNK, 1):
+        logits = model(chunk, **{keyword_of(model.forward): cache}, use_cache=True).logits
+        parts.append(logits.float().log_softmax(-1))
+    return torch.cat(parts, 1)[:, :-1]
 
 
 @torch.no_grad()

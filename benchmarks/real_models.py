@@ -29,10 +29,12 @@ if __name__ == "__main__":  # see benchmarks/__init__.py
 import torch
 from transformers import AutoTokenizer
 
-from benchmarks.real_measure import DOMAINS, PASSKEYS, by_domain, passkey, windows
+from benchmarks.measure import environment, table
+from benchmarks.real_measure import DOMAINS, PASSKEYS, by_caches, by_domain, passkey, windows
 from benchmarks.real_methods import ROWS, ProjectedCache, Row, moments_of, procrustes
 from benchmarks.real_report import report
 from benchmarks.real_sources import PIP, prepare
+from hf_attn_patch.attn.codes import KINDS
 from hf_attn_patch.conversion import convert, plan
 from hf_attn_patch.conversion.calibration.gather import gathered
 from hf_attn_patch.conversion.calibration.joined import joined
@@ -152,6 +154,26 @@ class Bench:
         return model, about
 
 
+def caches(options: argparse.Namespace) -> None:
+    """The source's loss where it reads what it attends to out of caches of codes: ``real_caches.json``, and a table."""
+    bench = Bench(options)
+    found = by_caches(bench.original, bench.domains, (None, *KINDS))
+    windows_of = {name: list(ids.shape) for name, ids in bench.domains.items()}
+    options.out.mkdir(parents=True, exist_ok=True)
+    result = {"environment": environment(), "model": bench.name, "dtype": bench.dtype, "windows": windows_of} | found
+    (options.out / "real_caches.json").write_text(json.dumps(result, indent=1))
+    lines = [
+        [name, f"{kinds['None']['loss']:.4f}"]
+        + [
+            cell
+            for k in KINDS
+            for cell in (f"{kinds[k]['loss'] - kinds['None']['loss']:+.4f}", f"{kinds[k]['kl']:.5f}")
+        ]
+        for name, kinds in found.items()
+    ]
+    print(table(["domain", "loss", *(cell for k in KINDS for cell in (k, f"KL, {k}"))], lines))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prepare", type=Path, metavar="DIR", help="fetch models and texts into this folder, and end")
@@ -169,10 +191,14 @@ def main() -> None:
     parser.add_argument("--passkey", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no row after so long")
     parser.add_argument("--keep", action="store_true", help="keep the converted checkpoints")
+    parser.add_argument("--caches", action="store_true", help="only the source, read through caches of codes")
     parser.add_argument("--report", action="store_true", help="only the table and the figure, from real_models.json")
     options = parser.parse_args()
     if options.prepare:
         prepare(options.prepare, list(PIP), options.wikitext)
+        return
+    if options.caches:
+        caches(options)
         return
     rows = [row.strip() for row in options.rows.split(";")]
     if unknown := [row for row in rows if row not in ROWS]:

@@ -75,7 +75,7 @@ class Case:
 
     def ours(self, tuning: Tuning | None, i: int = 0) -> torch.Tensor:
         k, v = self.kv[i]
-        options = (None, None, None, self.D**-0.5, True, None, None, False)
+        options = (*[None] * 5, self.D**-0.5, True, None, None, False)
         return decode.launch(decode.DecodeOperands(self.q, k, v, None, self.first, self.end, *options), tuning)[0]
 
     def truth(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,6 +14,7 @@ from hf_attn_patch.compat.transformers import attention_name, goes_through_inter
 from hf_attn_patch.errors import AttentionError
 
 from .attn.backends.registry import backend as backend_named
+from .attn.codes import KINDS
 from .compat.transformers import global_functions
 from .handle import Handle
 from .hf.attention_function import BACKEND_ATTRIBUTE, NAME, attention_forward
@@ -42,7 +43,8 @@ def enable(
             None leaves the choice to each
             call.
         cache: what ``generate`` caches into. "auto": on a machine with a GPU :class:`hf_attn_patch.GrowingCache`, else
-            the model's own; "growing": a GrowingCache anywhere; None: the model's own (unless
+            the model's own; "growing": a GrowingCache anywhere; "int8" and "fp8": one that keeps
+            keys and values as codes of 8 bits, half the memory and **not exact**; None: the model's own (unless
             :func:`hf_attn_patch.cache.growing_cache.use_growing_cache` asks for another).
         cuda_graphs: whether decoding steps on a GPU are recorded as CUDA graphs, one launch a token (see
             :func:`~hf_attn_patch.decoding.cuda_graphs.use_cuda_graphs`). "auto": wherever they can be; what cannot be
@@ -65,12 +67,16 @@ def enable(
     refuse_outside(model)
     if backend is not None:
         backend_named(backend)
-    if cache not in (None, "auto", "growing"):
-        raise AttentionError(f"there is no cache {cache!r}; choose 'growing', or None for the model's own")
+    if cache not in (None, "auto", "growing", *KINDS):
+        codes = " or ".join(map(repr, KINDS))
+        raise AttentionError(
+            f"there is no cache {cache!r}; choose 'growing', {codes} (codes of 8 bits, not exact), or None for the "
+            "model's own"
+        )
     if isinstance(cuda_graphs, str) and cuda_graphs not in ("auto", "compiled", "unfused"):
         raise AttentionError(f"cuda_graphs={cuda_graphs!r} is not known; choose True, 'compiled', 'unfused' or False")
     generates = any(isinstance(module, GenerationMixin) for module in model.modules())
-    if not generates and (cache == "growing" or cuda_graphs in (True, "compiled", "unfused")):
+    if not generates and (cache not in (None, "auto") or cuda_graphs in (True, "compiled", "unfused")):
         raise AttentionError(f"{type(model).__name__} cannot generate: it has no use for cache= and cuda_graphs=")
     register()
     model.set_attn_implementation(NAME)
@@ -94,7 +100,7 @@ def enable(
 
 def _speed_up_generate(model: torch.nn.Module, cache: str | None, cuda_graphs: bool | str | None) -> None:
     """What :func:`enable` does for a model that generates."""
-    from .cache.growing_cache import ask_for_growing, withdraw_growing
+    from .cache.growing_cache import Growth, ask_for_growing, withdraw_growing
     from .decoding.cuda_graphs import (
         Wish,
         ask_for_cuda_graphs,
@@ -103,8 +109,8 @@ def _speed_up_generate(model: torch.nn.Module, cache: str | None, cuda_graphs: b
         withdraw_cuda_graphs,
     )
 
-    if cache == "growing" or (cache == "auto" and can_record_here()):
-        ask_for_growing(model, _OWNER)
+    if cache in KINDS or cache == "growing" or (cache == "auto" and can_record_here()):
+        ask_for_growing(model, _OWNER, Growth(dtype=cache if cache in KINDS else None))
     else:
         withdraw_growing(model, _OWNER)
     if cuda_graphs is False:

@@ -1,4 +1,4 @@
-"""Keys that several rows of a batch have in common, kept once: which rows begin with which, and what they add.
+"""Keys and values in other forms than whole: shared by rows of a batch and kept once, or as codes of 8 bits.
 
 The softmax over all keys of a row is put together from softmaxes over its parts: with the partial results ``o_i`` and
 the logs of their denominators ``l_i``, ``out = sum(exp(l_i - l) * o_i)`` where ``l = logsumexp(l_i)``. That is exact,
@@ -15,6 +15,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from .codes import Kind, unpack
+
+#: of codes of keys and of values, fp32 [R or B, HKV, S, 1]
+Scales = tuple[Tensor, Tensor]
 
 
 class Rows:
@@ -91,34 +96,75 @@ class Rows:
 
 
 class SharedPart(NamedTuple):
-    """Keys [R, HKV, S, D] and values [R, HKV, S, Dv] that rows of a batch have in common; never written to."""
+    """Keys [R, HKV, S, D] and values [R, HKV, S, Dv] that rows of a batch have in common; never written to.
+
+    With ``scales`` they are the bits of codes (``codes.py``).
+    """
 
     keys: Tensor
     values: Tensor
     rows: Rows
+    scales: Scales | None = None
+
+
+class CodedAs(NamedTuple):
+    """What keys and values are that lie as the bits of codes: the kind of the codes, the dtype of the numbers."""
+
+    kind: Kind
+    dtype: torch.dtype
 
 
 class Parted:
     """The keys and values of B rows: shared parts, first to last, and what each row has of its own behind them.
 
     Args:
-        shared: at least one.
+        shared: none where nothing is shared.
         keys: [B, HKV, So, D]. values: [B, HKV, So, Dv].
+        scales, coded: those of the rows' own keys and values, which then are bits of codes, as all parts' are.
     """
 
-    __slots__ = ("keys", "shared", "values")
+    __slots__ = ("coded", "keys", "scales", "shared", "values")
 
-    def __init__(self, shared: tuple[SharedPart, ...], keys: Tensor, values: Tensor) -> None:
+    def __init__(
+        self,
+        shared: tuple[SharedPart, ...],
+        keys: Tensor,
+        values: Tensor,
+        scales: Scales | None = None,
+        coded: CodedAs | None = None,
+    ) -> None:
         self.shared, self.keys, self.values = shared, keys, values
+        self.scales, self.coded = scales, coded
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the numbers."""
+        return self.keys.dtype if self.coded is None else self.coded.dtype
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """D and Dv."""
+        return self.keys.shape[3], self.values.shape[3]
+
+    @property
+    def shared_keys(self) -> int:
+        """How many keys of each row are shared."""
+        return sum(part.keys.shape[2] for part in self.shared)
 
     def make(self, which: int) -> Tensor:
-        """All keys [B, HKV, Sk, D] (``which`` 0) or values (1) of each row, put together."""
-        own = self.values if which else self.keys
-        pieces = []
-        for part in self.shared:
-            piece = part.values if which else part.keys
-            pieces.append(piece.index_select(0, part.rows.index(piece.device)))
-        return torch.cat([*pieces, own], dim=2)
+        """All keys [B, HKV, Sk, D] (``which`` 0) or values (1) of each row, put together, as numbers."""
+        own = _pick(self.keys, self.values, self.scales, which)
+        pieces = [own]
+        for part in reversed(self.shared):
+            index = part.rows.index(own[0].device)
+            pieces.insert(0, [t.index_select(0, index) for t in _pick(part.keys, part.values, part.scales, which)])
+        whole = [torch.cat(tensors, dim=2) if len(tensors) > 1 else tensors[0] for tensors in zip(*pieces, strict=True)]
+        return whole[0] if self.coded is None else unpack(whole[0], whole[1], *self.coded)
+
+
+def _pick(keys: Tensor, values: Tensor, scales: Scales | None, which: int) -> list[Tensor]:
+    """Keys or values, and their scales if there are any."""
+    return [(keys, values)[which], *(() if scales is None else (scales[which],))]
 
 
 def for_part(q: Tensor, rows: Rows) -> Tensor:

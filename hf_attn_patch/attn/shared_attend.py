@@ -1,4 +1,5 @@
-"""Who computes attention over shared parts: our kernel where it runs, elsewhere matrix products over each part."""
+"""Who computes attention over shared parts and over codes: our kernel where it runs, elsewhere matrix products over
+each part, and what runs on numbers."""
 
 from __future__ import annotations
 
@@ -9,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .codes import unpack
 from .devices import device_of, no_bf16, tile_room
 from .kernels.decode_plan import power_of_two
-from .shared import Parted, for_part, mask_for_part
+from .request import Operands
+from .shared import CodedAs, Parted, Scales, for_part, mask_for_part
 
 #: query tokens a row up to which going over the parts pays; more are a prompt's
 MOST_QUERIES = 64
@@ -39,14 +42,27 @@ def attend_shared(
         [B, HQ, Sq, Dv].
     """
     way = shared_torch
-    if _has_kernel(q.device, q.dtype, q.shape[-1], parted.values.shape[-1]):
+    if has_kernel(q.device, q.dtype, q.shape[-1], parted.values.shape[-1]):
         from .kernels.shared_decode import shared_decode as way  # needs triton
     seen: Any = {"causal": causal, "mask": mask, "all_shared": all_shared}
     return way(q, parted, scale=scale, softcap=softcap, sinks=sinks, **seen)
 
 
+def attend_codes(q: Tensor, parted: Parted, operands: Operands) -> Tensor:
+    """Attention of a few query tokens [B, HQ, Sq, D] over codes of which no rows share any, read as they are.
+
+    Only where :func:`has_kernel`. No gradients, no dropout, no packed documents.
+
+    Returns:
+        [B, HQ, Sq, Dv].
+    """
+    from .backends.triton_decode import over_codes  # needs triton
+
+    return over_codes(q, parted, operands)
+
+
 @functools.cache
-def _has_kernel(device: torch.device, dtype: torch.dtype, D: int, Dv: int) -> bool:
+def has_kernel(device: torch.device, dtype: torch.dtype, D: int, Dv: int) -> bool:
     kind = device_of(device)
     if kind.device != "cuda" or kind.capability < 70 or importlib.util.find_spec("triton") is None:
         return False
@@ -68,7 +84,7 @@ def shared_torch(
 ) -> Tensor:
     """:func:`attend_shared` by matrix products: each part's keys are read once for all rows that begin with it."""
     B, HQ, Sq, _ = q.shape
-    start = sum(part.keys.shape[2] for part in parted.shared)
+    start = parted.shared_keys
     own = parted.keys.shape[2]
     seen = None
     if mask is not None:
@@ -76,12 +92,14 @@ def shared_torch(
     elif causal and Sq > 1:
         i, j = torch.arange(Sq, device=q.device)[:, None], torch.arange(own, device=q.device)
         seen = (j <= own - Sq + i)[None, None]
-    results = [_over(q, parted.keys, parted.values, seen, scale, softcap)]
+    keys, values = _numbers(parted.keys, parted.values, parted.scales, parted.coded)
+    results = [_over(q, keys, values, seen, scale, softcap)]
     for part in reversed(parted.shared):
         length = part.keys.shape[2]
         start -= length
         seen = None if mask is None else mask_for_part(mask, part.rows, start, length)
-        found = _over(for_part(q, part.rows), part.keys, part.values, seen, scale, softcap)
+        keys, values = _numbers(part.keys, part.values, part.scales, parted.coded)
+        found = _over(for_part(q, part.rows), keys, values, seen, scale, softcap)
         slot = part.rows.slot(q.device).long()
         results.append(tuple(_of_rows(t, Sq).index_select(0, slot) for t in found))  # type: ignore[arg-type]
     lses = torch.stack([lse for _, lse in results])  # [parts, B, HQ, Sq, 1]
@@ -91,6 +109,13 @@ def shared_torch(
     weights = torch.exp(lses - torch.where(total == float("-inf"), 0.0, total))
     out = torch.stack([out for out, _ in results]).mul_(weights).sum(0)
     return out.to(q.dtype)
+
+
+def _numbers(keys: Tensor, values: Tensor, scales: Scales | None, coded: CodedAs | None) -> tuple[Tensor, Tensor]:
+    """A part's keys and values as numbers."""
+    if scales is None or coded is None:
+        return keys, values
+    return unpack(keys, scales[0], *coded), unpack(values, scales[1], *coded)
 
 
 def _of_rows(found: Tensor, Sq: int) -> Tensor:

@@ -16,18 +16,20 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache, GenerationMixin, PretrainedConfig
 from transformers.cache_utils import Cache
 
+from hf_attn_patch.attn.codes import kind_named
 from hf_attn_patch.compat.transformers import PREFILL, PREPARE_CACHE, generate_method
 from hf_attn_patch.handle import Asked, Handle, of_each
 
 from .beginnings import begin_with, can_begin, rows_of, take_rows
-from .layers import GrowingLayer, GrowingMixin, GrowingSlidingWindowLayer, growing, new_layer
+from .coded_layers import grown, grown_new
+from .layers import GrowingLayer, GrowingMixin, GrowingSlidingWindowLayer
 from .repeated_prompts import prefill_once
 
 __all__ = ["GrowingCache", "GrowingLayer", "GrowingSlidingWindowLayer", "use_growing_cache"]
@@ -42,12 +44,16 @@ class GrowingCache(DynamicCache):
         offloading: as in ``DynamicCache``. Layers that are offloaded cross the bus whole at every token, and so are
             kept at their exact size and do not grow in place.
         offload_only_non_sliding: as in ``DynamicCache``.
+        dtype: "int8" or "fp8": keep keys and values as codes of 8 bits, with a scale for each head of each token: half
+            the memory, and half the bytes that decoding reads. **Not exact**; ``docs/run.md`` says what is lost. None:
+            as they come.
         growth: a full buffer is replaced by one this many times as large (rounded up to 256 keys). 1.25 costs at most a
             quarter more memory, and copies 4 tokens for each one cached.
         expected_length: the number of keys beyond which none are expected: growth stops there first. Not a limit.
 
     Raises:
-        ValueError: if ``growth`` is under 1 or no number, or ``expected_length`` under 1.
+        ValueError: if ``growth`` is under 1 or no number, ``expected_length`` under 1, or ``dtype`` neither name.
+        TypeError: with ``dtype``, if layers hold more than keys and values (indexers, linear attention).
 
     In-place growth needs ``torch.no_grad()`` or ``torch.inference_mode()`` (``generate`` has it): with gradients on,
     and under ``torch.compile``, the layers concatenate, because autograd or the graph may still need the old states.
@@ -73,41 +79,54 @@ class GrowingCache(DynamicCache):
         offloading: bool = False,
         offload_only_non_sliding: bool = False,
         *,
+        dtype: str | None = None,
         growth: float = 1.25,
         expected_length: int | None = None,
     ) -> None:
         super().__init__(ddp_cache_data, config, offloading, offload_only_non_sliding)
-        self._grow(growth, expected_length)
+        self._grow(growth, expected_length, dtype)
 
     @classmethod
     def from_dynamic(
-        cls, cache: DynamicCache, *, growth: float = 1.25, expected_length: int | None = None
+        cls,
+        cache: DynamicCache,
+        *,
+        dtype: str | None = None,
+        growth: float = 1.25,
+        expected_length: int | None = None,
     ) -> GrowingCache:
         """A growing cache that starts with what ``cache`` holds.
 
         Raises:
+            ValueError: as of the class.
             TypeError: if ``cache`` is not exactly a ``DynamicCache`` (its subclasses count positions in their own way).
         """
         if type(cache) is not DynamicCache:
             raise TypeError(f"only a DynamicCache can be turned into a GrowingCache, not a {type(cache).__name__}")
         grown = cls.__new__(cls)
         grown.__dict__.update(cache.__dict__)
-        grown._grow(growth, expected_length)
+        grown._grow(growth, expected_length, dtype)
         return grown
 
-    def _grow(self, growth: float, expected_length: int | None) -> None:
+    def _grow(self, growth: float, expected_length: int | None, dtype: str | None) -> None:
         if not 1 <= growth < math.inf:
             raise ValueError(f"growth must be at least 1 and finite, not {growth}")
         if expected_length is not None and expected_length < 1:
             raise ValueError(f"expected_length must be positive or None, not {expected_length}")
-        if self.layer_class_to_replicate is not None and not self.offloading:
-            self.layer_class_to_replicate = functools.partial(new_layer, growth, expected_length)
+        kind = None if dtype is None else kind_named(dtype)
+        self.codes = dtype
+        if self.layer_class_to_replicate is not None and (kind is not None or not self.offloading):
+            self.layer_class_to_replicate = functools.partial(
+                grown_new, growth, expected_length, kind, bool(self.offloading)
+            )
         self.layers = [
-            growing(layer, growth, expected_length)
-            if not self.offloading or (sliding and self.only_non_sliding)
-            else layer
+            grown(layer, growth, expected_length, kind, self.offloading and not (sliding and self.only_non_sliding))
             for layer, sliding in zip(self.layers, self.is_sliding, strict=True)
         ]
+
+    def __repr__(self) -> str:
+        said = super().__repr__()
+        return said if self.codes is None else f"{said.removesuffix(')')}, dtype={self.codes!r}, which is not exact)"
 
     def prefetch(self, layer_idx: int, only_non_sliding: bool = True) -> None:
         """As in ``Cache``, but the copy to the GPU begins after what was asked of the GPU before.
@@ -202,6 +221,13 @@ class GrowingCache(DynamicCache):
                 layer.trim()
 
 
+class Growth(NamedTuple):
+    """How somebody wants a growing cache."""
+
+    growth: float = 1.25
+    dtype: str | None = None
+
+
 @dataclass(eq=False)
 class _StandsBefore:
     """Stands before a method of a model's ``generate``. An object, and not a bound function: copies and pickles of the
@@ -234,7 +260,7 @@ def _prefill(inner: Callable[..., Any], standing: _StandsBefore, *args: Any, **k
 def _prepare(inner: Callable[..., Any], standing: _StandsBefore, *args: Any, **kwargs: Any) -> Any:
     """Make the cache that a model's ``generate`` makes a growing one. The cross-attention cache is written once, so it
     is left at its exact size."""
-    growth = standing.asked.setting
+    wanted: Growth = standing.asked.setting
     names = ("generation_config", "model_kwargs", "generation_mode", "batch_size", "max_cache_length")
     given = dict(zip(names, args, strict=False)) | kwargs
     model_kwargs, expected = given["model_kwargs"], given.get("max_cache_length")
@@ -246,31 +272,37 @@ def _prepare(inner: Callable[..., Any], standing: _StandsBefore, *args: Any, **k
         if not isinstance(cache, Cache) or id(cache) in before:  # what the user passed is the user's
             continue
         if type(cache) is DynamicCache:
-            model_kwargs[name] = GrowingCache.from_dynamic(cache, growth=growth, expected_length=expected)
+            model_kwargs[name] = GrowingCache.from_dynamic(cache, expected_length=expected, **wanted._asdict())
         elif type(cache) is EncoderDecoderCache and type(cache.self_attention_cache) is DynamicCache:
             cache.self_attention_cache = GrowingCache.from_dynamic(
-                cache.self_attention_cache, growth=growth, expected_length=expected
+                cache.self_attention_cache, expected_length=expected, **wanted._asdict()
             )
     return result
 
 
-def use_growing_cache(model: torch.nn.Module, *, growth: float = 1.25) -> Handle:
+def use_growing_cache(model: torch.nn.Module, *, growth: float = 1.25, dtype: str | None = None) -> Handle:
     """Make ``model.generate`` cache into a :class:`GrowingCache` wherever it would make a ``DynamicCache``.
 
     A cache that is passed to ``generate``, or another ``cache_implementation``, is respected. Wrappers (PEFT,
     ``torch.compile``) and composite models are looked through: every module that can generate is switched.
 
+    Args:
+        growth, dtype: of the cache. With ``dtype`` ("int8", "fp8") it is not exact.
+
     Returns:
-        a handle that undoes it. Asked for several times, the last ``growth`` that was not undone counts.
+        a handle that undoes it. Asked for several times, the last wish that was not undone counts.
 
     Raises:
         TypeError: if nothing in ``model`` can generate.
+        ValueError: there is no such ``dtype``.
     """
-    return ask_for_growing(model, object(), growth)
+    return ask_for_growing(model, object(), Growth(growth, dtype))
 
 
-def ask_for_growing(model: torch.nn.Module, owner: Any, growth: float = 1.25) -> Handle:
+def ask_for_growing(model: torch.nn.Module, owner: Any, wanted: Growth = Growth()) -> Handle:  # noqa: B008
     """:func:`use_growing_cache` in the name of ``owner``, who asks once however often it asks."""
+    if wanted.dtype is not None:
+        kind_named(wanted.dtype)
     generators = [module for module in model.modules() if isinstance(module, GenerationMixin)]
     if not generators:
         raise TypeError(f"{type(model).__name__} cannot generate, so it has no use for a growing cache")
@@ -281,9 +313,18 @@ def ask_for_growing(model: torch.nn.Module, owner: Any, growth: float = 1.25) ->
             if not isinstance(own, _StandsBefore):
                 own = _StandsBefore(module, name, work, own or generate_method(module, name), own is not None)
                 module.__dict__[name] = own
-            own.asked.ask(owner, growth)
+            own.asked.ask(owner, wanted)
             standing.append(own)
     return of_each(standing, functools.partial(_withdraw, owner=owner))
+
+
+def codes_cached_by(model: torch.nn.Module) -> str | None:
+    """The codes that ``generate`` of a model caches ("int8", "fp8"); None where it caches what is computed."""
+    for module in model.modules():
+        own = module.__dict__.get(PREPARE_CACHE)
+        if isinstance(own, _StandsBefore) and own.asked and own.asked.setting.dtype is not None:
+            return str(own.asked.setting.dtype)
+    return None
 
 
 def withdraw_growing(model: torch.nn.Module, owner: Any) -> None:

@@ -271,7 +271,3 @@ def growing(layer: Any, growth: float, expected_length: int | None) -> Any:
     grown.__dict__.update(layer.__dict__)
     grown.growth, grown.expected_length = growth, expected_length
     return grown
-
-
-def new_layer(growth: float, expected_length: int | None) -> Any:
-    return growing(DynamicLayer(), growth, expected_length)

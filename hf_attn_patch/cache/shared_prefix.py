@@ -192,9 +192,9 @@ class SharedLayer(GrowingLayer):
         while left and len(parts) > 1 and left >= parts[-1].keys.shape[2]:
             left -= parts.pop().keys.shape[2]
         if left:  # the first part may end up with no keys
-            keys, values, _ = last = parts.pop()
-            end = max(0, keys.shape[2] - left)
-            parts.append(last._replace(keys=keys[:, :, :end], values=values[:, :, :end]))
+            last = parts.pop()
+            end = max(0, last.keys.shape[2] - left)
+            parts.append(last._replace(keys=last.keys[:, :, :end], values=last.values[:, :, :end]))
         if own < -tokens_to_remove:
             self.shared = tuple(parts)
             self._expect()
@@ -293,8 +293,8 @@ def _compact(states: Tensor) -> Tensor:
 def later(parted: Parted) -> tuple[Tensor, Tensor]:
     """The keys and values of all rows, put together when something looks at them."""
     keys, values = parted.keys, parted.values
-    shapes = [(*t.shape[:2], shared_keys(parted.shared) + t.shape[2], t.shape[3]) for t in (keys, values)]
+    shapes = [(*t.shape[:2], parted.shared_keys + t.shape[2], t.shape[3]) for t in (keys, values)]
     return (
-        LaterTensor(parted, 0, shapes[0], keys.dtype, keys.device),
-        LaterTensor(parted, 1, shapes[1], values.dtype, values.device),
+        LaterTensor(parted, 0, shapes[0], parted.dtype, keys.device),
+        LaterTensor(parted, 1, shapes[1], parted.dtype, values.device),
     )

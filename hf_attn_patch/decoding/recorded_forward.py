@@ -154,8 +154,10 @@ class RecordedForward:
     def making(self, model: Any, state: ModelState, call: StepCall, room: StepRoom) -> tuple[Any, ...]:
         """What a :class:`Step` is made of."""
         compiles = self.compiles and not state.uncompiled
-        if compiles and any(room.shared):
-            reason = "rows that share a prompt are gone over in parts, which torch.compile cannot trace"
+        codes = any(buffers is not None and len(buffers) > 2 for buffers in room.buffers)
+        if compiles and (codes or any(room.shared)):
+            what = "its cache holds codes, which are read as they are" if codes else "rows share a prompt, in parts"
+            reason = f"{what}, which torch.compile cannot trace"
             state.say(model, reason, self.loud, True)
             compiles = False
         return model, self._compiled_for(call) if compiles else self.inner, compiles, self.fuses, call, room

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from hf_attn_patch.attn.shared import Parted, SharedPart
+from hf_attn_patch.attn.codes import pack_both
+from hf_attn_patch.attn.shared import CodedAs, Parted, SharedPart
+from hf_attn_patch.cache.coded_layers import CodedLayer, joined
 from hf_attn_patch.cache.layers import GrowingLayer, GrowingMixin, GrowingSlidingWindowLayer
 from hf_attn_patch.cache.shared_prefix import SharedLayer, later, shared_keys
 
@@ -126,12 +128,33 @@ class StepSharedLayer(StepLayer):
         return shared_keys(self.shared) + super().get_mask_sizes(query_length)[0], 0
 
 
+class StepCodedLayer(StepLayer):
+    """A layer of codes: their buffers, and those of their scales, are layers that are written to at the same place."""
+
+    def __init__(self, codes: StepLayer, scales: StepLayer, coded: CodedAs) -> None:
+        self.which, self.is_sliding = codes.which, codes.is_sliding
+        assert codes.keys is not None
+        assert codes.values is not None
+        super().__init__((codes.keys, codes.values), codes.place)
+        self.codes, self.scales, self.coded = codes, scales, coded
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write ``[B, HKV, 1, D]`` states as codes; return all codes of the buffers, and shared ones before them."""
+        (keys, key_scales), (values, value_scales) = pack_both(key_states, value_states, self.coded.kind)
+        both = self.codes.update(keys, values), self.scales.update(key_scales, value_scales)
+        return later(joined(*both, self.coded))
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, Any]:
+        """As of the layer of codes."""
+        return self.codes.get_mask_sizes(query_length)
+
+
 @dataclass
 class StepRoom:
     """The buffers that a step writes to, and where."""
 
     rooms: list[Any]  # one a layer; None: a layer that stores nothing
-    buffers: list[tuple[Tensor, Tensor] | None]
+    buffers: list[tuple[Tensor, ...] | None]  # keys and values; behind codes also the scales of both
     sliding: list[bool]
     shared: list[tuple[SharedPart, ...]]  # what a layer's rows share before their buffers; none in most
     position: int
@@ -155,7 +178,7 @@ class StepRoom:
         if len(mine) != len(theirs):
             return False
         for a, b in zip(mine, theirs):  # noqa: B905 - compared just above, and this runs per token
-            if a is not b and (a is None or b is None or a[0] is not b[0] or a[1] is not b[1]):
+            if a is not b and (a is None or b is None or not all(map(operator.is_, a, b))):
                 return False
         return all(map(operator.is_, self.shared, other.shared))
 
@@ -171,8 +194,9 @@ def reserve(cache: Any) -> StepRoom | None:
     shared: list[tuple[SharedPart, ...]] = []
     position = slot = own = expected = -1
     for layer in cache.layers:
-        kind = type(layer)
-        shared.append(layer.shared if kind is SharedLayer else NOTHING)
+        held = layer.codes if isinstance(layer, CodedLayer) else layer
+        kind = type(held)
+        shared.append(held.shared if kind is SharedLayer else NOTHING)
         if kind is GrowingLayer or kind is SharedLayer:
             room = layer.reserve()
             if room is None or room.start or position not in (-1, room.end + shared_keys(shared[-1])):
@@ -213,11 +237,20 @@ def step_layers(cache: Any, room: StepRoom, place: TokenPlace) -> list[Any]:
     """The layers that ``cache`` has while the step runs."""
     layers: list[Any] = []
     for layer, buffers, sliding, shared in zip(cache.layers, room.buffers, room.sliding, room.shared, strict=True):
-        if buffers is not None:
-            kind = StepSlidingLayer if sliding else StepLayer
-            layer = StepSharedLayer(buffers, place, shared) if shared else kind(buffers, place)
+        if buffers is not None and isinstance(layer, CodedLayer):
+            codes = _step_layer(buffers[:2], place, sliding, shared)
+            scales = _step_layer(buffers[2:], place, sliding, layer.scales.shared if shared else NOTHING)
+            layer = StepCodedLayer(codes, scales, layer.coded)
+        elif buffers is not None:
+            layer = _step_layer(buffers, place, sliding, shared)
         layers.append(layer)
     return layers
+
+
+def _step_layer(buffers: Any, place: TokenPlace, sliding: bool, shared: tuple[SharedPart, ...]) -> StepLayer:
+    if shared:
+        return StepSharedLayer(buffers, place, shared)
+    return (StepSlidingLayer if sliding else StepLayer)(buffers, place)
 
 
 @contextmanager

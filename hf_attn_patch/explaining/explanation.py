@@ -72,7 +72,8 @@ class Explanation:
     """The answer of :func:`explain`: the ``kinds`` of layer, and parts that could not be asked, with the reason.
 
     ``note`` says where the order of the backends was measured on another GPU; ``decoding`` what becomes of decoding
-    steps (None: nobody asked for recordings).
+    steps (None: nobody asked for recordings); ``codes`` as which codes ``generate`` caches keys and values (None: as
+    they are).
 
     ``request``, ``reasons``, ``chosen`` and :meth:`rows` are those of the kind that has the most layers.
     """
@@ -81,6 +82,7 @@ class Explanation:
     unasked: tuple[tuple[str, str], ...] = ()
     note: str | None = None
     decoding: str | None = None
+    codes: str | None = None
 
     @property
     def main(self) -> LayerKind:
@@ -117,6 +119,11 @@ class Explanation:
         notes = [f"{path} was not asked: {reason}" for path, reason in self.unasked]
         if self.decoding:
             notes.append(f"Decoding steps are {self.decoding}.")
+        if self.codes:
+            notes.append(
+                f"generate caches keys and values as {self.codes} codes: not exact. On an NVIDIA GPU triton_decode "
+                "reads them as they are, for up to 64 queries; all else is given numbers made of them."
+            )
         return [*notes, f"The ladder is {self.note}."] if self.note else notes
 
     def __str__(self) -> str:
@@ -176,6 +183,7 @@ def explain(
     >>> explain(config, batch=8, q_len=1, kv_len=8192, device="cpu").chosen
     'torch_sdpa'
     """
+    from hf_attn_patch.cache.growing_cache import codes_cached_by
     from hf_attn_patch.compat.torch import uncompiled
     from hf_attn_patch.decoding.cuda_graphs import recording_of
 
@@ -198,7 +206,8 @@ def explain(
             f"no layer of {type(copied).__name__} asked for attention{whys}; ask with inputs= as you call it"
         )
     decoding = recording_of(model) if isinstance(model, nn.Module) else None
-    return Explanation(tuple(_kinds(heard)), tuple(heard.unasked), _note(kind, capability), decoding)
+    codes = codes_cached_by(model) if isinstance(model, nn.Module) else None
+    return Explanation(tuple(_kinds(heard)), tuple(heard.unasked), _note(kind, capability), decoding, codes)
 
 
 def _check(batch: int, q_len: int, kv_len: int, packed: bool) -> None:

@@ -16,14 +16,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from hf_attn_patch.attn.devices import Device
-from hf_attn_patch.attn.kernels import decode_launch
+from hf_attn_patch.attn.kernels import decode, decode_launch
 from hf_attn_patch.attn.kernels.launcher import Launch
 from hf_attn_patch.attn.kernels.shared_decode import shared_decode
 from hf_attn_patch.attn.shared import Parted, Rows, SharedPart
 
 CAPABILITY = int(os.environ.get("COMPILE_FOR", "90"))
 TARGET, SMS = GPUTarget("cuda", CAPABILITY, 32), 132
-TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.bool: "i1"}
+TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.bool: "i1",
+         torch.int8: "i8"}  # fmt: skip
 
 
 def on_meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -33,14 +34,17 @@ def on_meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 def arguments(
     B: int = 12, HQ: int = 32, HKV: int = 8, Sq: int = 1, Sk: int = 8192, D: int = 128, page: int = 0,
     dtype: torch.dtype = torch.bfloat16, causal: bool = True, window: int | None = None, softcap: float | None = None,
-    lse: bool = False, **others: Any,
+    lse: bool = False, codes: torch.dtype | None = None, **others: Any,
 ) -> tuple[Any, ...]:  # fmt: skip
     """What :func:`launch` takes. ``others``: the shapes of first, end, mask, bias, sinks that are there."""
     kinds = {"mask": torch.bool, "bias": torch.float32, "sinks": torch.float32}
     given = {name: on_meta(*shape, dtype=kinds.get(name, torch.int32)) for name, shape in others.items()}
     kv = on_meta(B * Sk // page, page, HKV, D, dtype=dtype) if page else on_meta(B, HKV, Sk, D, dtype=dtype)
     table = on_meta(B, Sk // page, dtype=torch.int32) if page else None
-    rest = (given.get(name) for name in ("first", "end", "mask", "bias", "sinks"))
+    if codes is not None:
+        kv = on_meta(B, HKV, Sk, D, dtype=codes)
+        given |= dict.fromkeys(("k_scale", "v_scale"), on_meta(B, HKV, Sk, dtype=torch.float32))
+    rest = (given.get(name) for name in ("first", "end", "mask", "bias", "sinks", "k_scale", "v_scale"))
     return on_meta(B, HQ, Sq, D, dtype=dtype), kv, kv, table, *rest, D**-0.5, causal, window, softcap, lse
 
 
@@ -61,6 +65,10 @@ CASES: dict[str, dict[str, Any]] = {
     "fp16, head_dim 256": {"D": 256, "B": 4, "dtype": torch.float16},
     "pages of 16": {"page": 16, "end": (12,)},
     "pages of 256": {"page": 256, "end": (12,)},
+    "int8": {"B": 1, "codes": torch.int8},
+    "fp8": {"B": 1, "codes": torch.float8_e4m3fn},
+    "fp16, int8": {"B": 1, "codes": torch.int8, "dtype": torch.float16},
+    "fp16, fp8": {"B": 1, "codes": torch.float8_e4m3fn, "dtype": torch.float16},
     "pages and a window": {"page": 256, "end": (12,), "window": 300},
 }
 
@@ -114,7 +122,7 @@ def main() -> None:
             if case in SHARED:
                 shared_decode(*shared_arguments(*SHARED[case]), scale=0.1)
             else:
-                decode_launch.launch(decode_launch.DecodeOperands(*arguments(**CASES[case])))
+                decode_launch.launch(decode.DecodeOperands(*arguments(**CASES[case])))
             for launch, tensors in started:
                 made = compiled(launch, tensors)
                 ptx = made.asm["ptx"]

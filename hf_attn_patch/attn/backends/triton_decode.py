@@ -11,9 +11,11 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from hf_attn_patch.attn.codes import as_codes
 from hf_attn_patch.attn.devices import generation, lacks, needs_nvidia, no_bf16, tile_room
 from hf_attn_patch.attn.kernels.decode_plan import power_of_two
 from hf_attn_patch.attn.request import AttentionRequest, Operands, new_tuple
+from hf_attn_patch.attn.shared import Parted
 from hf_attn_patch.attn.visibility import PACKED, Dense, Full, Padded, Visibility
 from hf_attn_patch.compat.torch import operators_are_watched
 
@@ -62,11 +64,11 @@ def refuses(request: AttentionRequest) -> str | None:
     return None if _FOUND else "triton is not installed"
 
 
-def _bounds(seen: Visibility, request: AttentionRequest) -> tuple[Tensor | None, Tensor | None]:
+def _bounds(seen: Visibility, tracing: bool) -> tuple[Tensor | None, Tensor | None]:
     """First and last + 1 key that a row can see at all, worked out once a forward."""
     if isinstance(seen, Padded):
         return seen.bounds
-    if isinstance(seen, Dense) and not request.tracing and not request.per_head_mask:
+    if isinstance(seen, Dense) and not tracing and not seen.facts.per_head_mask:
         from hf_attn_patch.attn.kernels import decode
 
         mask = seen.mask
@@ -80,7 +82,8 @@ def shorter(request: AttentionRequest, seen: Visibility) -> Callable[..., tuple[
     """:func:`run` for decoding without padding or bias, straight to the launch; None for all other calls."""
     if not isinstance(seen, Full) or not seen.whole or request.bias or request.tracing:
         return None
-    from hf_attn_patch.attn.kernels.decode_launch import DecodeOperands, launch
+    from hf_attn_patch.attn.kernels.decode_launch import launch
+    from hf_attn_patch.attn.kernels.decode_operands import DecodeOperands
 
     causal, left = seen.causal, seen.window[0]
     window = None if left is None else left + 1
@@ -89,7 +92,7 @@ def shorter(request: AttentionRequest, seen: Visibility) -> Callable[..., tuple[
         if type(q) is not Tensor or operators_are_watched():  # both want the registered operator
             return run(q, k, v, request, operands)
         scale, softcap, sinks = operands.scale, operands.softcap, operands.sinks
-        numbers = (q, k, v, None, None, None, None, None, sinks, scale, causal, window, softcap, False)
+        numbers = (q, k, v, None, None, None, None, None, sinks, None, None, scale, causal, window, softcap, False)
         return launch(new_tuple(DecodeOperands, numbers))[0], None
 
     return straight
@@ -97,15 +100,36 @@ def shorter(request: AttentionRequest, seen: Visibility) -> Callable[..., tuple[
 
 def run(q: Tensor, k: Tensor, v: Tensor, request: AttentionRequest, operands: Operands) -> tuple[Tensor, None]:
     """q [B, HQ, Sq, D], k [B, HKV, Sk, D], v [B, HKV, Sk, Dv] -> (out [B, HQ, Sq, Dv], None)."""
-    seen = operands.visibility
-    k, v = cut(seen, k, v)
-    first, end = _bounds(seen, request)
+    k, v = cut(operands.visibility, k, v)
+    return _over(q, k, v, operands, _bounds(operands.visibility, request.tracing)), None
+
+
+def over_codes(q: Tensor, parted: Parted, operands: Operands) -> Tensor:
+    """The same for codes (``attn/codes.py``) that no rows share."""
+    seen, coded, scales = operands.visibility, parted.coded, parted.scales
+    assert coded is not None
+    assert scales is not None
+    k, v = cut(seen, as_codes(parted.keys, coded.kind), as_codes(parted.values, coded.kind))
+    k_scale, v_scale = (t.squeeze(-1) for t in cut(seen, *scales))
+    return _over(q, k, v, operands, _bounds(seen, False), k_scale, v_scale)
+
+
+def _over(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    operands: Operands,
+    bounds: tuple[Tensor | None, Tensor | None],
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> Tensor:
+    from hf_attn_patch.attn.kernels import decode  # needs triton
+
+    seen, (first, end) = operands.visibility, bounds
     # the kernel aligns queries at each row's last valid key, a padded batch at the last key of all
     aligned = isinstance(seen, Full) or (isinstance(seen, Padded) and not seen.restrict_queries)
     mask = None if aligned else seen.dense(q.device)
     left = seen.window[0] if mask is None else None
-    from hf_attn_patch.attn.kernels import decode  # needs triton
-
     out = decode.grouped_decode(
         q,
         k,
@@ -119,6 +143,8 @@ def run(q: Tensor, k: Tensor, v: Tensor, request: AttentionRequest, operands: Op
         window=None if left is None else left + 1,
         softcap=operands.softcap,
         sinks=operands.sinks,
+        k_scale=k_scale,
+        v_scale=v_scale,
     )
     assert isinstance(out, Tensor)
-    return out, None
+    return out

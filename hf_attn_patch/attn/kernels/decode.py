@@ -12,7 +12,8 @@ import torch
 
 from hf_attn_patch.compat.torch import operators_are_watched
 
-from .decode_launch import DTYPES, MAX_HEAD_DIM, MAX_QUERIES, SHORT, DecodeOperands, launch
+from .decode_launch import SHORT, launch
+from .decode_operands import DTYPES, MAX_HEAD_DIM, MAX_QUERIES, DecodeOperands
 from .mask_bounds import mask_bounds
 
 __all__ = [
@@ -42,6 +43,8 @@ def grouped_decode(
     window: int | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Softmax attention of a few query tokens (up to 1,024; fast for up to 64 rows of a group), forward only.
@@ -60,6 +63,8 @@ def grouped_decode(
         window: with ``causal``: a query sees at most this many keys, itself included.
         softcap: scores become ``softcap * tanh(scores / softcap)``.
         sinks: [HQ] logits that join the denominator of each head's softmax.
+        k_scale, v_scale: [B, HKV, Sk], fp16, bf16 or fp32: k and v are codes, int8 or float8_e4m3fn, and stand for
+            ``k * k_scale[..., None]`` and ``v * v_scale[..., None]``, which are never written out.
         return_lse: also return the log of the denominators.
 
     Returns:
@@ -71,8 +76,8 @@ def grouped_decode(
         RuntimeError: gradients are wanted.
     """
     _no_gradients(q, k, v, bias, sinks)
-    o = DecodeOperands(q, k, v, None, first, end, mask, bias, sinks, scale, causal, window, softcap, return_lse)
-    return _run(o)
+    options = (scale, causal, window, softcap, return_lse)
+    return _run(DecodeOperands(q, k, v, None, first, end, mask, bias, sinks, k_scale, v_scale, *options))
 
 
 def grouped_decode_paged(
@@ -105,7 +110,8 @@ def grouped_decode_paged(
     """
     _no_gradients(q, k_pages, v_pages, bias, sinks)
     options = (scale, causal, window, softcap, return_lse)
-    return _run(DecodeOperands(q, k_pages, v_pages, block_table, first, lengths, mask, bias, sinks, *options))
+    tensors = (q, k_pages, v_pages, block_table, first, lengths, mask, bias, sinks, None, None)
+    return _run(DecodeOperands(*tensors, *options))
 
 
 def _run(o: DecodeOperands) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -126,8 +132,8 @@ def _no_gradients(*tensors: torch.Tensor | None) -> None:
     "hf_attn_patch::grouped_decode",
     mutates_args=(),
     schema="(Tensor q, Tensor k, Tensor v, Tensor? block_table, Tensor? first, Tensor? end, Tensor? mask, "
-    "Tensor? bias, Tensor? sinks, float scale, bool causal, SymInt? window, float? softcap, bool return_lse) "
-    "-> (Tensor, Tensor)",
+    "Tensor? bias, Tensor? sinks, Tensor? k_scale, Tensor? v_scale, float scale, bool causal, SymInt? window, "
+    "float? softcap, bool return_lse) -> (Tensor, Tensor)",
 )
 def _grouped_decode(*operands: Any) -> tuple[torch.Tensor, torch.Tensor]:
     o = DecodeOperands(*operands)

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from .decode_codes import for_codes, numbers, numbers_of_words
 from .decode_line import LN2, LOG2E, first_tile, key_range, line_of, lse_offset, tiles_of
 
 
@@ -50,19 +51,23 @@ def _finite_where(rows, x):
 
 @triton.jit(do_not_specialize=["B", "HKV", "G", "Sq", "Sk", "page", "window", "least", "workers"])
 def decode_kernel(
-    Q, K, V, Out, Lse, Part, First, End, Mask, Bias, Sinks, Table,
-    q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, m_b, m_h, m_s, m_k, a_b, a_h, a_s, a_k, t_b,
+    Q, K, V, KScale, VScale, Out, Lse, Part, First, End, Mask, Bias, Sinks, Table,
+    q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, ks_b, ks_h, vs_b, vs_h,
+    m_b, m_h, m_s, m_k, a_b, a_h, a_s, a_k, t_b,
     B, HKV, G, Sq, Sk, page, window, least, workers, qk_scale, softcap_log2,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, BLOCK_B: tl.constexpr, M_TILES: tl.constexpr, SPLIT: tl.constexpr, CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_END: tl.constexpr, MASK: tl.constexpr,
-    BIAS: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_LSE: tl.constexpr, PAGED: tl.constexpr, LAZY_SUM: tl.constexpr,
-    EVICT: tl.constexpr, PDL: tl.constexpr, PRECISION: tl.constexpr,
+    BIAS: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_LSE: tl.constexpr, PAGED: tl.constexpr, CODES: tl.constexpr,
+    DOTS: tl.constexpr, FAST: tl.constexpr, WORDS: tl.constexpr, LAZY_SUM: tl.constexpr, EVICT: tl.constexpr,
+    PDL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Attention of a query tile over a worker's tiles of keys.
 
     MASK and BIAS: 0 none, 1 one row of Sk for all rows of a query tile, 2 a row of Sk for each.
     PAGED: 0 no, 1 a tile's keys lie on several pages, 2 on one.
+    CODES: 0 none, else K and V are codes (``decode_codes.py``), whose products are made in DOTS; FAST: by assembly;
+    WORDS: values lie in words of four.
     CAUSAL: queries differ in what they see (false for one query, whose keys end at ``hi`` anyway).
     """
     pid = tl.program_id(0)
@@ -119,6 +124,15 @@ def decode_kernel(
         q_rows = Q + b64 * q_b + head.to(tl.int64) * q_h + position * q_s
         q = tl.load(q_rows[:, None] + offs_d[None, :], mask=row_ok[:, None] & d_ok[None, :], other=0.0)
         last = hi - Sq + position  # of the keys that a causal query sees
+        row_scale = qk_scale
+        if CODES:
+            q, top = for_codes(q, DOTS)
+            row_scale = (top * qk_scale)[:, None]
+            k_scales = KScale + b64 * ks_b + h.to(tl.int64) * ks_h
+            v_scales = VScale + b64 * vs_b + h.to(tl.int64) * vs_h
+            ahead = lo + begin * BLOCK_N + offs_n
+            k_scale = tl.load(k_scales + ahead, mask=ahead < hi, other=0.0).to(tl.float32)
+            v_scale = tl.load(v_scales + ahead, mask=ahead < hi, other=0.0).to(tl.float32)
         if PAGED:
             k_base = K + h.to(tl.int64) * k_h
             v_base = V + h.to(tl.int64) * v_h
@@ -197,14 +211,21 @@ def decode_kernel(
             else:
                 k_mask = key_ok[:, None] & d_ok[None, :]
                 k = tl.load(k_rows[:, None] + offs_d[None, :], mask=k_mask, other=0.0, eviction_policy=EVICT)
+            if CODES:
+                k = numbers(k, CODES, DOTS, FAST)
             if BIAS:
                 # under the lowest number a key counts only where its row has no other: what is finite stays
                 low = bias <= (-32752.0 if Bias.dtype.element_ty == tl.float16 else -1.69e38)
                 if MASK == 2 or BIAS == 2:
                     low = low | (visible == 0)
                 low = tl.min(low.to(tl.int32), 0) > 0
-                k = _finite_where(low[:, None], k)
-            s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * qk_scale
+                if CODES:
+                    k_scale, v_scale = _finite_where(low, k_scale), _finite_where(low, v_scale)
+                else:
+                    k = _finite_where(low[:, None], k)
+            s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * row_scale
+            if CODES:
+                s *= k_scale[None, :]
             if SOFTCAP:
                 s = _tanh(s) * softcap_log2
             if BIAS:
@@ -225,14 +246,34 @@ def decode_kernel(
                 norm = norm * fade + tl.sum(p, 1)
             m = m_new
 
-            if DV == BLOCK_DV:
+            if WORDS:
+                w_ok = key_ok[:, None]
+                if DV != BLOCK_DV:
+                    w_ok = w_ok & (tl.arange(0, BLOCK_DV // 4) < DV // 4)[None, :]
+                w_base = (v_base + start.to(tl.int64) * v_s).to(tl.pointer_type(tl.int32), bitcast=True)
+                w_rows = w_base + offs_n * (v_s // 4)
+                w = tl.load(w_rows[:, None] + tl.arange(0, BLOCK_DV // 4)[None, :], mask=w_ok, other=0)
+                v = numbers_of_words(w, CODES, DOTS, FAST)
+            elif DV == BLOCK_DV:
                 v = tl.load(v_rows[:, None] + offs_dv[None, :], mask=key_ok[:, None], other=0.0, eviction_policy=EVICT)
             else:
                 v_mask = key_ok[:, None] & dv_ok[None, :]
                 v = tl.load(v_rows[:, None] + offs_dv[None, :], mask=v_mask, other=0.0, eviction_policy=EVICT)
-            if BIAS:
-                v = _finite_where(low[:, None], v)
-            acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
+            if CODES:
+                if not WORDS:
+                    v = numbers(v, CODES, DOTS, FAST)
+                # scales as shares of the tile's largest: small ones must not be lost in fp16
+                v_scale = tl.where(key_ok, v_scale, 0.0)
+                most = tl.max(v_scale, 0)
+                p *= (v_scale / tl.where(most > 0, most, 1.0))[None, :]
+                acc = acc * fade[:, None] + tl.dot(p.to(DOTS), v, input_precision=PRECISION) * most
+                ahead = keys + BLOCK_N  # the next tile's, before it is worked on
+                k_scale = tl.load(k_scales + ahead, mask=ahead < hi, other=0.0).to(tl.float32)
+                v_scale = tl.load(v_scales + ahead, mask=ahead < hi, other=0.0).to(tl.float32)
+            else:
+                if BIAS:
+                    v = _finite_where(low[:, None], v)
+                acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
 
         if PDL and SPLIT:  # noqa: SIM102 (constants). The merge is set up while the last results are written
             if tile + count >= stop:

@@ -3,61 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+import triton.language as tl
 
 from hf_attn_patch.attn.devices import device_of, tile_room
 from hf_attn_patch.compat.triton import raw_stream
-from hf_attn_patch.grouping import KVGrouping
 
 from .combine_kernel import combine_kernel
+from .decode_codes import FP8, INT8
 from .decode_kernel import decode_kernel
 from .decode_line import LOG2E
+from .decode_operands import DecodeOperands, Sizes, check
 from .decode_plan import Tuning, choose, merge_shape, overlaps, plan, power_of_two, sm_count
 from .launcher import Launch
 from .mask_bounds import mask_bounds
 
-MAX_QUERIES = 1024
-MAX_HEAD_DIM = 512
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 SHORT = 1024  # keys: for no more, finding where a mask begins and ends costs more than it saves
 _LOG2E = float(LOG2E.value)
 
 
-class DecodeOperands(NamedTuple):
-    """The operands of a decoding call, tensors first; ``grouped_decode`` explains them."""
-
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
-    block_table: torch.Tensor | None
-    first: torch.Tensor | None
-    end: torch.Tensor | None
-    mask: torch.Tensor | None
-    bias: torch.Tensor | None
-    sinks: torch.Tensor | None
-    scale: float
-    causal: bool
-    window: int | None
-    softcap: float | None
-    return_lse: bool
-
-
-TENSORS = 9  # so many of the operands are tensors
+TENSORS = 11  # so many of the operands are tensors
 #: those whose last dimension the kernels read without a stride; masks and biases have one
-_WITH_ROWS = ("q", "k", "v", "block_table", "first", "end", "sinks")
-
-
-class _Sizes(NamedTuple):
-    B: int
-    HQ: int
-    HKV: int
-    Sq: int
-    Sk: int
-    D: int
-    DV: int
-    page: int  # keys of a page; 1 where K and V lie whole
+_WITH_ROWS = ("q", "k", "v", "block_table", "first", "end", "sinks", "k_scale", "v_scale")
 
 
 @dataclass(slots=True)
@@ -72,6 +41,7 @@ class LaunchPlan:
     device: torch.device
     decode: Launch
     combine: Launch | None
+    fp8: bool  # codes that the kernel is handed as their bits
 
 
 _launches: dict[Any, LaunchPlan] = {}
@@ -103,7 +73,7 @@ def launch(
         rest = iter(pointers)
         pointers = [None if missing else next(rest) for missing in which]
     else:
-        pointers += [None] * 6
+        pointers += [None] * (TENSORS - 3)
     aligned = low % 16 == 0 or tuple([p is None or p % 16 == 0 for p in pointers])
     key = (*kinds, which, aligned, o[TENSORS:], tuning, wide)
     known = _launches.get(key)
@@ -139,15 +109,17 @@ def _start(
             return _start(planned, tensors, pointers, strides)
     out, lse = _outputs(planned)
     part = torch.empty(planned.part, dtype=torch.float32, device=device) if planned.part else None
-    q, k, v, table, first, end, mask, bias, sinks = tensors
-    p_q, p_k, p_v, p_table, p_first, p_end, p_mask, p_bias, p_sinks = pointers
+    q, k, v, table, first, end, mask, bias, sinks, k_scale, v_scale = tensors
+    p_q, p_k, p_v, p_table, p_first, p_end, p_mask, p_bias, p_sinks, p_k_scale, p_v_scale = pointers
+    if planned.fp8:
+        k, v = k.view(torch.int8), v.view(torch.int8)  # type: ignore[union-attr]
     p_out, p_lse, p_part = (
         out.data_ptr(),
         None if lse is None else lse.data_ptr(),
         None if part is None else part.data_ptr(),
     )
-    ts = (q, k, v, out, lse, part, first, end, mask, bias, sinks, table)
-    ps = (p_q, p_k, p_v, p_out, p_lse, p_part, p_first, p_end, p_mask, p_bias, p_sinks, p_table)
+    ts = (q, k, v, k_scale, v_scale, out, lse, part, first, end, mask, bias, sinks, table)
+    ps = (p_q, p_k, p_v, p_k_scale, p_v_scale, p_out, p_lse, p_part, p_first, p_end, p_mask, p_bias, p_sinks, p_table)
     merged_ts, merged_ps = (out, lse, part, first, end, sinks), (p_out, p_lse, p_part, p_first, p_end, p_sinks)
     stream = raw_stream(device)
     if strides is None:
@@ -173,51 +145,7 @@ def _contiguous_rows(t: torch.Tensor | None) -> torch.Tensor | None:
     return t.contiguous()
 
 
-def _check(o: DecodeOperands) -> _Sizes:
-    """The sizes of a call whose arguments go together.
-
-    Raises:
-        ValueError: they don't; it says which.
-    """
-    q, k, v, table = o.q, o.k, o.v, o.block_table
-    B, HQ, Sq, D = q.shape
-    if table is None:
-        _, HKV, Sk, DV = v.shape
-        page = 1
-        if k.shape != (B, HKV, Sk, D) or v.shape[0] != B:
-            raise ValueError(f"q {list(q.shape)}, k {list(k.shape)} and v {list(v.shape)} do not go together")
-    else:
-        _, page, HKV, DV = v.shape
-        Sk = page * table.shape[1]
-        if k.shape != (v.shape[0], page, HKV, D) or table.shape[0] != B or o.end is None:
-            raise ValueError(
-                f"q {list(q.shape)}, k_pages {list(k.shape)}, v_pages {list(v.shape)} and block_table "
-                f"{list(table.shape)} do not go together"
-            )
-    if HQ % HKV:
-        KVGrouping(HQ, HKV)  # raises, and says which numbers would do
-    if not (Sq <= MAX_QUERIES and D <= MAX_HEAD_DIM and DV <= MAX_HEAD_DIM):
-        raise ValueError(
-            f"{Sq} query tokens and head dimensions {D} and {DV}: grouped_decode takes up to {MAX_QUERIES} "
-            f"tokens and dimensions up to {MAX_HEAD_DIM}"
-        )
-    if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
-        raise ValueError(f"q, k and v must share one dtype of fp16, bf16 and fp32, not {q.dtype}, {k.dtype}, {v.dtype}")
-    if o.window is not None and (not o.causal or o.window < 1):
-        raise ValueError(f"window={o.window} needs causal=True and at least one key")
-    others = {"first": o.first, "end": o.end, "sinks": o.sinks}
-    for name, t in others.items():
-        if t is not None and t.shape != ((HQ if name == "sinks" else B),):
-            raise ValueError(f"{name} has the shape {list(t.shape)}, not [{HQ if name == 'sinks' else B}]")
-    others |= {"k": k, "v": v, "block_table": table, "mask": o.mask, "bias": o.bias}
-    if elsewhere := [name for name, t in others.items() if t is not None and t.device != q.device]:
-        raise ValueError(f"q is on {q.device}, but {', '.join(elsewhere)} is not: they must share one device")
-    if o.mask is not None and o.mask.dtype != torch.bool:
-        raise ValueError(f"mask must be bool, not {o.mask.dtype}; additive masks are given as bias")
-    return _Sizes(B, HQ, HKV, Sq, Sk, D, DV, page)
-
-
-def _scores_like(t: torch.Tensor | None, n: _Sizes) -> tuple[int, tuple[int, ...]]:
+def _scores_like(t: torch.Tensor | None, n: Sizes) -> tuple[int, tuple[int, ...]]:
     """How a mask or a bias is read: 0 not at all, 1 once for all queries of a KV head, 2 for each; and its strides."""
     if t is None:
         return 0, (0, 0, 0, 0)
@@ -233,12 +161,13 @@ def _strides(o: DecodeOperands, *scores: tuple[int, ...]) -> tuple[int, ...]:
     else:
         (k_b, k_s, k_h, _), (v_b, v_s, v_h, _) = o.k.stride(), o.v.stride()
         kv = (k_b, k_h, k_s, v_b, v_h, v_s)
-    return (*o.q.stride()[:3], *kv, *scores[0], *scores[1], 0 if table is None else table.stride(0))
+    codes = [s for t in (o.k_scale, o.v_scale) for s in ((0, 0) if t is None else t.stride()[:2])]
+    return (*o.q.stride()[:3], *kv, *codes, *scores[0], *scores[1], 0 if table is None else table.stride(0))
 
 
 def _plan(o: DecodeOperands, tuning: Tuning | None) -> tuple[LaunchPlan, tuple[int, ...]]:
     """What to start for such arguments, and the strides, which the decode kernel is specialised on."""
-    n = _check(o)
+    n = check(o)
     B, HQ, HKV, Sq, Sk, D, DV, page = n
     mask_kind, mask_strides = _scores_like(o.mask, n)
     bias_kind, bias_strides = _scores_like(o.bias, n)
@@ -249,7 +178,7 @@ def _plan(o: DecodeOperands, tuning: Tuning | None) -> tuple[LaunchPlan, tuple[i
     span = Sk if o.window is None else min(Sk, window + Sq - 1)
     sms = sm_count(o.q.device)
     room = tile_room(device_of(o.q.device).capability or 90)
-    tuning = tuning or choose(o.q.dtype, D, DV, B * HKV, span, sms, varlen, room)
+    tuning = tuning or choose(o.k.dtype, D, DV, B * HKV, span, sms, varlen, room)
     block_m = tuning.block_m or min(64, max(16, power_of_two(G * Sq)))
     m_tiles = max(1, -(-G * Sq // block_m))
     slots = max(1, sms * tuning.per_sm * tuning.waves // m_tiles)
@@ -273,6 +202,7 @@ def _plan(o: DecodeOperands, tuning: Tuning | None) -> tuple[LaunchPlan, tuple[i
             "MASK": mask_kind,
             "BIAS": bias_kind,
             "PAGED": _paged(o, page, tuning),
+            **_codes(o, n),
             "LAZY_SUM": tuning.lazy_sum,
             "EVICT": tuning.evict,
             "PRECISION": "ieee" if o.q.dtype == torch.float32 else "tf32",
@@ -288,7 +218,23 @@ def _plan(o: DecodeOperands, tuning: Tuning | None) -> tuple[LaunchPlan, tuple[i
     combine = _combine(n, window, tuning, workers, common) if split else None
     part = workers * 2 * G * Sq * (DV + 1) if split else 0
     out_strides = (Sq * HQ * DV, DV, HQ * DV, 1)  # [B, Sq, HQ, Dv] in memory
-    return LaunchPlan((B, HQ, Sq, DV), out_strides, part, o.return_lse, o.q.dtype, o.q.device, decode, combine), strides
+    shape, fp8 = (B, HQ, Sq, DV), o.k.dtype == torch.float8_e4m3fn
+    return LaunchPlan(shape, out_strides, part, o.return_lse, o.q.dtype, o.q.device, decode, combine, fp8), strides
+
+
+def _codes(o: DecodeOperands, n: Sizes) -> dict[str, Any]:
+    """The constants that say how codes are read."""
+    if o.k_scale is None:
+        return {"CODES": 0, "DOTS": None, "FAST": False, "WORDS": False}
+    fp8 = o.k.dtype == torch.float8_e4m3fn
+    exact = o.q.dtype == torch.float32
+    device = device_of(o.q.device)
+    return {
+        "CODES": FP8.value if fp8 else INT8.value,
+        "DOTS": tl.float32 if exact else tl.float16,
+        "FAST": device.device == "cuda" and not exact and (not fp8 or device.capability >= 89),
+        "WORDS": n.DV % 4 == 0 and o.v.data_ptr() % 16 == 0 and not any(s % 4 for s in o.v.stride()[:3]),
+    }
 
 
 def _paged(o: DecodeOperands, page: int, tuning: Tuning) -> int:
@@ -298,7 +244,7 @@ def _paged(o: DecodeOperands, page: int, tuning: Tuning) -> int:
     return 2 if page % tuning.block_n == 0 and o.first is None and o.window is None else 1
 
 
-def _common(o: DecodeOperands, n: _Sizes, tuning: Tuning) -> dict[str, Any]:
+def _common(o: DecodeOperands, n: Sizes, tuning: Tuning) -> dict[str, Any]:
     """The constants that both kernels are compiled with."""
     return {
         "DV": n.DV,
@@ -313,7 +259,7 @@ def _common(o: DecodeOperands, n: _Sizes, tuning: Tuning) -> dict[str, Any]:
     }
 
 
-def _combine(n: _Sizes, window: int, tuning: Tuning, workers: int, common: dict[str, Any]) -> Launch:
+def _combine(n: Sizes, window: int, tuning: Tuning, workers: int, common: dict[str, Any]) -> Launch:
     """What merges the partial results of ``workers``."""
     B, HQ, HKV, Sq, Sk, _, DV, _ = n
     block_p, block_dv = merge_shape(-(-workers // max(1, B * HKV)) + 1, DV)

@@ -52,7 +52,11 @@ def choose(
     heads fill the SMs evenly (then a head is not split at all), or are so few that one is shared by eight SMs or
     more; and it takes long heads. Else two workers an SM: while one changes heads, the other reads.
 
+    Codes of one byte are read in tiles of as many bytes, always by two workers an SM: while one converts, the other
+    reads (measured on an H100: ``benchmarks/results/kv_codes.md``).
+
     Args:
+        dtype: of K and V.
         heads: KV heads of all batch rows.
         span: the most keys that a head can have.
         varlen: heads differ in length.
@@ -60,8 +64,14 @@ def choose(
     """
     key_bytes = (power_of_two(D) + power_of_two(DV)) * dtype.itemsize
     block_n = max(16, min(128, power_of_two(32768 // key_bytes)))
-    while block_n > 16 and block_n * key_bytes > room:
+    codes = dtype.itemsize == 1
+    held = key_bytes + 2 * power_of_two(DV) * codes  # values are kept as fp16 too
+    while block_n > 16 and block_n * held > room:
         block_n //= 2
+    if codes:
+        if heads * span > 4 * sms * block_n:
+            return Tuning(block_n=block_n)
+        return Tuning(block_n=max(16, min(64, block_n)), least=2)
     even = not varlen and heads >= 0.95 * sms * -(-heads // sms)
     wide = 2 * block_n
     if (even or 8 * heads <= sms) and heads * span >= 6 * wide * sms and wide * key_bytes <= min(room, 65536):

@@ -14,9 +14,11 @@ from __future__ import annotations
 import torch
 
 from hf_attn_patch.attn import memo
-from hf_attn_patch.attn.shared import Parted, Rows, for_part, mask_for_part
+from hf_attn_patch.attn.codes import as_codes
+from hf_attn_patch.attn.shared import CodedAs, Parted, Rows, Scales, for_part, mask_for_part
 
-from .decode_launch import SHORT, DecodeOperands, launch
+from .decode_launch import SHORT, launch
+from .decode_operands import DecodeOperands
 from .mask_bounds import mask_bounds
 from .merge import merge
 
@@ -51,14 +53,15 @@ def shared_decode(
     Raises:
         ValueError: as :func:`.decode.grouped_decode`.
     """
-    start = sum(part.keys.shape[2] for part in parted.shared)
+    start = parted.shared_keys
     own = _ALL
     if mask is not None:
         own, causal = _own_mask(mask, start, len(q)), False
     if all_shared:
         mask = None
     options = (scale, causal, None, softcap, True)
-    result = _over(q, parted.keys, parted.values, own, sinks, options)
+    tensors = parted.keys, parted.values, parted.scales, parted.coded
+    result = _over(q, tensors, own, sinks, options)
     options = (scale, False, None, softcap, True)
     for part in reversed(parted.shared):
         length = part.keys.shape[2]
@@ -66,7 +69,8 @@ def shared_decode(
         ways = [_ALL] if mask is None else _part_masks(mask, part.rows, start, length)
         slot = None if part.rows.even else part.rows.slot(q.device)
         for seen in ways:
-            found = _over(for_part(q, part.rows), part.keys, part.values, seen, None, options)
+            tensors = part.keys, part.values, part.scales, parted.coded
+            found = _over(for_part(q, part.rows), tensors, seen, None, options)
             last = part is parted.shared[0] and seen is ways[-1]
             dtype = q.dtype if last else torch.float32
             out, lse = merge(found, slot, part.rows.most, result, dtype, with_lse=not last)
@@ -76,15 +80,18 @@ def shared_decode(
 
 def _over(
     q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
+    tensors: tuple[torch.Tensor, torch.Tensor, Scales | None, CodedAs | None],
     seen: _Masked,
     sinks: torch.Tensor | None,
     options: tuple[float, bool, None, float | None, bool],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention over one part, in fp32, and the logs of its denominators."""
-    mask, first, end = seen
-    out, lse = launch(DecodeOperands(q, k, v, None, first, end, mask, None, sinks, *options), wide=True)
+    (k, v, scales, coded), (mask, first, end) = tensors, seen
+    k_scale, v_scale = (None, None) if scales is None else (t.squeeze(-1) for t in scales)
+    if coded is not None:
+        k, v = as_codes(k, coded.kind), as_codes(v, coded.kind)
+    operands = DecodeOperands(q, k, v, None, first, end, mask, None, sinks, k_scale, v_scale, *options)
+    out, lse = launch(operands, wide=True)
     assert lse is not None
     return out, lse
 

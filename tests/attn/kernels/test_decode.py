@@ -33,9 +33,7 @@ def inputs(
 def run(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tuning: Tuning | None = SMALL, **options: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    defaults: dict[str, Any] = dict.fromkeys(
-        ("block_table", "first", "end", "mask", "bias", "sinks", "window", "softcap")
-    )
+    defaults: dict[str, Any] = dict.fromkeys((*decode.DecodeOperands._fields[3:11], "window", "softcap"))
     defaults |= {"scale": q.shape[-1] ** -0.5, "causal": True}
     out, lse = decode.launch(decode.DecodeOperands(q, k, v, return_lse=True, **{**defaults, **options}), tuning)
     assert lse is not None
@@ -394,7 +392,7 @@ def test_no_rows_and_no_keys() -> None:
 def test_is_an_operator() -> None:
     q, k, v = inputs(2, 4, 2, 1, 40, 32)
     op = torch.ops.hf_attn_patch.grouped_decode
-    args = (q, k, v, None, None, ints(40, 9), None, None, None, 0.2, True, None, None, True)
+    args = (q, k, v, None, None, ints(40, 9), *[None] * 5, 0.2, True, None, None, True)
     torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
 
     def function(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, end: torch.Tensor) -> torch.Tensor:

@@ -180,7 +180,9 @@ def test_tunings(tuning: Tuning) -> None:
     low, _ = grouped_decode_reference(q, k, v, first=first, scale=0.1)
     ref, ref_lse = grouped_decode_reference(q.float(), k.float(), v.float(), first=first, scale=0.1)
     poisoned(q, 128)
-    operands = decode.DecodeOperands(q, k, v, None, first, None, None, None, None, 0.1, True, None, None, True)
+    operands = decode.DecodeOperands(
+        q, k, v, None, first, None, None, None, None, None, None, 0.1, True, None, None, True
+    )
     out, lse = decode.launch(operands, tuning)
     assert_conforms(out, low, ref)
     torch.testing.assert_close(lse, ref_lse, rtol=1e-3, atol=1e-3)
