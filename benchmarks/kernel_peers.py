@@ -19,6 +19,7 @@ import hf_attn_patch
 from benchmarks.kernel_rows import Inputs
 from benchmarks.measure import DEVICE
 from hf_attn_patch.attn.backends import flash3 as flash3_backend
+from hf_attn_patch.attn.codes import KINDS, as_codes
 from hf_attn_patch.attn.dispatch import attend
 from hf_attn_patch.attn.visibility import Padded
 
@@ -33,9 +34,11 @@ class UnsupportedError(Exception):
 def ours(x: Inputs) -> Call:
     row = x.row
     options: dict[str, Any] = {"softcap": row.softcap, "sinks": x.sinks, "bias": x.bias}
+    if (row.page or row.codes) and DEVICE != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise UnsupportedError("needs a CUDA device")
+    if row.codes:
+        return _over_codes(x)
     if row.page:
-        if DEVICE != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-            raise UnsupportedError("needs a CUDA device")
         from hf_attn_patch.attn.kernels.decode import grouped_decode_paged
 
         return lambda i: grouped_decode_paged(x.q, *x.pages[i], x.table, x.end, scale=row.D**-0.5)  # type: ignore
@@ -53,6 +56,28 @@ def ours(x: Inputs) -> Call:
         seen = Padded(row.B, row.Sq, row.Sk, row.Sq > 1, first=x.first, length=x.end - x.first)
         return lambda i: attend(x.q, x.kv[i][0], x.kv[i][1], seen, **options)[0]
     return lambda i: hf_attn_patch.attention(x.q, *x.kv[i], causal=row.causal, window=row.window, **options)
+
+
+def _over_codes(x: Inputs) -> Call:
+    from hf_attn_patch.attn.kernels.decode import grouped_decode
+
+    kind = KINDS[x.row.codes]
+
+    def call(i: int) -> Tensor:
+        (k, k_scale), (v, v_scale) = x.packed[i]
+        scales = {"k_scale": k_scale.squeeze(-1), "v_scale": v_scale.squeeze(-1)}
+        out = grouped_decode(x.q, as_codes(k, kind), as_codes(v, kind), scale=x.row.D**-0.5, **scales)  # type: ignore
+        assert isinstance(out, Tensor)
+        return out
+
+    return call
+
+
+def unpacked(x: Inputs) -> Call:
+    """Our kernel on the numbers that codes stand for, as a cache without codes has them."""
+    if not x.row.codes:
+        raise UnsupportedError("is for codes")
+    return lambda i: hf_attn_patch.attention(x.q, *x.kv[i], causal=True)
 
 
 def _packed(t: Tensor) -> Tensor:
@@ -208,5 +233,5 @@ def contenders(with_flex: bool) -> dict[str, Callable[[Inputs], Call]]:
         out |= {"fa4": flash4, "fa3": flash3}
     else:
         out["sdpa"] = functools.partial(torch_sdpa, "any")
-    out["gather + sdpa"] = gathered
+    out |= {"gather + sdpa": gathered, "ours, unpacked": unpacked}
     return out | ({"flex": flex} if with_flex else {})

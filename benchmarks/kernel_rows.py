@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from benchmarks.measure import DEVICE
+from hf_attn_patch.attn.codes import KINDS, pack_both, unpack
 from hf_attn_patch.attn.kernels.decode_reference import grouped_decode_reference
 
 Tensor = torch.Tensor
@@ -34,6 +35,7 @@ class Row:
     bias: bool = False
     page: int = 0  # K and V in pages of so many keys
     documents: int = 0  # packed into one row
+    codes: str = ""  # "int8", "fp8": what our kernel reads; the others read the same numbers, unpacked
 
     @property
     def decode(self) -> bool:
@@ -52,6 +54,7 @@ class Row:
         parts += ["sinks"] * self.sinks + ["T5 bias"] * self.bias
         parts += [f"pages of {self.page}"] if self.page else []
         parts += [f"{self.documents} documents"] if self.documents else []
+        parts += [self.codes] if self.codes else []
         return " ".join(parts)
 
     def tiny(self) -> Row:
@@ -99,6 +102,8 @@ def rows() -> list[Row]:
         replace(decode, Sq=16),
     ]
     out += [Row("paged", 16, 1, 8192, 32, 8, 128, pad="right", page=page) for page in (16, 256)]
+    for B, S in ((16, 32768), (16, 8192), (64, 8192), (1, 131072), (1, 8192)):
+        out += [Row("codes", B, 1, S, 32, 8, 128, codes=kind) for kind in KINDS]
     return out
 
 
@@ -130,6 +135,10 @@ class Inputs:
         sets = max(1, min(16, -(-(512 << 20) // bytes_a_set))) if row.decode and DEVICE == "cuda" else 1
         self.q = heads(row.HQ, row.Sq).requires_grad_(row.backward)
         self.kv = [tuple(heads(row.HKV, S).requires_grad_(row.backward) for _ in "kv") for _ in range(sets)]
+        if row.codes:
+            kind = KINDS[row.codes]
+            self.packed = [pack_both(k, v, kind) for k, v in self.kv]
+            self.kv = [tuple(unpack(*one, kind, self.dtype) for one in both) for both in self.packed]
         self.grad = heads(row.HQ, row.Sq) if row.backward else None
         self.sinks = randn(row.HQ) if row.sinks else None
         self.bias = randn(1, row.HQ, row.Sq, S) if row.bias else None
@@ -184,7 +193,8 @@ class Inputs:
         """("FLOP" or "byte", how many)."""
         row = self.row
         if row.decode:
-            return "byte", 2.0 * self.pairs() / row.Sq * row.HKV * row.D * self.dtype.itemsize
+            each = row.D + 4 if row.codes else row.D * self.dtype.itemsize  # codes, and a scale in fp32
+            return "byte", 2.0 * self.pairs() / row.Sq * row.HKV * each
         return "FLOP", 4.0 * self.pairs() * row.HQ * row.D * (3.5 if row.backward else 1)
 
     def part(self, *results: Tensor) -> list[Tensor]:

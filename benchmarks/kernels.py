@@ -36,7 +36,7 @@ from benchmarks.measure import DEVICE, environment, headline, limits, median_sec
 
 TURNS = 3
 PAUSE = 0.15  # seconds
-SECTIONS = ("decode", "prefill", "training", "options", "paged", "packed")
+SECTIONS = ("decode", "prefill", "training", "options", "paged", "packed", "codes")
 #: what is timed: from the number of an input set to the output, or to a list of it and the gradients
 Work = Callable[[int], Any]
 #: by contender

@@ -10,11 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from rounded import RoundedCache
 from tiny import tiny_llama
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from benchmarks import real_methods, real_report, real_sources
+from benchmarks import real_measure, real_methods, real_report, real_sources
 from benchmarks.real_checkpoints import ctranslate2_variables
+from hf_attn_patch.compat.calls import generate_keyword
 from hf_attn_patch.conversion.families.head_layouts import AttentionWeights
 from hf_attn_patch.conversion.families.layer import stack_layers
 from hf_attn_patch.conversion.families.table import Stack
@@ -114,3 +116,27 @@ def test_the_figure_is_the_committed_numbers() -> None:
     said = " ".join(text.get_text() for text in drawn.axes[0].texts)
     assert f"({min(want):.2f})" in said and "(2.89)" in said
     pyplot.close(drawn)
+
+
+def test_loss_by_caches_is_that_of_a_cache_that_rounds() -> None:
+    """A tiny model that reads 200 tokens in chunks of 64; the truth rounds by itself."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 128}
+    config = LlamaConfig(num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2, **sizes)
+    model = LlamaForCausalLM(config).eval()
+    ids = torch.randint(0, 128, (2, 200))
+    found = real_measure.by_caches(model, {"a": ids}, (None, "int8"))["a"]
+    losses = {}
+    for kind, make in {"None": DynamicCache, "int8": lambda: RoundedCache("int8", config)}.items():
+        total = 0.0
+        for row in ids:
+            cache, logits = make(), []
+            with torch.no_grad():
+                for chunk in row[None].split(64, 1):
+                    logits.append(model(chunk, **{generate_keyword(): cache}).logits[0])
+            total += float(torch.nn.functional.cross_entropy(torch.cat(logits)[:-1], row[1:]))
+        losses[kind] = total / 2
+    assert found["None"]["loss"] == pytest.approx(losses["None"], abs=1e-5)
+    assert found["int8"]["loss"] == pytest.approx(losses["int8"], abs=1e-5)
+    assert found["None"]["kl"] == 0 < found["int8"]["kl"] < 0.01
+    assert losses["int8"] != losses["None"]

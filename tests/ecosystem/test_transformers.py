@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from rounded import RoundedCache
 from tiny import trained_tokenizer
 from transformers import (
     AutoModelForCausalLM,
     DataCollatorForLanguageModeling,
     DataCollatorWithFlattening,
+    DynamicCache,
     Trainer,
     TrainingArguments,
     pipeline,
@@ -23,6 +25,7 @@ from transformers.generation.streamers import BaseStreamer
 from works_with import works_with
 
 import hf_attn_patch
+from hf_attn_patch.compat.calls import generate_keyword
 
 
 def train(model: Any, collator: Any, folder: Path) -> list[float]:
@@ -94,6 +97,20 @@ def test_beams(load: Any, batch: dict[str, torch.Tensor], cache: str | None) -> 
     ours = hf_attn_patch.enable(load("eager"), cache=cache)
     options: dict[str, Any] = {"num_beams": 3, "max_new_tokens": 6, "do_sample": False}
     assert torch.equal(ours.generate(**batch, **options), load("eager").generate(**batch, **options))
+
+
+@works_with("transformers", "generate, keys and values cached as int8 codes (not exact)", 'enable(model, cache="int8")')
+def test_codes(load: Any, batch: dict[str, torch.Tensor]) -> None:
+    """Token by token the logits of a cache that rounds what it is given, and not those of one that keeps it."""
+    out = []
+    for cache in (RoundedCache("int8", load("eager").config), DynamicCache(), None):
+        model = load("eager") if cache is not None else hf_attn_patch.enable(load("eager"), cache="int8")
+        given = {} if cache is None else {generate_keyword(): cache}
+        options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "output_logits": True}
+        found = model.generate(**batch, **options, **given, return_dict_in_generate=True)
+        out.append(torch.stack(found.logits))
+    torch.testing.assert_close(out[2], out[0], rtol=1e-4, atol=1e-5)
+    assert not torch.equal(out[0], out[1])
 
 
 @works_with("transformers", "generate, assisted decoding", "model.generate(..., assistant_model=converted)")
