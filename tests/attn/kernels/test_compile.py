@@ -14,7 +14,7 @@ SCRIPT = Path(__file__).parents[2] / "helpers" / "compile_kernels.py"
 SHARED = 227 * 1024  # bytes that a thread block can have on a Hopper GPU
 CASES = [
     "plain", "one worker a head", "padded", "queries", "mask", "bias", "head_dim 80", "head_dim 256", "fp32",
-    "pages of 16", "pages of 256", "pages and a window",
+    "pages of 16", "pages of 256", "pages and a window", "int8", "fp8",
 ]  # fmt: skip
 
 SHARED_CASES = ["shared prompt", "shared prompts, unevenly"]
@@ -53,7 +53,10 @@ def test_a_tile_within_one_page_asks_for_one_number(kernels: dict[tuple[str, str
     assert large < small
 
 
-OLDER = ["fp16", "fp16, one worker a head", "fp16, padded", "fp16, mask", "fp16, head_dim 256", "fp32"]
+OLDER = [
+    "fp16", "fp16, one worker a head", "fp16, padded", "fp16, mask", "fp16, head_dim 256", "fp32", "fp16, int8",
+    "fp16, fp8",
+]  # fmt: skip
 #: compute capability -> KiB of shared memory that a block can have there
 SMALL = {70: 96, 75: 64, 80: 163, 89: 99}
 
