@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from hf_attn_patch.compat.torch import operators_are_watched
 from hf_attn_patch.compat.triton import raw_stream
 
 from .decode_plan import power_of_two
@@ -29,6 +30,27 @@ def packed(
     Args:
         dtype, largest: of the codes: int8 or float8_e4m3fn.
     """
+    if operators_are_watched():  # a kernel that is no operator would not be seen
+        kb, ks, vb, vs = torch.ops.hf_attn_patch.pack_codes(keys, values, dtype, largest)
+        return (kb, ks), (vb, vs)
+    return _packed(keys, values, dtype, largest)
+
+
+@torch.library.custom_op(
+    "hf_attn_patch::pack_codes",
+    mutates_args=(),
+    schema="(Tensor keys, Tensor values, ScalarType dtype, float largest) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _pack_codes(
+    keys: torch.Tensor, values: torch.Tensor, dtype: torch.dtype, largest: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    (kb, ks), (vb, vs) = _packed(keys, values, dtype, largest)
+    return kb, ks, vb, vs
+
+
+def _packed(
+    keys: torch.Tensor, values: torch.Tensor, dtype: torch.dtype, largest: float
+) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
     if keys.stride(-1) != 1 or values.stride(-1) != 1:
         keys, values = keys.contiguous(), values.contiguous()
     B, H, S, D = keys.shape

@@ -10,6 +10,7 @@ import torch
 from conformance import assert_conforms
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
@@ -200,3 +201,21 @@ def test_new_tokens_become_codes_in_one_launch(kind: str) -> None:
             expected, expected_scales = pack(states, of)
             assert torch.equal(scales.cpu(), expected_scales)
             assert torch.equal(bits.cpu(), expected)
+
+
+def test_packing_is_seen_by_those_who_watch_operators() -> None:
+    """A recorded step is written down as operators: a kernel beside them would be lost."""
+    seen: list[str] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(func._schema.name)
+            return func(*args, **(kwargs or {}))
+
+    k = torch.randn(2, 3, 5, 40, device=DEVICE)
+    with Watch():
+        found = packed(k, k, torch.int8, 127.0)
+    assert seen == ["hf_attn_patch::pack_codes"]
+    for (bits, scales), (expected, expected_scales) in zip(found, packed(k, k, torch.int8, 127.0), strict=True):
+        assert torch.equal(bits, expected)
+        assert torch.equal(scales, expected_scales)
