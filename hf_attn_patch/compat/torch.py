@@ -129,6 +129,24 @@ def recompile_limit(limit: int) -> Any:
     return config.patch(recompile_limit=limit, accumulated_recompile_limit=limit)
 
 
+@known("torch", "torch._dynamo.utils.compile_times and counters")
+def compile_facts() -> dict[str, float]:
+    """What torch.compile did in this process so far: seconds in all, seconds of tracing Python, seconds of its backend
+    (with inductor's cache), and how many graphs were found in that cache or not."""
+    from torch._dynamo.utils import compile_times, counters
+
+    names, seconds = compile_times(repr="csv", aggregate=True)
+    took = dict(zip(names, map(float, seconds), strict=True))
+    parts = {
+        "all": "_compile.compile_inner",
+        "tracing": "bytecode_tracing",
+        "backend": "OutputGraph.call_user_compiler",
+    }
+    facts = {f"{part}_seconds": took.get(name, 0.0) for part, name in parts.items()}
+    of_cache = {"found": "fxgraph_cache_hit", "not_found": "fxgraph_cache_miss", "passed_by": "fxgraph_cache_bypass"}
+    return facts | {name: float(counters["inductor"][key]) for name, key in of_cache.items()}
+
+
 @known("torch", "torch._dynamo.config.automatic_dynamic_shapes")
 def one_graph_a_shape() -> None:
     """Let torch.compile make code for each shape, never for any: process-wide, for benchmarks of few shapes."""

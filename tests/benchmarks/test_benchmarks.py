@@ -57,7 +57,7 @@ def test_generate(load: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert generate.main([*args, "sdpa,one at a time,sampling"]) == 0
     result = json.loads(path.read_text())
     rows = {generate.key(row): row for row in result["rows"]}
-    forms = ("sdpa", "sdpa, static cache, compiled", "flash_attention_4", *(f.name for f in generate.FORMS[6:8]))
+    forms = ("sdpa", "sdpa, static cache, compiled", "flash_attention_4", *(f.name for f in generate.FORMS[7:9]))
     assert set(rows) == {(form, B, 24) for form in forms for B in (1, 2)}  # and none of them twice
     assert len(rows) == len(result["rows"])
     for (form, B, _), row in rows.items():
