@@ -135,8 +135,8 @@ def compile_facts() -> dict[str, float]:
     (with inductor's cache), and how many graphs were found in that cache or not."""
     from torch._dynamo.utils import compile_times, counters
 
-    names, seconds = compile_times(repr="csv", aggregate=True)
-    took = dict(zip(names, map(float, seconds), strict=True))
+    columns: Any = compile_times(repr="csv", aggregate=True)  # names, seconds
+    took = {name: float(seconds) for name, seconds in zip(*columns, strict=True)}
     parts = {
         "all": "_compile.compile_inner",
         "tracing": "bytecode_tracing",
