@@ -120,8 +120,7 @@ class Step:
                 result = rehearse(functools.partial(self.work, cache), self.device, self.runs >= self.unwatched)
                 self._fuse()
             else:
-                held = weakref.ref(cache)
-                self.recording = record(lambda: self.work(held()), self.device)
+                self.recording = self._recorded(weakref.ref(cache))
         if self.recording is not None:
             result = self.recording.replay()
         self.runs += 1
@@ -145,9 +144,24 @@ class Step:
             self.fused = Fused(model, tape, self.written, self.tokens_form)
             fusing.told[model] = self.fused.kinds
         except Exception as error:  # a model may run anything; nothing is lost but speed
-            kind = "" if isinstance(error, UnfitError) else f"{type(error).__name__}: "
-            fusing.told[model] = f"{kind}{error}".split("\n")[0]
+            fusing.told[model] = _one_line(error)
         self.written = None
+
+    def _recorded(self, held: weakref.ref[Any]) -> Recording | Repetition:
+        """The step, recorded; as it is where its fewer kernels cannot be."""
+        try:
+            return record(lambda: self.work(held()), self.device)
+        except Exception as error:
+            model = self.model()
+            if self.fused is None or model is None:
+                raise
+            self.fused, fusing.told[model] = None, _one_line(error)
+            return record(lambda: self.work(held()), self.device)
+
+
+def _one_line(error: Exception) -> str:
+    kind = "" if isinstance(error, UnfitError) else f"{type(error).__name__}: "
+    return f"{kind}{error}".split("\n")[0]
 
 
 def growing_of(cache: Any) -> Any:

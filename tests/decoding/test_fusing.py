@@ -155,6 +155,24 @@ def test_what_cannot_be_written_down_is_recorded_as_it_is(change: Any, why: str)
     assert f"each operator with its own kernels ({why})" in str(hf_attn_patch.explain(model))
 
 
+def test_fewer_kernels_that_cannot_be_recorded_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU refuses to record is told, and the step is recorded as it is."""
+    repetition = step.Repetition
+    tried = []
+
+    def record(work: Any, device: torch.device) -> Any:
+        tried.append(work)
+        if len(tried) == 1:
+            raise RuntimeError("operation not permitted when stream is capturing\nand more")
+        return repetition(work, device)
+
+    monkeypatch.setattr(step, "record", record)
+    told, tokens, expected = fused(model_of("llama"))
+    assert told == "RuntimeError: operation not permitted when stream is capturing"
+    assert len(tried) == 2
+    assert torch.equal(tokens, expected)
+
+
 def test_what_changes_between_calls_is_seen() -> None:
     """The step is written down anew for each cache: what was verified before is not what runs."""
     model = model_of("llama")
