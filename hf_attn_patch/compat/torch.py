@@ -222,10 +222,15 @@ def is_composite(operator: Any) -> bool:
 
 
 def operators_are_watched() -> bool:
-    """Whether a dispatch mode wants to see each operator (torch 2.11 to 2.13; never, where that cannot be asked)."""
-    return _dispatch_modes() > 0
+    """Whether a dispatch mode wants to see each operator (torch 2.11 to 2.13; never, where that cannot be asked).
+
+    Those of :mod:`.stand_in` do not count: a rehearsal is to go the way that a real call goes.
+    """
+    modes = _dispatch_modes()
+    return modes > 0 and not all(getattr(_dispatch_mode_at(i), "rehearses", False) for i in range(modes))
 
 
+_dispatch_mode_at: Callable[[int], Any] = getattr(torch._C, "_get_dispatch_stack_at", lambda place: None)
 _dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
 
 
