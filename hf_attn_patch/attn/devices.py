@@ -7,6 +7,7 @@ torch calls AMD GPUs "cuda" and gives them capabilities that look like NVIDIA's 
 
 from __future__ import annotations
 
+import os
 from typing import NamedTuple, Protocol
 
 import torch
@@ -95,6 +96,11 @@ def needs_nvidia(request: _Asks, least: int, below: int = 1000) -> str | None:
     if request.capability >= below:
         return f"needs a GPU of compute capability below {below / 10:.1f}, not {here}"
     return None
+
+
+def interpreted() -> bool:
+    """Whether Triton's kernels run in its interpreter, on any device."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def lacks(least: int, below: int = 1000) -> str | None:

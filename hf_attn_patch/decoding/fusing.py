@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hf_attn_patch.attn.backends import triton_decode
+from hf_attn_patch.attn.devices import interpreted
 from hf_attn_patch.compat.torch import to_copy_op
 
 from .outputs import CACHE, UnfitError, map_output, tensors_of
@@ -29,7 +30,7 @@ _known: weakref.WeakKeyDictionary[torch.nn.Module, dict[Any, list[bool]]] = weak
 
 def can_fuse(device: torch.device) -> bool:
     """Whether the kernels run there."""
-    on_gpu = device.type == "cuda" or triton_decode._interpreted()
+    on_gpu = device.type == "cuda" or interpreted()
     return on_gpu and triton_decode.missing() is None
 
 

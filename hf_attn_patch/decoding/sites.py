@@ -12,7 +12,7 @@ from torch import Tensor
 from hf_attn_patch.attn.kernels import small
 from hf_attn_patch.compat.torch import to_copy_op
 
-from .tape import NONE, Op, Tape
+from .tape import NONE, Op, Slot, Tape
 
 aten = torch.ops.aten
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -100,7 +100,7 @@ class Reader:
 
 
 def _slot(value: Any) -> bool:
-    return type(value).__name__ == "Slot"
+    return type(value) is Slot
 
 
 def norms(tape: Reader) -> Iterator[Site]:

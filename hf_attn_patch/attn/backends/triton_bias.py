@@ -8,11 +8,10 @@ by name, until it was measured.
 from __future__ import annotations
 
 import importlib.util
-import os
 
 from torch import Tensor
 
-from hf_attn_patch.attn.devices import lacks, needs_nvidia, no_bf16
+from hf_attn_patch.attn.devices import interpreted, lacks, needs_nvidia, no_bf16
 from hf_attn_patch.attn.request import AttentionRequest, Operands
 from hf_attn_patch.attn.visibility import Dense, Packed, Padded
 
@@ -27,16 +26,12 @@ def missing() -> str | None:
     """Why Triton cannot run here, or None."""
     if not _FOUND:
         return "triton is not installed"
-    return None if _interpreted() else lacks(80)
-
-
-def _interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    return None if interpreted() else lacks(80)
 
 
 def refuses(request: AttentionRequest) -> str | None:
     """Why not, or None."""
-    if not _interpreted() and (reason := needs_nvidia(request, 80)):
+    if not interpreted() and (reason := needs_nvidia(request, 80)):
         return reason
     if not request.bias:
         return "is for calls with an additive bias"

@@ -6,13 +6,12 @@ The group's queries are one tile, so that K and V are read once.
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Callable
 
 from torch import Tensor
 
 from hf_attn_patch.attn.codes import as_codes
-from hf_attn_patch.attn.devices import generation, lacks, needs_nvidia, no_bf16, tile_room
+from hf_attn_patch.attn.devices import generation, interpreted, lacks, needs_nvidia, no_bf16, tile_room
 from hf_attn_patch.attn.kernels.decode_plan import power_of_two
 from hf_attn_patch.attn.request import AttentionRequest, Operands, new_tuple
 from hf_attn_patch.attn.shared import Parted
@@ -28,16 +27,12 @@ def missing() -> str | None:
     """Why Triton cannot run here, or None."""
     if not _FOUND:
         return "triton is not installed"
-    return None if _interpreted() else lacks(70)
-
-
-def _interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    return None if interpreted() else lacks(70)
 
 
 def refuses(request: AttentionRequest) -> str | None:
     """Why not, or None."""
-    if not _interpreted() and (reason := needs_nvidia(request, 70)):
+    if not interpreted() and (reason := needs_nvidia(request, 70)):
         return reason
     if request.q_class > 16 and not request.tree:
         return "takes at most 16 queries, or 64 with a mask over 8 times as many keys"
