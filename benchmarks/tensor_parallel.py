@@ -38,7 +38,7 @@ def measure(folder: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     many = args.processes > 1
     dtype = torch.float32 if args.small else torch.bfloat16
     how: dict[str, Any] = {"tp_plan": "auto"} if many else {"device_map": DEVICE}
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **how).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False, **how).eval()
     rows = []
     for B in (1, 16):
         inputs = prompts(B, 24 if args.small else 512, model.config.vocab_size)

@@ -31,7 +31,7 @@ class Logits(torch.nn.Module):
 def asked(job: dict[str, Any], file: Path) -> dict[str, Any]:
     """Greedy tokens, and the log probabilities on the way."""
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        job["folder"], dtype=torch.float32, attn_implementation="sdpa"
+        job["folder"], dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False
     )
     length = torch.export.Dim("length", min=2, max=model.config.max_position_embeddings)
     torch.onnx.export(
