@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from .ground import changed, known
 
@@ -193,12 +192,24 @@ def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
         target.copy_(source)
 
 
-#: the base of modes that see each operator (its module is private, its name is documented; torch 2.11 to 2.13)
-DispatchMode = TorchDispatchMode
+try:
+    #: the base of modes that see each operator (its module is private, its name is documented; torch 2.11 to 2.13)
+    from torch.utils._python_dispatch import TorchDispatchMode as DispatchMode
+except ImportError:  # nobody can watch operators then
+    DispatchMode = object  # type: ignore[misc, assignment]
 
-#: the operators behind ``Tensor.to`` and behind the views of a linear layer's result (torch 2.11 to 2.13)
-to_copy_op = torch.ops.aten._to_copy.default
-unsafe_view_op = torch.ops.aten._unsafe_view.default
+#: whether a :data:`DispatchMode` sees operators
+operators_can_be_watched = DispatchMode is not object
+
+
+def _operator(name: str) -> Any:
+    return getattr(getattr(torch.ops.aten, name, None), "default", None)
+
+
+#: the operators behind ``Tensor.to`` and behind the views of a linear layer's result (torch 2.11 to 2.13; else None,
+#: which no step has)
+to_copy_op = _operator("_to_copy")
+unsafe_view_op = _operator("_unsafe_view")
 
 
 def is_operator(function: Any) -> bool:

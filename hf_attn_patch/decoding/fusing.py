@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hf_attn_patch.attn.backends import triton_decode
 from hf_attn_patch.attn.devices import interpreted
-from hf_attn_patch.compat.torch import to_copy_op
+from hf_attn_patch.compat.torch import operators_can_be_watched, to_copy_op
 
 from .outputs import CACHE, UnfitError, map_output, tensors_of
 from .tape import NONE, Op, Program, Slot, Tape
@@ -31,7 +31,7 @@ _known: weakref.WeakKeyDictionary[torch.nn.Module, dict[Any, list[bool]]] = weak
 def can_fuse(device: torch.device) -> bool:
     """Whether the kernels run there."""
     on_gpu = device.type == "cuda" or interpreted()
-    return on_gpu and triton_decode.missing() is None
+    return on_gpu and operators_can_be_watched and triton_decode.missing() is None
 
 
 def _row_of(tape: Tape, form: Any) -> Any:

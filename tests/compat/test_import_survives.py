@@ -12,7 +12,9 @@ import torch, transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.auto import auto_factory
 from transformers.utils import output_capturing
+from torch.utils import _python_dispatch
 
+del _python_dispatch.TorchDispatchMode
 del output_capturing._active_collector, auto_factory._LazyAutoMapping
 for name in ("_is_any_autocast_enabled", "_storage_Use_Count"):
     if hasattr(torch._C, name):
