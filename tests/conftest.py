@@ -10,7 +10,7 @@ from hypothesis import settings
 settings.register_profile("no-deadline", deadline=None)
 settings.load_profile("no-deadline")
 
-#: what no version of transformers can change: attention itself, several processes, damaged files, kills, what a wheel holds
+#: what no version of transformers can change: attention itself, several processes, damaged files, kills, packaging
 ONCE = (
     "attn/",
     "benchmarks/",
