@@ -80,8 +80,12 @@ def test_the_same_tokens(family: str, how: dict[str, Any], landings: list[flight
 @pytest.mark.parametrize(
     ("family", "padded"), [("llama", False), ("llama", True), ("mistral", True), ("gemma2", True), ("bart", True)]
 )
-def test_past_windows_and_buffers(family: str, padded: bool, landings: list[flight.Landing]) -> None:
+def test_past_windows_and_buffers(
+    family: str, padded: bool, landings: list[flight.Landing], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Buffers are full at 256 keys: the flight lands, the cache grows, the next one starts."""
+    if family != "llama":  # so many steps of fused kernels take the interpreter a minute
+        monkeypatch.setattr(step.fusing, "can_fuse", lambda device: False)
     *_, expected, found = both(family, batch("cpu", 2, 37, padded), max_new_tokens=275)
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
     assert len(landings) >= 2
