@@ -95,7 +95,7 @@ class Stack:
     rope: RopeKind = "half"
     rotary_fraction: float = 1.0  # where the config does not say
     rotary_dim: str | None = None  # config attribute that gives the rotary dimensions as a number
-    no_rope_layers: Literal["layer_types", "no_rope_layers", "alibi"] | None = None  # see Stack.rope_of in heads.py
+    no_rope_layers: Literal["layer_types", "no_rope_layers", "alibi"] | None = None  # see _rope in layer.py
     fixed_heads: bool = False  # a query head's index means something (ALiBi slopes, relative bias): never permute
     cross: bool = False  # K and V come from the encoder
     causal: bool = True

@@ -1,1 +1,1 @@
-"""One file a kernel family: ``refuses(request)`` and ``run(q, k, v, request)``."""
+"""One file a kernel family: ``missing()``, ``refuses(request)`` and ``run(q, k, v, request, operands)`` (:mod:`.base`)."""
