@@ -1,1 +1,1 @@
-"""One file a kernel family: ``missing()``, ``refuses(request)`` and ``run(q, k, v, request, operands)`` (:mod:`.base`)."""
+"""One file a kernel family: ``missing``, ``refuses`` and ``run`` (:mod:`.base` says what they take)."""
