@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import interpreter
 import pytest
 import torch
 from conformance import assert_conforms
@@ -17,6 +18,12 @@ from hf_attn_patch.attn.shared import Parted, Rows, SharedPart
 from hf_attn_patch.attn.shared_attend import shared_torch
 
 WAYS = {"kernel": shared_decode, "torch": shared_torch}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def tensors_lie_where_kernels_run():
+    with torch.device(interpreter.DEVICE):
+        yield
 
 
 def together(tensor: Tensor, rows: list[int]) -> Tensor:
