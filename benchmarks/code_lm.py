@@ -108,10 +108,29 @@ class Corpus:
             yield torch.stack([next(blocks) for _ in range(max(1, batch_tokens // seq))]).long()
 
 
-def corpus(size: Size, cache: Path, log: Callable[[str], None] = print) -> Corpus:
-    """Collect, train a byte-level BPE, tokenise; kept in ``cache`` for the next run."""
+def tokenizer_for(texts: list[str], vocab: int) -> Any:
+    """A byte-level BPE of the first 40 million characters."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    sample, taken = [], 0
+    for text in texts:
+        sample.append(text)
+        taken += len(text)
+        if taken > 40_000_000:
+            break
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab, special_tokens=["<|end|>"], show_progress=False, initial_alphabet=alphabet
+    )
+    tokenizer.train_from_iterator(sample, trainer)
+    return tokenizer
+
+
+def corpus(size: Size, cache: Path, log: Callable[[str], None] = print) -> Corpus:
+    """Collect, train a byte-level BPE, tokenise; kept in ``cache`` for the next run."""
     file = cache / f"corpus-{size.vocab}-{size.corpus_bytes}.pt"
     if file.exists():
         return Corpus(**torch.load(file))
@@ -131,24 +150,7 @@ def corpus(size: Size, cache: Path, log: Callable[[str], None] = print) -> Corpu
         used += len(text)
         (held if int.from_bytes(digest[-4:], "big") % HELD_OUT_SHARE == 0 else kept).append(text)
     log(f"{len(texts)} files, {total / 1e6:.0f} MB; kept {used / 1e6:.0f} MB ({time.time() - start:.0f} s)")
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    sample, taken = [], 0
-    for text in kept:
-        sample.append(text)
-        taken += len(text)
-        if taken > 40_000_000:
-            break
-    tokenizer.train_from_iterator(
-        sample,
-        trainers.BpeTrainer(
-            vocab_size=size.vocab,
-            special_tokens=["<|end|>"],
-            show_progress=False,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        ),
-    )
+    tokenizer = tokenizer_for(kept, size.vocab)
     log(f"BPE of {tokenizer.get_vocab_size()} ({time.time() - start:.0f} s)")
 
     def ids(texts: list[str]) -> Tensor:

@@ -129,7 +129,7 @@ def measure(command: list[str], src: Path, dst: Path) -> dict[str, float]:
     }
 
 
-def main() -> None:
+def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--hidden", type=int, default=4096)
@@ -142,8 +142,24 @@ def main() -> None:
     parser.add_argument("--skip-usual", action="store_true", help="leave out the way that holds the whole model")
     parser.add_argument("--folder", type=Path, help="where to work (default: a temporary folder)")
     parser.add_argument("--json", type=Path, help="also write the numbers here")
-    options = parser.parse_args()
+    return parser.parse_args()
 
+
+def show(runs: dict[str, list[dict[str, float]]]) -> None:
+    best = {name: min(found, key=lambda run: run["seconds"]) for name, found in runs.items()}
+    base = best["cp -r"]
+    base_disk = min(found["on_disk"] for found in runs["cp -r"])
+    print("| way | s | of cp | s until on disk | of cp | CPU s | peak GB |\n|---|---|---|---|---|---|---|")
+    for name, run in best.items():
+        disk = min(found["on_disk"] for found in runs[name])
+        print(
+            f"| {name} | {run['seconds']:.1f} | {run['seconds'] / base['seconds']:.2f} | {disk:.1f} "
+            f"| {disk / base_disk:.2f} | {run['cpu_seconds']:.1f} | {max(r['peak_gb'] for r in runs[name]):.2f} |"
+        )
+
+
+def main() -> None:
+    options = parsed()
     root = Path(tempfile.mkdtemp(prefix="hf-attn-bench-", dir=options.folder))
     try:
         src, dst = root / "src", root / "dst"
@@ -177,17 +193,8 @@ def main() -> None:
                 runs[name].append(measure(command, src, dst))
                 if number == 0 and name != "cp -r" and name.startswith("hf-attn"):
                     subprocess.run([*hf_attn, "verify", str(src), str(dst)], check=True, stdout=subprocess.DEVNULL)
-        best = {name: min(found, key=lambda run: run["seconds"]) for name, found in runs.items()}
-        base = best["cp -r"]
         print(f"{total / 1e9:.1f} GB, {options.heads} -> {options.kv_heads} KV heads, best of {options.repeats}\n")
-        print("| way | s | of cp | s until on disk | of cp | CPU s | peak GB |\n|---|---|---|---|---|---|---|")
-        for name, run in best.items():
-            disk = min(found["on_disk"] for found in runs[name])
-            base_disk = min(found["on_disk"] for found in runs["cp -r"])
-            print(
-                f"| {name} | {run['seconds']:.1f} | {run['seconds'] / base['seconds']:.2f} | {disk:.1f} "
-                f"| {disk / base_disk:.2f} | {run['cpu_seconds']:.1f} | {max(r['peak_gb'] for r in runs[name]):.2f} |"
-            )
+        show(runs)
         if options.json:
             options.json.write_text(json.dumps({"bytes": total, "runs": runs}, indent=2))
     finally:

@@ -104,7 +104,6 @@ def run_ours(row: str, args: argparse.Namespace) -> dict[str, Any]:
         plain_loss(run.objective)
     run.save_model = lambda *_: None  # type: ignore[method-assign]  # not what is measured
     load_script("examples/uptrain.py").uptrain(run)
-    assert run.speed is not None
     late = run.speed.steps[len(run.speed.steps) // 2 :]
     seconds = statistics.median(seconds for seconds, _, _ in late)
     flops = statistics.mean(flops for _, _, flops in late)

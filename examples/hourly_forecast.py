@@ -232,7 +232,8 @@ def helped(short: Tensor, long: Tensor) -> str:
     return f"{verdict} ({mean:+.3f} +- {error:.3f} less error)"
 
 
-def main(arguments: list[str] | None = None) -> dict[str, Tensor]:
+def parsed(arguments: list[str] | None) -> tuple[argparse.Namespace, Tensor]:
+    """The options, checked, and the prices that they ask for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--csv", type=Path, help="with a header and an hour a row, in order")
     parser.add_argument("--column", help="of the prices; the last one if not given")
@@ -250,8 +251,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Tensor]:
         parser.error(f"--device {args.device}: {str(error).splitlines()[0]}")
     if args.width % (2 * HEADS):
         parser.error(f"--width {args.width} is no multiple of {2 * HEADS}: {HEADS} heads of an even size make it up")
-    steps = (30 if args.device == "cpu" else 600) if args.steps is None else args.steps
-    if min(steps, args.layers) < 1:
+    args.steps = (30 if args.device == "cpu" else 600) if args.steps is None else args.steps
+    if min(args.steps, args.layers) < 1:
         parser.error("--steps and --layers start at 1")
     try:
         args.output.mkdir(parents=True, exist_ok=True)
@@ -262,6 +263,11 @@ def main(arguments: list[str] | None = None) -> dict[str, Tensor]:
         raise SystemExit(f"{len(prices)} hours are too few: of 1,000 on there is something to train on and to hold out")
     if prices.min() == prices.max():
         raise SystemExit(f"the price is {prices[0]:g} throughout: there is nothing to forecast")
+    return args, prices
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Tensor]:
+    args, prices = parsed(arguments)
     if len(prices) < CONTEXTS["year"]:
         print(f'These are {len(prices):,} hours: "a year" below is all of them that came before.\n')
     data = Data.of(prices, args.device)
@@ -279,7 +285,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Tensor]:
     for name, context in CONTEXTS.items():
         for kind, kv_heads in kinds.items():
             model = make(context, kv_heads)
-            errors[f"{name} {kind}"] = train(data, model, steps, args.lr, f"{name} {kind}")
+            errors[f"{name} {kind}"] = train(data, model, args.steps, args.lr, f"{name} {kind}")
             sizes[f"{name} {kind}"] = model.kv_bytes
             window = data.x[:, -context:]
             latency = {}

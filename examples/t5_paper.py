@@ -154,6 +154,12 @@ def draw_figure(results: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
+def converted(src: str, dst: str, kv_heads: int, method: str, seed: int) -> Any:
+    """The decoder's two attentions, as in the paper; the encoder stays as it is."""
+    convert(src, dst, {"decoder": kv_heads, "cross": kv_heads}, method=method, seed=seed)
+    return AutoModelForSeq2SeqLM.from_pretrained(dst, attn_implementation="hf_attn_patch", trust_remote_code=False)
+
+
 @click.command(help=__doc__.split("\n\n")[0])
 @click.option("--out", type=click.Path(path_type=Path), default=Path("t5_paper"), show_default=True)
 @click.option("--steps", default=1500, show_default=True, help="Steps of the first training.")
@@ -202,22 +208,9 @@ def main(
         for method in METHODS:
             result: dict[str, list[float]] = {"converted": [], "uptrained": []}
             for seed in range(seeds):
-                name = f"{folder}/{method}-{seed}"
-                # the decoder's two attentions, as in the paper; the encoder stays as it is
-                convert(f"{folder}/mha", name, {"decoder": kv_heads, "cross": kv_heads}, method=method, seed=seed)
-                student = AutoModelForSeq2SeqLM.from_pretrained(
-                    name, attn_implementation="hf_attn_patch", trust_remote_code=False
-                ).to(device)
+                student = converted(f"{folder}/mha", f"{folder}/{method}-{seed}", kv_heads, method, seed).to(device)
                 result["converted"].append(held_out_loss(student, *test))
-                train(
-                    student,
-                    sources[held:],
-                    targets[held:],
-                    more,
-                    lr=2e-3 * (64 / width) ** 0.5,
-                    seed=1 + seed,
-                    batch=batch,
-                )
+                train(student, sources[held:], targets[held:], more, lr=lr / 2, seed=1 + seed, batch=batch)
                 result["uptrained"].append(held_out_loss(student, *test))
             results[method] = result
             before, after = (statistics.mean(result[k]) for k in ("converted", "uptrained"))

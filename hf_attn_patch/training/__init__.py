@@ -8,7 +8,7 @@ from hf_attn_patch.errors import TrainingError
 from hf_attn_patch.losses.chunked import Head, LossSums, linear_loss
 
 from .data.packing import pack
-from .data.steps import ahead, document_lengths
+from .data.steps import TrainingStep, ahead, document_lengths
 from .data.stream import Position, TokenStream
 from .loop.checkpoints import Progress, load_checkpoint, save_checkpoint
 from .loop.held_out import trained_value
@@ -18,7 +18,7 @@ from .loop.meters import Flops, Throughput
 from .loop.output import claimed_output
 from .loop.schedule import Count, learning_rate
 from .options import UptrainOptions, parse_options
-from .run import TrainingRun, load_run
+from .run import StepResult, TrainingRun, load_run
 
 __all__ = [
     "Count",
@@ -27,11 +27,13 @@ __all__ = [
     "LossSums",
     "Position",
     "Progress",
+    "StepResult",
     "StopSignals",
     "Throughput",
     "TokenStream",
     "TrainingError",
     "TrainingRun",
+    "TrainingStep",
     "UptrainOptions",
     "ahead",
     "claimed_output",

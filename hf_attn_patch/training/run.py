@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,7 +58,7 @@ class TrainingRun:
     teacher: TeacherCall | None
     saved_dtype: torch.dtype
     log: RunLog
-    speed: Throughput | None = None
+    speed: Throughput = field(default_factory=Throughput)
 
     @property
     def teacher_model(self) -> Any:
