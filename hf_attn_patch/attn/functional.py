@@ -12,6 +12,7 @@ from hf_attn_patch.grouping import KVGrouping
 
 from . import memo
 from .choice import asked_for
+from .context_parallel import refuse_parts
 from .dispatch import attend
 from .plan import plain_calls, remember_plain
 from .request import PlainKind, plain_kind
@@ -63,6 +64,7 @@ def attention(
     >>> attention(q, k, k, causal=True).shape
     torch.Size([2, 8, 5, 16])
     """
+    refuse_parts("attention")
     kind: PlainKind | None = None
     sides, causal = _window(window, causal)
     if mask is None and bias is None and not torch.compiler.is_compiling():
@@ -98,6 +100,7 @@ def attention_and_weights(
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """:func:`attention`, and the weights [B, HQ, Sq, Sk] in q's dtype. No fast kernel has any."""
+    refuse_parts("attention_and_weights")
     sides, causal = _window(window, causal)
     visibility, bias = _seen(q, k, v, mask, causal, sides, sinks, bias, dropout)
     numbers: dict[str, Any] = {"scale": scale, "softcap": softcap, "dropout": dropout, "name": backend}
@@ -179,6 +182,7 @@ def attention_varlen(
     """
     if q.dim() != 3 or k.dim() != 3 or v.dim() != 3:
         raise AttentionError(f"packed q, k and v are [T, H, D]; got {q.dim()}, {k.dim()} and {v.dim()} dimensions")
+    refuse_parts("attention_varlen")
     memo.nobody_asks()
     self_attention = cu_seqlens_k is None
     cu_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
+from torch.nn import functional
 
 from hf_attn_patch.attn import memo
 from hf_attn_patch.attn.choice import asked_for, asked_in
@@ -19,6 +20,7 @@ from hf_attn_patch.attn.request import PlainKind, plain_kind
 from hf_attn_patch.attn.visibility import NO_WINDOW
 from hf_attn_patch.compat.batching import layer_writes_pages
 from hf_attn_patch.compat.cache_keyword import is_paged
+from hf_attn_patch.compat.context_parallel import context_parallel, own_attention
 from hf_attn_patch.compat.ground import changed
 from hf_attn_patch.compat.later import LaterTensor
 from hf_attn_patch.compat.layer_keywords import named_by
@@ -27,6 +29,7 @@ from hf_attn_patch.compat.transformers import output_collector
 from hf_attn_patch.errors import AttentionError
 
 from .call_visibility import Borders, visibility_of
+from .context_parallel import split_forward
 from .shared_attention import Asked, over_parts
 
 NAME = "hf_attn_patch"
@@ -81,6 +84,13 @@ def attention_forward(
     tracing, own = is_compiling(), module.__dict__
     weights = bool(output_attentions) or _weights_are_collected(module, tracing)
     name = own.get(BACKEND_ATTRIBUTE) or (asked_in(module) if own.get("training") and not tracing else None)
+    if functional.scaled_dot_product_attention is not own_attention and (split := context_parallel()) is not None:
+        tensors = _one_dtype(module, query, key, value, tracing)
+        is_causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
+        scores = {"scale": scaling, "softcap": softcap, "sinks": s_aux, "bias": position_bias, "dropout": dropout}
+        options = {**scores, "weights": weights, "deterministic": deterministic, "name": name}
+        seen = attention_mask, position_ids, given, bool(is_causal), sliding_window
+        return split_forward(module, tensors, seen, options, split), None
     if type(key) is LaterTensor:
         scores, more = (scaling, softcap, s_aux, position_bias), weights or bool(dropout) or cu_seq_lens_q is not None
         asked = Asked(name, is_causal, sliding_window, scores, position_ids, more)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from scripts import on_two
 from torch import distributed
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from works_with import works_with
@@ -124,6 +125,16 @@ def test_fsdp2(load: Any, batch: dict[str, torch.Tensor]) -> None:
     found = gradients(model, batch)
     for name, gradient in gradients(load("eager"), batch).items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-5)
+
+
+@works_with(
+    "accelerate", "FSDP2 with context parallelism, packed documents",
+    "with accelerator.maybe_context_parallel(buffers=[ids, position_ids, labels], ...)",
+)  # fmt: skip
+def test_context_parallel() -> None:
+    """Two processes take the step that all documents by themselves ask for (tests/gpu has two GPUs do it)."""
+    told = on_two("tests/helpers/fsdp2_on_cpu.py", "tests/helpers/accelerate_context_parallel.py")
+    assert told.count("the step of each document by itself") == 2
 
 
 @works_with("torch", "activation offload", "with torch.autograd.graph.save_on_cpu(): loss = model(**batch).loss")

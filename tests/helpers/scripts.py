@@ -30,3 +30,17 @@ def start_script(name: str, *arguments: str) -> subprocess.Popen[str]:
         [sys.executable, str(ROOT / name), *arguments],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, cwd=ROOT,
     )  # fmt: skip
+
+
+def on_two(*command: str, devices: str = "cpu", timeout: float = 240) -> str:
+    """What two processes of a script say, which is given ``devices`` as its last argument: by torchrun, as users do."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    if devices == "cpu":
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*launch, *command, devices], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
+        cwd=ROOT, check=False, timeout=timeout,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    return done.stdout

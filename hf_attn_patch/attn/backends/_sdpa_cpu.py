@@ -9,12 +9,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_attn_patch.attn.request import AttentionRequest, Operands
+from hf_attn_patch.compat.context_parallel import own_attention
 from hf_attn_patch.compat.torch import cpu_flash_attention_op
 
 from ._common import rescale_by_sinks
 from ._unseen import without_unseen
-
-_sdpa = F.scaled_dot_product_attention
 
 
 def wants_fp32(request: AttentionRequest) -> bool:
@@ -52,11 +51,11 @@ def _kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, 
     sinks, scale = operands.sinks, operands.scale
     if sinks is None:
         if Sq > 1 or HQ == HKV:
-            return F.scaled_dot_product_attention(q, k, v, mask, 0.0, causal, scale=scale, enable_gqa=HQ != HKV)
+            return own_attention(q, k, v, mask, 0.0, causal, scale=scale, enable_gqa=HQ != HKV)
         # the group becomes the rows of one head: K and V are read once (1.3 to 7.6 times faster than enable_gqa)
         if mask is not None and mask.shape[1] == HQ:
             mask = mask.reshape(mask.shape[0], HKV, HQ // HKV, mask.shape[-1])
-        out = F.scaled_dot_product_attention(q.reshape(B, HKV, HQ // HKV, D), k, v, mask, scale=scale)
+        out = own_attention(q.reshape(B, HKV, HQ // HKV, D), k, v, mask, scale=scale)
         return out.reshape(B, HQ, 1, v.shape[-1])
     if mask is not None and mask.dtype == torch.bool:
         mask = torch.zeros((), dtype=q.dtype).expand(mask.shape).masked_fill(~mask, -torch.inf)
@@ -87,8 +86,8 @@ def plain(
     operands: Operands,
 ) -> tuple[Tensor, None]:
     if gqa:
-        return _sdpa(q, k, v, mask, 0.0, causal, scale=operands.scale, enable_gqa=True), None
-    return _sdpa(q, k, v, mask, 0.0, causal, scale=operands.scale), None
+        return own_attention(q, k, v, mask, 0.0, causal, scale=operands.scale, enable_gqa=True), None
+    return own_attention(q, k, v, mask, 0.0, causal, scale=operands.scale), None
 
 
 def rows(
@@ -104,5 +103,5 @@ def rows(
     operands: Operands,
 ) -> tuple[Tensor, None]:
     """One query: the group as the rows of one head. Sizes are given one by one: a tuple costs half a microsecond."""
-    out = _sdpa(q.reshape(-1, HKV, G, D), k, v, mask, scale=operands.scale)
+    out = own_attention(q.reshape(-1, HKV, G, D), k, v, mask, scale=operands.scale)
     return out.reshape(-1, HKV * G, 1, D), None

@@ -12,13 +12,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_attn_patch.attn.request import AttentionRequest, Operands
+from hf_attn_patch.compat.context_parallel import own_attention
 from hf_attn_patch.compat.torch import efficient_attention_op
 
 from ._common import rescale_by_sinks
 from ._scores import unseen_of
 from ._unseen import without_unseen
-
-_sdpa = F.scaled_dot_product_attention
 
 
 def efficient(
@@ -41,7 +40,7 @@ def public(
     would copy them (on MPS, and everywhere with a mask)."""
 
     def kernel(q: Tensor, k: Tensor, v: Tensor, scores: Tensor | None) -> tuple[Tensor, None]:
-        return _sdpa(q, k, v, scores, operands.dropout, causal, scale=operands.scale), None
+        return own_attention(q, k, v, scores, operands.dropout, causal, scale=operands.scale), None
 
     (B, HQ, Sq, D), HKV = q.shape, k.shape[1]
     if Sq > 1 or HQ == HKV:
