@@ -48,7 +48,7 @@ def _split(replacement: Any) -> Split | None:
     module = sys.modules[_MODULE]
     if replacement not in module._replaced_functions:
         return None
-    kept = dict(zip(replacement.__code__.co_freevars, replacement.__closure__, strict=True))
+    kept = dict(zip(replacement.__code__.co_freevars, replacement.__closure__ or (), strict=False))
     mesh = kept["device_mesh"].cell_contents
     balanced = bool(module._cp_options.enable_load_balance)
     return Split(mesh.get_group(), mesh.get_local_rank(), mesh.size(), balanced)

@@ -29,7 +29,7 @@ from hf_attn_patch.compat.transformers import output_collector
 from hf_attn_patch.errors import AttentionError
 
 from .call_visibility import Borders, visibility_of
-from .context_parallel import split_forward
+from .context_parallel import Scores, SeenBy, split_forward
 from .shared_attention import Asked, over_parts
 
 NAME = "hf_attn_patch"
@@ -84,17 +84,10 @@ def attention_forward(
     tracing, own = is_compiling(), module.__dict__
     weights = bool(output_attentions) or _weights_are_collected(module, tracing)
     name = own.get(BACKEND_ATTRIBUTE) or (asked_in(module) if own.get("training") and not tracing else None)
-    if functional.scaled_dot_product_attention is not own_attention and (split := context_parallel()) is not None:
-        tensors = _one_dtype(module, query, key, value, tracing)
-        is_causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
-        scores = {"scale": scaling, "softcap": softcap, "sinks": s_aux, "bias": position_bias, "dropout": dropout}
-        options = {**scores, "weights": weights, "deterministic": deterministic, "name": name}
-        seen = attention_mask, position_ids, given, bool(is_causal), sliding_window
-        return split_forward(module, tensors, seen, options, split), None
-    if type(key) is LaterTensor:
-        scores, more = (scaling, softcap, s_aux, position_bias), weights or bool(dropout) or cu_seq_lens_q is not None
-        asked = Asked(name, is_causal, sliding_window, scores, position_ids, more)
-        by_parts, key, value = over_parts(module, query, key, value, attention_mask, asked)
+    if type(key) is LaterTensor or functional.scaled_dot_product_attention is not own_attention:
+        seen_by = attention_mask, position_ids, given, is_causal, sliding_window
+        scores, more = (scaling, softcap, s_aux, position_bias), (dropout, weights, deterministic, name)
+        by_parts, key, value = _by_parts(module, (query, key, value), seen_by, scores, more, tracing)
         if by_parts is not None:
             return by_parts, None
     kind, causal, window = _NOT_PLAIN, False, NO_WINDOW
@@ -120,6 +113,27 @@ def attention_forward(
     if kind is not None:
         remember_plain(kind, seen)
     return out.transpose(1, 2).contiguous(), found
+
+
+def _by_parts(
+    module: torch.nn.Module,
+    tensors: tuple[Tensor, Tensor, Tensor],
+    seen_by: SeenBy,
+    scores: Scores,
+    more: tuple[float, bool, bool | None, str | None],
+    tracing: bool,
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """The result [B, Sq, HQ, Dv] where keys lie in parts (on several processes, or in a cache that rows share), else
+    None; and the keys and values as they are to be taken then."""
+    key, dropout, weights = tensors[1], more[0], more[1]
+    split = context_parallel()
+    if split is not None:
+        return split_forward(module, _one_dtype(module, *tensors, tracing), seen_by, scores, more, split), *tensors[1:]
+    if type(key) is not LaterTensor:  # somebody else replaced torch's attention
+        return None, *tensors[1:]
+    mask, ids, borders, is_causal, sliding_window = seen_by
+    others = weights or bool(dropout) or borders[0] is not None
+    return over_parts(module, *tensors, mask, Asked(more[3], is_causal, sliding_window, scores, ids, others))
 
 
 def _paged(

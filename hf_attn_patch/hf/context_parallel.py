@@ -7,7 +7,7 @@ processes' parts but for ``position_ids``, so documents are told apart by those 
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -23,6 +23,10 @@ from hf_attn_patch.errors import AttentionError
 from .call_visibility import Borders
 from .mask_pattern import Pattern, of_carrier
 
+#: the mask, positions, borders, causality and sliding window that a layer is given
+SeenBy = tuple[Tensor | None, Tensor | None, Borders, bool | None, int | None]
+#: scale, softcap, sinks and position bias
+Scores = tuple[float | None, float | None, Tensor | None, Tensor | None]
 #: what the queries of each chunk that this process holds see
 Parts = list[Visibility]
 
@@ -35,18 +39,19 @@ def _refuse(module: torch.nn.Module, why: str) -> NoReturn:
 def split_forward(
     module: torch.nn.Module,
     tensors: tuple[Tensor, Tensor, Tensor],
-    given: tuple[Tensor | None, Tensor | None, Borders, bool, int | None],
-    options: dict[str, Any],
+    seen_by: SeenBy,
+    scores: Scores,
+    more: tuple[float, bool, bool | None, str | None],
     split: Split,
 ) -> Tensor:
     """One layer's call, of all processes together.
 
     Args:
         tensors: q [B, HQ, n, D], k [B, HKV, n, D], v [B, HKV, n, Dv], this process's part of each.
-        given: what the mask function made for this part alone, of which the pattern is heeded, not the numbers;
+        seen_by: what the mask function made for this part alone, of which the pattern is heeded, not the numbers;
             positions [B or 1, n], sharded like the tokens; borders of the whole text, on every process; causality and
             the sliding window, which count where there is no mask.
-        options: what :func:`attend` takes besides.
+        more: dropout, whether weights are asked for, determinism, and a backend to insist on.
 
     Returns:
         [B, n, HQ, Dv].
@@ -55,9 +60,11 @@ def split_forward(
         AttentionError: what cannot be run exactly, with the reason.
     """
     q, k, v = tensors
-    mask, ids, borders, causal, sliding_window = given
+    mask, ids, borders, is_causal, sliding_window = seen_by
+    causal = bool(getattr(module, "is_causal", False) if is_causal is None else is_causal)
     window = NO_WINDOW if sliding_window is None else (sliding_window - 1, None)
-    _check(module, q, k, options)
+    (scale, softcap, sinks, bias), (dropout, weights, deterministic, name) = scores, more
+    _check(module, q, k, bias, weights)
     if mask is not None:
         causal, window = _pattern(module, q, mask, split)
     if not causal:
@@ -67,18 +74,32 @@ def split_forward(
     parts = _parts(module, q, ids, borders, window, spans, split)
     keys, values = whole_keys(k, v, split)
     out = [
-        attend(rows, keys[:, :, :last], values[:, :, :last], seen, **options)[0]
+        attend(
+            rows,
+            keys[:, :, :last],
+            values[:, :, :last],
+            seen,
+            scale,
+            softcap,
+            sinks,
+            None,
+            dropout,
+            False,
+            deterministic,
+            name,
+            False,
+        )[0]
         for rows, (_, last), seen in zip(q.chunk(len(spans), 2), spans, parts, strict=True)
     ]
     return torch.cat(out, 2).transpose(1, 2).contiguous()
 
 
-def _check(module: torch.nn.Module, q: Tensor, k: Tensor, options: dict[str, Any]) -> None:
+def _check(module: torch.nn.Module, q: Tensor, k: Tensor, bias: Tensor | None, weights: bool) -> None:
     if q.shape[2] != k.shape[2]:
         _refuse(module, f"has {q.shape[2]} queries and {k.shape[2]} keys: neither caches nor cross-attention are split")
-    if options.get("bias") is not None:
+    if bias is not None:
         _refuse(module, "adds to its scores, and holds what is added for its own part of the keys alone")
-    if options.get("weights"):
+    if weights:
         _refuse(module, "is asked for its weights, of which each process has its own rows alone")
 
 

@@ -49,8 +49,8 @@ def test_rows_of_a_text_see_what_they_saw(lengths: list[list[int]], window: int 
         assert (part.batch, part.q_len, part.kv_len) == (B, last - first, last)
         mask = part.dense(torch.device("cpu"))
         if mask is None:
-            mask = torch.ones(1, 1, last - first, last, dtype=torch.bool)
-        elif mask.shape[-1] < last:  # keys that no query reaches back to
+            mask = torch.ones(1, 1, last - first, part.keys, dtype=torch.bool)
+        if mask.shape[-1] < last:  # keys that no query reaches back to
             mask = functional.pad(mask, (last - mask.shape[-1], 0))
         assert torch.equal(mask[:, 0].expand(B, -1, -1), expected[:, first:last, :last])
 
