@@ -270,7 +270,7 @@ def make_accelerator(options: UptrainOptions) -> Any:
     parallel = accelerator.parallelism_config
     if parallel is not None and max(parallel.cp_size, parallel.tp_size, parallel.sp_size) > 1:
         raise TrainingError(
-            "context, sequence and tensor parallelism do not go with packed documents; use FSDP2 "
+            "context, sequence and tensor parallelism are not for this script, which shares out whole texts; use FSDP2 "
             "(examples/accelerate/fsdp2.yaml) and --gradient-checkpointing for long sequences"
         )
     share = options.micro_batch_size * accelerator.num_processes
