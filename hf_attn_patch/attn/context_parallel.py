@@ -54,9 +54,9 @@ class _Gathered(torch.autograd.Function):
 
 def gathered(mine: Tensor, split: Split) -> Tensor:
     """[W, ...] of every process's [...], without a gradient."""
-    everybodys = mine.new_empty(split.count * mine.numel())
+    everybodys = mine.new_empty(split.size * mine.numel())
     all_gather(everybodys, mine.flatten(), group=split.group)
-    return everybodys.view(split.count, *mine.shape)
+    return everybodys.view(split.size, *mine.shape)
 
 
 def in_order(parts: Tensor, dim: int, split: Split) -> Tensor:
@@ -80,14 +80,14 @@ def chunks(n: int, split: Split) -> list[tuple[int, int]]:
     """
     if not split.balanced:
         return [(split.rank * n, (split.rank + 1) * n)]
-    return [(i * n // 2, (i + 1) * n // 2) for i in (split.rank, 2 * split.count - 1 - split.rank)]
+    return [(i * n // 2, (i + 1) * n // 2) for i in (split.rank, 2 * split.size - 1 - split.rank)]
 
 
 def whole_keys(k: Tensor, v: Tensor, split: Split) -> tuple[Tensor, Tensor]:
     """[B, HKV, S, D] and [B, HKV, S, Dv] from every process's k [B, HKV, n, D] and v [B, HKV, n, Dv]: one exchange."""
     both: Tensor = _Gathered.apply(torch.cat([k.flatten(), v.flatten()]), split)  # type: ignore[no-untyped-call]
     ks, vs = both.split([k.numel(), v.numel()], 1)
-    return tuple(in_order(t.view(split.count, *x.shape), 2, split) for t, x in ((ks, k), (vs, v)))  # type: ignore[return-value]
+    return tuple(in_order(t.view(split.size, *x.shape), 2, split) for t, x in ((ks, k), (vs, v)))  # type: ignore[return-value]
 
 
 def rows_of(seen: Visibility, first: int, last: int) -> Visibility:

@@ -24,14 +24,14 @@ _MODULE = "torch.distributed.tensor.experimental._context_parallel._attention"
 
 
 class Split(NamedTuple):
-    """How sequences are shared out: to ``count`` processes of ``group``, of which this is number ``rank``.
+    """How sequences are shared out: to ``size`` processes of ``group``, of which this is number ``rank``.
 
     ``balanced``: each holds a chunk of the first half and its mirror image of the second, so all have as much to do.
     """
 
     group: Any
     rank: int
-    count: int
+    size: int
     balanced: bool
 
 

@@ -125,15 +125,16 @@ def _by_parts(
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """The result [B, Sq, HQ, Dv] where keys lie in parts (on several processes, or in a cache that rows share), else
     None; and the keys and values as they are to be taken then."""
-    key, dropout, weights = tensors[1], more[0], more[1]
+    (query, key, value), (dropout, weights, _, name) = tensors, more
     split = context_parallel()
     if split is not None:
-        return split_forward(module, _one_dtype(module, *tensors, tracing), seen_by, scores, more, split), *tensors[1:]
+        return split_forward(module, _one_dtype(module, *tensors, tracing), seen_by, scores, more, split), key, value
     if type(key) is not LaterTensor:  # somebody else replaced torch's attention
-        return None, *tensors[1:]
+        return None, key, value
     mask, ids, borders, is_causal, sliding_window = seen_by
     others = weights or bool(dropout) or borders[0] is not None
-    return over_parts(module, *tensors, mask, Asked(more[3], is_causal, sliding_window, scores, ids, others))
+    asked = Asked(name, is_causal, sliding_window, scores, ids, others)
+    return over_parts(module, query, key, value, mask, asked)
 
 
 def _paged(

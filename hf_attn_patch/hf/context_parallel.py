@@ -144,11 +144,11 @@ def _parts(
 def _same_length(module: torch.nn.Module, q: Tensor, split: Split) -> None:
     lengths = gathered(torch.tensor([q.shape[2]], device=q.device), split).flatten().tolist()
     if len(set(lengths)) > 1:
-        _refuse(module, f"has {lengths} tokens on the processes: pad the text to a multiple of {2 * split.count}")
+        _refuse(module, f"has {lengths} tokens on the processes: pad the text to a multiple of {2 * split.size}")
 
 
 def _by_borders(module: torch.nn.Module, q: Tensor, borders: Borders, window: Sides, split: Split) -> Visibility:
-    S = q.shape[2] * split.count
+    S = q.shape[2] * split.size
     cu, cu_k, longest, _ = borders
     assert cu is not None
     if q.shape[0] != 1 or int(cu[-1]) != S or (cu_k is not None and not torch.equal(cu, cu_k)):
