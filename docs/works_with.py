@@ -50,10 +50,12 @@ heads: [the same greedy tokens, and how near the log probabilities are](serving.
 TAIL = """
 On two H100s, `pytest -m gpu2` (2026-11-27, torch 2.11, transformers 5.17, accelerate 1.15, NCCL):
 
-- tensor parallelism (`tp_plan="auto"`) with a growing cache and recorded steps: the tokens of one GPU, greedy, sampled and
-  with beams
-- [calibration by two processes](convert.md): the weights of one but for 0.7 % of what was learned (fitted), 0.2 % (polished)
-- [FSDP2 with context parallelism](run.md#texts-too-long-for-one-gpu): the step that every packed document by itself asks for
+- tensor parallelism (`tp_plan="auto"`) with a growing cache and recorded steps: the tokens of one GPU, greedy, sampled
+  and with beams
+- [calibration by two processes](convert.md): the weights of one but for 0.7 % of what was learned (fitted), 0.2 %
+  (polished)
+- [FSDP2 with context parallelism](run.md#texts-too-long-for-one-gpu): the step that every packed document by itself
+  asks for
 
 Not here: models that bitsandbytes quantizes, which `enable` switches like others; their checkpoints are refused by
 `hf-attn convert` with the same sentence as torchao's.
