@@ -1,6 +1,7 @@
 """Decoding with the weights shared out to GPUs (``tp_plan="auto"``): transformers' sdpa against this package.
 
-    python benchmarks/tensor_parallel.py [--gpus 1,2] [--out FOLDER]   # JSON to $OUT by default
+    python benchmarks/tensor_parallel.py [--gpus 1,2] [--out FOLDER]   # JSON to $OUT by default, after each of --gpus
+    python benchmarks/tensor_parallel.py --gpus 2,4 --forms 'enable(model)' --batches 1   # a minute or two
     python benchmarks/tensor_parallel.py --small                       # a smoke test, two processes on a CPU
 
 A quarter of Llama-3-8B (8 of its 32 layers, 32,000 words) with random weights in bf16; greedy tokens after a prompt of
@@ -30,7 +31,7 @@ from benchmarks.measure import DEVICE, environment, median_seconds, table, write
 
 SIZES = HALF_LLAMA_3_8B | {"num_hidden_layers": 8, "vocab_size": 32000}
 #: of the forms of benchmarks/generate.py
-WANTED = ("sdpa", "hf_attn_patch, growing cache", "enable(model)")
+WANTED = ("enable(model)", "sdpa", "hf_attn_patch, growing cache")
 
 
 def measure(folder: str, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -40,9 +41,9 @@ def measure(folder: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     how: dict[str, Any] = {"tp_plan": "auto"} if many else {"device_map": DEVICE}
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False, **how).eval()
     rows = []
-    for B in (1, 16):
+    for B in map(int, args.batches.split(",")):
         inputs = prompts(B, 24 if args.small else 512, model.config.vocab_size)
-        for form in (form for form in FORMS if form.name in WANTED):
+        for form in (form for name in WANTED for form in FORMS if form.name == name and args.forms in name):
             if args.small and form.name == "enable(model)":
                 continue  # nothing is recorded on a CPU
             switch(model, form)
@@ -85,6 +86,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--gpus", default="1,2", help="how many, one after the other")
     parser.add_argument("--tokens", type=int, default=128, help="new tokens after the first")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--forms", default="", help="those alone that have this in their name")
+    parser.add_argument("--batches", default="1,16", help="batch sizes")
     parser.add_argument("--small", action="store_true", help="small shapes, to see it run on a CPU")
     parser.add_argument("--out", type=Path, help="a .json file or a folder; default $OUT, else the working directory")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -105,10 +108,11 @@ def main(argv: list[str] | None = None) -> None:
         for count in map(int, args.gpus.split(",")):
             launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"] if count > 1 else []
             more = ["--small"] if args.small else ["--tokens", str(args.tokens), "--repeats", str(args.repeats)]
+            more += ["--forms", args.forms, "--batches", args.batches]
             command = [sys.executable, *launch, __file__, "--worker", folder, "--processes", str(count), *more]
             subprocess.run(command, check=True)
             rows += json.loads(Path(folder, f"rows-{count}.json").read_text())
-    write_json({"environment": environment(), "sizes": SIZES, "rows": rows}, args.out, "tensor_parallel")
+            write_json({"environment": environment(), "sizes": SIZES, "rows": rows}, args.out, "tensor_parallel")
     lines = [
         (str(row["gpus"]), str(row["B"]), row["form"], f"{row['tokens_per_second']:,.0f}",
          "" if row["allocated_bytes"] is None else f"{row['allocated_bytes'] / 2**30:.2f}")

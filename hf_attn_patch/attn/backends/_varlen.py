@@ -60,7 +60,7 @@ def run_varlen(q: Tensor, k: Tensor, v: Tensor, operands: Operands, kernel: Kern
         if clean:
             k, v = without_unseen(seen, None, k, v)
         cu_q, cu_k = seen.segments()
-        max_q, max_k = max(2, Sq), seen.keys  # at 1, FlashAttention-2 takes every segment to hold one query
+        max_q, max_k = Sq, seen.keys
     else:
         cu_q, cu_k, max_q, max_k, padding = seen.cu_q, seen.cu_k, seen.max_q, seen.max_k, seen.padding
         if clean:
@@ -68,5 +68,6 @@ def run_varlen(q: Tensor, k: Tensor, v: Tensor, operands: Operands, kernel: Kern
         elif padding is not None:  # documents of their own: their output is dropped, their gradient is not
             k, v = (t.masked_fill(padding[:, None, :, None], 0) for t in (k, v))
     q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (q, k, v))
+    max_q = max(2, max_q)  # at 1, FlashAttention-2 takes every segment to hold one query, and some hold none
     out = kernel(q, k, v, cu_q, cu_k, max_q, max_k).unflatten(0, (B, Sq)).transpose(1, 2)
     return out if padding is None else out.masked_fill(padding[:, None, :, None], 0)
