@@ -61,18 +61,18 @@ class Rows:
 
     def index(self, device: torch.device) -> Tensor:
         """``of`` as int64 [B]."""
-        return self._on(device)[0]
+        return self.tensors(device)[0]
 
     def order(self, device: torch.device) -> Tensor:
         """Int64 [R * N]: the rows of the batch of each row of the part; where there are fewer than N, one again."""
-        return self._on(device)[1]
+        return self.tensors(device)[1]
 
     def slot(self, device: torch.device) -> Tensor:
         """Int32 [B]: where each row of the batch is in :meth:`order`."""
-        return self._on(device)[2]
+        return self.tensors(device)[2]
 
-    def _on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """The three on a device, sent once (a recording of a step cannot send anything)."""
+    def tensors(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """All three on a device, sent once (a recording of a step cannot send anything)."""
         if device not in self._sent:
             slots = [0] * len(self.of)
             order: list[int] = []

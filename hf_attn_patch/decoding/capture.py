@@ -24,6 +24,19 @@ def _side(device: torch.device) -> torch.cuda.Stream:
 
 
 @contextlib.contextmanager
+def not_collecting() -> Iterator[None]:
+    """Within, Python looks for no cycles: a look at all objects takes a tenth of a second where transformers is loaded,
+    and what is destroyed in the middle of a recording may be a graph, or an event."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
+
+
+@contextlib.contextmanager
 def _aside(device: torch.device) -> Iterator[None]:
     """On the side stream, after all that was started before; what is started afterwards waits for it."""
     side, current = _side(device), torch.cuda.current_stream(device)
@@ -100,20 +113,14 @@ def _captured(work: Work, device: torch.device, pool: Any) -> tuple[torch.cuda.C
     """``work`` as a CUDA graph with its result; after an error the device is as it was before."""
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize(device)
-    collecting = gc.isenabled()
-    gc.disable()  # what is destroyed in the middle may be a graph, or an event
-    try:
-        with torch.cuda.device(device), _aside(device):
-            try:
-                graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-                result = work()
-                graph.capture_end()
-            except BaseException:
-                _abandon(graph, device, pool)
-                raise
-    finally:
-        if collecting:
-            gc.enable()
+    with not_collecting(), torch.cuda.device(device), _aside(device):
+        try:
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+            result = work()
+            graph.capture_end()
+        except BaseException:
+            _abandon(graph, device, pool)
+            raise
     return graph, result
 
 

@@ -30,7 +30,7 @@ from hf_attn_patch.compat.torch import forward_hooks
 from hf_attn_patch.compat.transformers import captures_outputs, has_accelerate_hook
 from hf_attn_patch.handle import Handle, of_each
 
-from . import fusing
+from . import fusing, remembered
 from .generating import leave_generate, stand_before_generate
 from .recorded_forward import RecordedForward, Wish, _states, state_of
 
@@ -167,6 +167,7 @@ def _change(module: Any, change: Callable[[dict[Any, Wish]], dict[Any, Wish]]) -
         before = {}
     asked = change(before)
     fusing.told.pop(module, None)
+    remembered.forget(module)
     _states.pop(module, None)  # whoever asks again may have removed what was in the way
     if asked and [*asked.items()] == [*before.items()]:
         return

@@ -7,6 +7,7 @@ operators stay.
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -153,6 +154,12 @@ class Fused:
         self.program, self.kinds = fuse(model, tape, tensors, form)
         nothing = torch.empty(0)
         self.form = map_output(output, lambda _: nothing, CACHE, CACHE)
+
+    def on(self, tensors: dict[int, Tensor | None]) -> Fused:
+        """The same with other tensors in some slots."""
+        other = copy.copy(self)
+        other.program = self.program.on(tensors)
+        return other
 
     def run(self, cache: Any) -> Any:
         """The model's output."""

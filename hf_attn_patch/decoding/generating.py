@@ -36,6 +36,7 @@ from hf_attn_patch.compat.generation import (
 from hf_attn_patch.compat.torch import forward_hooks
 from hf_attn_patch.compat.transformers import captures_outputs
 
+from . import remembered
 from .flight import ChoosingStep, Flight, Landing, moving_names
 from .next_token import NextToken
 from .outputs import UnfitError
@@ -176,7 +177,7 @@ class _Call:
     def run(self, processors: Any, criteria: Any, config: Any) -> None:
         """To the end of the call."""
         model = self.model
-        output = prefill_of(model)(self.ids, config, self.arguments, is_first_iteration=True)
+        self.output = output = prefill_of(model)(self.ids, config, self.arguments, is_first_iteration=True)
         with decoding_context(model):
             self.take(output, processors, criteria)
             while not self.over:
@@ -222,7 +223,7 @@ class _Call:
     def fly(self, inputs: dict[str, Any], criteria: Any) -> bool:
         """As many steps as may be in a row; False if none, and the next one is an ordinary one."""
         left = self.how.last - self.ids.shape[1]
-        if self.grounded or self.steps < WARM or left < SHORT:
+        if self.grounded or left < SHORT or (self.steps < WARM and not self._may_fly_at_once()):
             return False
         recorder, state = recorder_of(self.model), state_of(self.model)
         if recorder is None:
@@ -244,6 +245,11 @@ class _Call:
             _say(self.model, f"{kind}{landing.error}".split("\n")[0])
             self.grounded = True
         return landing.steps > 0
+
+    def _may_fly_at_once(self) -> bool:
+        """Whether a step may be remembered, so that to record it takes no longer than an ordinary one; and the prompt's
+        output, which is kept meanwhile, is small."""
+        return remembered.any_of(self.model) and self.output.logits.shape[1] == 1
 
     def _flight(self, recorder: Any, state: Any, inputs: dict[str, Any], left: int) -> Flight | None:
         found = recorder.fitting(self.model, state, inputs)
@@ -268,6 +274,8 @@ class _Call:
         if step is None:
             raise UnfitError("its memory changes too often for that to pay")
         assert isinstance(step, ChoosingStep)
+        if self.steps < WARM and not step.remembered:  # it would have to be written down, or rehearsed
+            return None
         step.begin(call, room, self.ids, self.unfinished)
         most = min(left, step.steps_left(room))
         return Flight(step, call.kwargs[call.cache_name], most, self._seen) if most > 0 else None

@@ -17,8 +17,8 @@ from hf_attn_patch.attn.choice import asked_for
 from hf_attn_patch.cache.growing_cache import GrowingCache
 from hf_attn_patch.compat.torch import any_length
 
-from . import fusing
-from .capture import Recording, Repetition, record, rehearse
+from . import fusing, remembered
+from .capture import Recording, Repetition, not_collecting, record, rehearse
 from .fusing import Fused
 from .outputs import CACHE, UnfitError, map_output, tensors_of
 from .step_layers import StepRoom, TokenPlace, settle, standing_in, step_layers
@@ -73,6 +73,23 @@ class Step:
         self.tape: Tape | None = None  # while the step is written down
         self.written: Any = None  # the output of the forward that was written down
         self.fused: Fused | None = None
+        self.remembered = False  # it was not written down for this call
+        if self.fuses:
+            self.form = call.signature, room.form(), *map(_tensor_form, self._tensors())
+            self._recall(model)
+
+    def _tensors(self) -> list[Tensor | None]:
+        """What another call of the same form has others of."""
+        return [*self.copied.values(), self.mask, *self.place.tensors, *self.room.tensors()]
+
+    def _recall(self, model: torch.nn.Module) -> None:
+        """What is known of steps of this form: fewer kernels, or why not."""
+        if type(model).forward is not self.inner:  # somebody has put another forward in its place
+            return
+        if reason := remembered.reason_for(model, self.form):
+            self.fuses, fusing.told[model] = False, reason
+        elif fused := remembered.recall(model, self.form, self._tensors()):
+            self.fused, self.remembered, fusing.told[model] = fused, True, fused.kinds
 
     def fits(self, call: StepCall, room: StepRoom) -> bool:
         """Whether it writes to the cache's memory as it is now, and the mask has room."""
@@ -115,16 +132,22 @@ class Step:
     def launch(self, cache: Any) -> Any:
         """Start the step: unrecorded at first, then recorded. What it gives is overwritten by the next one."""
         if self.recording is None:
-            if self.runs < self.unwatched + REHEARSALS:
-                self.tape = self._new_tape() if self.fuses else None
-                result = rehearse(functools.partial(self.work, cache), self.device, self.runs >= self.unwatched)
-                self._fuse()
+            if self.runs < self.unwatched + REHEARSALS and not self.remembered:
+                result = self._rehearsed(cache)
             else:
                 self.recording = self._recorded(weakref.ref(cache))
         if self.recording is not None:
             result = self.recording.replay()
         self.runs += 1
         self.place.advanced()
+        return result
+
+    def _rehearsed(self, cache: Any) -> Any:
+        """The step, unrecorded; written down, if it is to have fewer kernels."""
+        with not_collecting() if self.fuses else contextlib.nullcontext():  # some ten thousand objects, for a moment
+            self.tape = self._new_tape() if self.fuses else None
+            result = rehearse(functools.partial(self.work, cache), self.device, self.runs >= self.unwatched)
+            self._fuse()
         return result
 
     def _new_tape(self) -> Tape:
@@ -143,8 +166,10 @@ class Step:
         try:
             self.fused = Fused(model, tape, self.written, self.tokens_form)
             fusing.told[model] = self.fused.kinds
+            if type(model).forward is self.inner:
+                remembered.keep(model, self.form, self.fused, self._tensors(), tape.slot_of)
         except Exception as error:  # a model may run anything; nothing is lost but speed
-            fusing.told[model] = _one_line(error)
+            self._not_fused(model, error)
         self.written = None
 
     def _recorded(self, held: weakref.ref[Any]) -> Recording | Repetition:
@@ -155,8 +180,19 @@ class Step:
             model = self.model()
             if self.fused is None or model is None:
                 raise
-            self.fused, fusing.told[model] = None, _one_line(error)
+            self.fused = None
+            self._not_fused(model, error)
             return record(lambda: self.work(held()), self.device)
+
+    def _not_fused(self, model: torch.nn.Module, error: Exception) -> None:
+        """Say why, and try no other step of this form."""
+        reason = fusing.told[model] = _one_line(error)
+        if not isinstance(error, torch.OutOfMemoryError):
+            remembered.keep_reason(model, self.form, reason)
+
+
+def _tensor_form(tensor: Tensor | None) -> Any:
+    return None if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype)
 
 
 def _one_line(error: Exception) -> str:

@@ -39,6 +39,7 @@ class TokenPlace:
         self.tensor = torch.zeros(3, dtype=torch.int64, device=device)
         self.position = self.tensor[0]
         self.indices = self.tensor[0:1], self.tensor[1:2], self.tensor[2:3]
+        self.tensors = self.tensor, self.position, *self.indices
         self.host: tuple[int, int, int] | None = (0, 0, 0)
 
     def set(self, *where: int) -> None:
@@ -166,6 +167,18 @@ class StepRoom:
     def where(self) -> tuple[int, int, int]:
         """What a :class:`TokenPlace` holds."""
         return self.position, self.slot, self.own
+
+    def tensors(self) -> list[Tensor]:
+        """The buffers, and what is shared before them."""
+        found = [t for buffers in self.buffers if buffers is not None for t in buffers]
+        for part in (part for shared in self.shared for part in shared):
+            found += [part.keys, part.values, *(part.scales or ()), *part.rows.tensors(part.keys.device)]
+        return found
+
+    def form(self) -> Any:
+        """What rooms are told apart by, beside the form of their tensors."""
+        shared = tuple(tuple((part.rows.of, part.scales is None) for part in parts) for parts in self.shared)
+        return tuple(None if b is None else len(b) for b in self.buffers), tuple(self.sliding), shared
 
     def ends(self) -> list[int]:
         """The keys that layers can hold which see all of them."""

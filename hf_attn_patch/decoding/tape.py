@@ -9,6 +9,7 @@ and by operators that, run again (:meth:`Tape.run_again`), give something else t
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -255,6 +256,12 @@ class Program:
         for slot, i in last.items():
             if slot != NONE and slot not in kept:
                 self.over[i].append(slot)
+
+    def on(self, tensors: dict[int, Tensor | None]) -> Program:
+        """The same with other tensors in some slots."""
+        other = copy.copy(self)
+        other.first = [tensors.get(slot, value) for slot, value in enumerate(self.first)]
+        return other
 
     def _keep_given(self) -> None:
         used = {slot for op in self.ops for slot in op.inputs} | set(self.results)

@@ -17,6 +17,7 @@ import hf_attn_patch
 from hf_attn_patch.cache.growing_cache import GrowingCache
 from hf_attn_patch.decoding import fusing
 from hf_attn_patch.decoding import step as recorded_step
+from hf_attn_patch.decoding.tape import Tape
 
 pytestmark = pytest.mark.gpu
 
@@ -46,6 +47,28 @@ def test_same_tokens_as_a_dynamic_cache(family: str, padded: bool, caplog: pytes
     assert sum(told.values()) >= 2
     hf_attn_patch.enable(model, cuda_graphs=False)
     torch.testing.assert_close(generate(model, inputs), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+def test_later_calls_use_the_step_again(family: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written down once, and recorded at once from the second call on; on other prompts, and other lengths."""
+    model = build(family, dtype=dtype)
+    hf_attn_patch.enable(model)
+    times = []
+
+    def tape() -> Tape:
+        times.append(1)
+        return Tape()
+
+    monkeypatch.setattr(recorded_step, "Tape", tape)
+    hf_attn_patch.enable(other := copy.deepcopy(model), cuda_graphs="unfused")
+    found = [generate(model, batch(length=length)) for length in (37, 52, 52)]
+    torch.testing.assert_close(found[1], found[2], rtol=0, atol=0)
+    if dtype == torch.float32:  # else a kernel may round another way than the operators that it stands for
+        torch.testing.assert_close(found[1], generate(other, batch(length=52)), rtol=0, atol=0)
+    assert len(times) == 1
+    assert not isinstance(fusing.told[model], str)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "bart"])

@@ -13,7 +13,7 @@ import torch
 from hf_attn_patch.compat.torch import operators_are_watched
 
 from .decode_launch import SHORT, launch
-from .decode_operands import DTYPES, MAX_HEAD_DIM, MAX_QUERIES, DecodeOperands
+from .decode_operands import DTYPES, MAX_HEAD_DIM, MAX_QUERIES, SCHEMA, DecodeOperands
 from .mask_bounds import mask_bounds
 
 __all__ = [
@@ -128,13 +128,7 @@ def _no_gradients(*tensors: torch.Tensor | None) -> None:
         raise RuntimeError("grouped_decode has no backward: call it under torch.no_grad(), or use another backend")
 
 
-@torch.library.custom_op(
-    "hf_attn_patch::grouped_decode",
-    mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor? block_table, Tensor? first, Tensor? end, Tensor? mask, "
-    "Tensor? bias, Tensor? sinks, Tensor? k_scale, Tensor? v_scale, float scale, bool causal, SymInt? window, "
-    "float? softcap, bool return_lse) -> (Tensor, Tensor)",
-)
+@torch.library.custom_op("hf_attn_patch::grouped_decode", mutates_args=(), schema=SCHEMA)
 def _grouped_decode(*operands: Any) -> tuple[torch.Tensor, torch.Tensor]:
     o = DecodeOperands(*operands)
     out, lse = launch(o)

@@ -12,6 +12,12 @@ MAX_QUERIES = 1024
 MAX_HEAD_DIM = 512
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 CODES = (torch.int8, torch.float8_e4m3fn)
+#: of an operator with the operands below
+SCHEMA = (
+    "(Tensor q, Tensor k, Tensor v, Tensor? block_table, Tensor? first, Tensor? end, Tensor? mask, "
+    "Tensor? bias, Tensor? sinks, Tensor? k_scale, Tensor? v_scale, float scale, bool causal, SymInt? window, "
+    "float? softcap, bool return_lse) -> (Tensor, Tensor)"
+)
 
 
 class DecodeOperands(NamedTuple):

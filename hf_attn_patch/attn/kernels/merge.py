@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from hf_attn_patch.compat.torch import operators_are_watched
 from hf_attn_patch.compat.triton import raw_stream
 
 from .decode_line import LN2, LOG2E
@@ -39,7 +40,22 @@ def merge(
     Returns:
         (out [B, HQ, Sq, Dv] in ``dtype``, laid out as [B, Sq, HQ, Dv]; lse [B, HQ, Sq] in fp32, if asked for).
     """
-    (a, a_lse), (b, b_lse) = part, other
+    if operators_are_watched():
+        out, lse = torch.ops.hf_attn_patch.merge_parts(*part, slot, most, *other, dtype, with_lse)
+        return out, lse if with_lse else None
+    return _launch(*part, slot, most, *other, dtype, with_lse)
+
+
+def _launch(
+    a: torch.Tensor,
+    a_lse: torch.Tensor,
+    slot: torch.Tensor | None,
+    most: int,
+    b: torch.Tensor,
+    b_lse: torch.Tensor,
+    dtype: torch.dtype,
+    with_lse: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     B, HQ, Sq, DV = b.shape
     out = torch.empty((B, Sq, HQ, DV), dtype=dtype, device=b.device).transpose(1, 2)
     lse = torch.empty((B, HQ, Sq), dtype=torch.float32, device=b.device) if with_lse else None
@@ -70,6 +86,33 @@ def merge(
         _launches.clear()
     _launches[key] = launch
     return out, lse
+
+
+@torch.library.custom_op(
+    "hf_attn_patch::merge_parts",
+    mutates_args=(),
+    schema="(Tensor part, Tensor part_lse, Tensor? slot, SymInt most, Tensor other, Tensor other_lse, "
+    "ScalarType dtype, bool with_lse) -> (Tensor, Tensor)",
+)
+def _merge_parts(*operands: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    out, lse = _launch(*operands)
+    return out, out.new_empty(0, dtype=torch.float32) if lse is None else lse
+
+
+@_merge_parts.register_fake
+def _(
+    part: torch.Tensor,
+    part_lse: torch.Tensor,
+    slot: torch.Tensor | None,
+    most: int,
+    other: torch.Tensor,
+    other_lse: torch.Tensor,
+    dtype: torch.dtype,
+    with_lse: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    B, HQ, Sq, DV = other.shape
+    out = other.new_empty((B, Sq, HQ, DV), dtype=dtype).transpose(1, 2)
+    return out, other.new_empty((B, HQ, Sq) if with_lse else (0,), dtype=torch.float32)
 
 
 @triton.jit(do_not_specialize=["HQ", "Sq", "most"])

@@ -11,14 +11,17 @@ both are started, and for each prompt one of them is told that there are no keys
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from hf_attn_patch.attn import memo
 from hf_attn_patch.attn.codes import as_codes
 from hf_attn_patch.attn.shared import CodedAs, Parted, Rows, Scales, for_part, mask_for_part
+from hf_attn_patch.compat.torch import operators_are_watched
 
 from .decode_launch import SHORT, launch
-from .decode_operands import DecodeOperands
+from .decode_operands import SCHEMA, DecodeOperands
 from .mask_bounds import mask_bounds
 from .merge import merge
 
@@ -91,9 +94,25 @@ def _over(
     if coded is not None:
         k, v = as_codes(k, coded.kind), as_codes(v, coded.kind)
     operands = DecodeOperands(q, k, v, None, first, end, mask, None, sinks, k_scale, v_scale, *options)
-    out, lse = launch(operands, wide=True)
+    found: tuple[torch.Tensor, torch.Tensor]
+    found = torch.ops.hf_attn_patch.decode_part(*operands) if operators_are_watched() else _part(*operands)
+    return found
+
+
+def _part(*operands: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    out, lse = launch(DecodeOperands(*operands), wide=True)
     assert lse is not None
     return out, lse
+
+
+_decode_part = torch.library.custom_op("hf_attn_patch::decode_part", _part, mutates_args=(), schema=SCHEMA)
+
+
+@_decode_part.register_fake
+def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: object) -> tuple[torch.Tensor, torch.Tensor]:
+    B, HQ, Sq, _ = q.shape
+    out = q.new_empty((B, Sq, HQ, v.shape[-1]), dtype=torch.float32).transpose(1, 2)
+    return out, q.new_empty((B, HQ, Sq), dtype=torch.float32)
 
 
 def _part_masks(mask: torch.Tensor, rows: Rows, start: int, length: int) -> list[_Masked]:

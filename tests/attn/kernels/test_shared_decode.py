@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import interpreter  # isort: skip - before the kernels
 from typing import Any
 
 import interpreter
@@ -16,6 +17,7 @@ from hf_attn_patch.attn.kernels.decode_reference import grouped_decode_reference
 from hf_attn_patch.attn.kernels.shared_decode import shared_decode
 from hf_attn_patch.attn.shared import Parted, Rows, SharedPart
 from hf_attn_patch.attn.shared_attend import shared_torch
+from hf_attn_patch.decoding.tape import Program, Tape
 
 WAYS = {"kernel": shared_decode, "torch": shared_torch}
 
@@ -158,3 +160,25 @@ def test_long_parts_with_a_mask(way: str, rows: list[int]) -> None:
         for _ in range(2):  # the second layer finds it
             out = WAYS[way](q, parted, scale=0.3, mask=mask, all_shared=padding == 0, sinks=sinks)
             torch.testing.assert_close(out.double(), ref, rtol=1e-4, atol=1e-5)
+
+
+def test_its_kernels_are_operators_where_operators_are_written_down() -> None:
+    """A recorded step is written down as operators (``decoding/tape.py``), and nothing else is run again."""
+    torch.manual_seed(0)
+    rows = [0, 0, 1, 1, 1]
+    q = torch.randn(5, 4, 1, 16, device=interpreter.DEVICE)
+    shared, own = ([torch.randn(n, 2, S, 16, device=interpreter.DEVICE) for _ in "kv"] for n, S in ((2, 40), (5, 9)))
+    parted = Parted((SharedPart(shared[0], shared[1], Rows(rows, 2)),), own[0], own[1])
+    mask = torch.rand(5, 1, 1, 49, device=interpreter.DEVICE) < 0.8
+    for seen in (None, mask):
+        expected = shared_decode(q, parted, scale=0.3, causal=seen is None, mask=seen)
+        with torch.no_grad(), Tape() as tape:
+            out = shared_decode(q, parted, scale=0.3, causal=seen is None, mask=seen)
+        assert torch.equal(out, expected)
+        assert tape.why_not([out]) is None
+        slot = tape.slot_of(out)
+        assert slot is not None
+        q.mul_(-1)  # the same operators on other numbers
+        again = Program(tape.ops, tape, [slot]).run()[0]
+        assert torch.equal(again, shared_decode(q, parted, scale=0.3, causal=seen is None, mask=seen))
+        assert not torch.equal(again, out)

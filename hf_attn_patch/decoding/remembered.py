@@ -1,0 +1,191 @@
+"""Steps in fewer kernels that a model's next call uses again instead of writing its step down anew.
+
+What was written down holds for the same code on tensors of the same form. The tensors of a call (its inputs, the
+cache's buffers, the place of the token) are put in each time; all others must be the model's own. Whether the code is
+the same, :func:`code_of` says: from the modules, what stands in their attributes and configs, and the functions of
+their files. It knows that only of classes of the libraries named here, whose code keeps nothing elsewhere; of other
+models, each call's step is written down.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import weakref
+from collections.abc import Callable, Sequence
+from types import FunctionType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from .tape import Program
+
+if TYPE_CHECKING:
+    from .fusing import Fused
+
+LIBRARIES = frozenset({"torch", "transformers", "peft", "hf_attn_patch"})
+MOST = 8  # programs that are kept for one model
+MOST_REASONS = 64
+_DEEP = 6  # dicts in lists in configs ...
+_PLAIN = frozenset({bool, int, float, str, bytes, type(None), torch.dtype, torch.device, torch.Size})
+
+
+class _UnknownError(Exception):
+    """Something that may hold what the code depends on."""
+
+
+class _The:
+    """One object, which it does not keep alive."""
+
+    __slots__ = ("ref",)
+
+    def __init__(self, value: Any) -> None:
+        try:
+            self.ref = weakref.ref(value)
+        except TypeError as error:
+            raise _UnknownError from error
+
+    def __eq__(self, other: object) -> bool:
+        value = self.ref()
+        return isinstance(other, _The) and value is not None and other.ref() is value
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def code_of(model: Any) -> list[Any] | None:
+    """All that the operators of a model's step depend on, beside the form of its inputs; None where that is not known.
+
+    Equal while nothing of it has changed: modules and their classes, their attributes, configs, weights by their place
+    in memory, and the functions and classes of the files that they are from.
+    """
+    found: list[Any] = []
+    configs: dict[int, int] = {}
+    files: dict[str, None] = {}
+    try:
+        for name, module in model.named_modules():
+            kind = type(module)
+            if kind.__module__.partition(".")[0] not in LIBRARIES:
+                return None
+            if module is not model and "forward" in vars(module):
+                return None
+            files[kind.__module__] = None
+            found += (name, _The(kind), _The(kind.forward))
+            for attribute, value in vars(module).items():
+                if attribute != "_modules":
+                    found += (attribute, _told(value, configs, _DEEP))
+    except _UnknownError:
+        return None
+    for file in files:
+        for value in vars(sys.modules[file]).values():
+            if isinstance(value, (FunctionType, type)):
+                found.append(_The(value))
+    return found
+
+
+def _told(value: Any, configs: dict[int, int], deep: int) -> Any:
+    """A value that is equal to another one's where the code cannot tell them apart."""
+    kind = type(value)
+    if kind in _PLAIN:
+        return value
+    if kind is Tensor or kind is torch.nn.Parameter:
+        return value.data_ptr(), value.shape, value.stride(), value.dtype, value.device
+    if isinstance(value, Tensor):
+        raise _UnknownError
+    if not deep:
+        raise _UnknownError
+    if isinstance(value, dict):
+        return kind, [(key, _told(v, configs, deep - 1)) for key, v in value.items()] if value else None
+    if isinstance(value, (list, tuple)):
+        return kind, [_told(v, configs, deep - 1) for v in value]
+    if isinstance(value, (set, frozenset)):
+        return value.copy() if all(type(v) in _PLAIN for v in value) else _The(value)
+    if isinstance(value, PretrainedConfig):
+        if id(value) in configs:
+            return configs[id(value)]
+        configs[id(value)] = len(configs)
+        return [(key, _told(v, configs, deep - 1)) for key, v in vars(value).items()]
+    return _The(value)
+
+
+@dataclasses.dataclass
+class _Known:
+    """Programs of a model for one state of its code."""
+
+    code: list[Any]
+    programs: dict[Any, tuple[Fused, list[int | None]]]
+
+
+_known: weakref.WeakKeyDictionary[torch.nn.Module, _Known] = weakref.WeakKeyDictionary()
+#: why a model's step of a form could not be written down
+_reasons: weakref.WeakKeyDictionary[torch.nn.Module, dict[Any, str]] = weakref.WeakKeyDictionary()
+
+
+def any_of(model: torch.nn.Module) -> bool:
+    """Whether some step of a model is remembered."""
+    known = _known.get(model)
+    return known is not None and bool(known.programs)
+
+
+def forget(model: torch.nn.Module) -> None:
+    """All that is remembered of a model."""
+    _known.pop(model, None)
+    _reasons.pop(model, None)
+
+
+def reason_for(model: torch.nn.Module, key: Any) -> str | None:
+    """Why a step of this form was not written down before."""
+    return _reasons.get(model, {}).get(key)
+
+
+def keep_reason(model: torch.nn.Module, key: Any, reason: str) -> None:
+    """It will not be tried again."""
+    reasons = _reasons.setdefault(model, {})
+    if len(reasons) >= MOST_REASONS:
+        reasons.clear()
+    reasons[key] = reason
+
+
+def recall(model: torch.nn.Module, key: Any, tensors: Sequence[Tensor | None]) -> Fused | None:
+    """A step in fewer kernels on these tensors, if one of the same form was kept and the model's code is the same."""
+    known = _known.get(model)
+    if known is None or key not in known.programs:
+        return None
+    if known.code != code_of(model):
+        del _known[model]
+        return None
+    fused, slots = known.programs[key]
+    known.programs[key] = known.programs.pop(key)  # the last to be forgotten
+    return fused.on({slot: tensor for slot, tensor in zip(slots, tensors, strict=True) if slot is not None})
+
+
+def keep(
+    model: torch.nn.Module,
+    key: Any,
+    fused: Fused,
+    tensors: Sequence[Tensor | None],
+    slot_of: Callable[[Tensor], int | None],
+) -> None:
+    """Remember a step, without the tensors of its call.
+
+    Args:
+        key: all that is to know of the form of the call.
+        tensors: those of the call, which another call has others of.
+        slot_of: where they are in the program.
+    """
+    slots = [None if t is None else slot_of(t) for t in tensors]
+    of_call = {slot for slot in slots if slot is not None}
+    own = {id(t) for t in (*model.parameters(), *model.buffers())}
+    program: Program = fused.program
+    if any(slot not in of_call and id(t) not in own for slot, t in enumerate(program.first) if t is not None):
+        return  # it reads what is neither the call's nor the model's
+    code = code_of(model)
+    if code is None:
+        return
+    known = _known.get(model)
+    if known is None or known.code != code:
+        known = _known[model] = _Known(code, {})
+    if len(known.programs) >= MOST:
+        known.programs.pop(next(iter(known.programs)))
+    known.programs[key] = fused.on(dict.fromkeys(of_call)), slots
