@@ -59,14 +59,17 @@ def tree(queries: int, keys: int) -> Tensor:
 def ways(mask: Tensor) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
     options: dict[str, Any] = {"scale": D**-0.5, "causal": False}
 
+    def decode(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        out = grouped_decode(q, k, v, mask=mask, **options)
+        assert isinstance(out, Tensor)
+        return out
+
     def one_call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return grouped_decode(q, k, v, mask=mask, **options)
+        return decode(q, k, v, mask)
 
     def loop(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        calls = (
-            grouped_decode(q[:, :, i : i + 1], k, v, mask=mask[:, :, i : i + 1], **options) for i in range(q.shape[2])
-        )
-        return torch.cat([*calls], 2)
+        calls = [decode(q[:, :, i : i + 1], k, v, mask[:, :, i : i + 1]) for i in range(q.shape[2])]
+        return torch.cat(calls, 2)
 
     def chosen(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return sdpa(q, k, v, attn_mask=mask, enable_gqa=True)

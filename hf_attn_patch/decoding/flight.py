@@ -19,7 +19,8 @@ from torch import Tensor
 
 from .next_token import Choosing, NextToken
 from .outputs import UnfitError
-from .step import Step, StepCall, growing_of
+from .step import Step
+from .step_call import StepCall, growing_of
 from .step_layers import StepRoom, advance
 
 IN_FLIGHT = 2  # steps that are started before the host looks at the one before them

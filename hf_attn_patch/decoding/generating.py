@@ -41,7 +41,8 @@ from .flight import ChoosingStep, Flight, Landing, moving_names
 from .next_token import NextToken
 from .outputs import UnfitError
 from .recorded_forward import recorder_of, state_of
-from .step import SHORT, WARM, growing_of
+from .step import SHORT, WARM
+from .step_call import growing_of
 
 logger = logging.getLogger("hf_attn_patch")
 

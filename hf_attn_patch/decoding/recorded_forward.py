@@ -20,7 +20,8 @@ from hf_attn_patch.hf.attention_function import NAME
 
 from .capture import WaitsError
 from .outputs import UnfitError, tensors_of
-from .step import Step, StepCall, Steps, growing_of, is_prompt
+from .step import Step, Steps
+from .step_call import StepCall, growing_of, is_prompt
 from .step_layers import StepRoom, advance, reserve
 
 logger = logging.getLogger("hf_attn_patch")

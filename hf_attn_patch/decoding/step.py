@@ -10,17 +10,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import EncoderDecoderCache
 from transformers.utils import ModelOutput
 
-from hf_attn_patch.attn.choice import asked_for
-from hf_attn_patch.cache.growing_cache import GrowingCache
 from hf_attn_patch.compat.torch import any_length
 
 from . import fusing, remembered
 from .capture import Recording, Repetition, not_collecting, record, rehearse
 from .fusing import Fused
 from .outputs import CACHE, UnfitError, map_output, tensors_of
+from .step_call import StepCall, growing_of
 from .step_layers import StepRoom, TokenPlace, settle, standing_in, step_layers
 from .tape import Tape
 
@@ -31,7 +29,6 @@ PAYS = 8  # runs that a recording must have served on average, after the first f
 WARM = 1  # steps after a prompt that run unrecorded: an answer of a word or two is over before a recording pays
 SHORT = 8  # nor does it pay for fewer steps than these, where their number is known
 FUSED_SHORT = 96  # nor to write a step down for fewer than these: it takes what some 70 fused steps save
-CONSTANT = 1 << 18  # inputs of more elements are used where they are, not copied
 MASK_STEP = 1024  # columns that a mask grows by where no buffer says how long it can get
 
 
@@ -67,8 +64,7 @@ class Step:
                 any_length(tensor, dim)
         self.runs = 0
         self.recording: Recording | Repetition | None = None
-        pays = not 0 <= room.expected - room.position < FUSED_SHORT
-        self.fuses = fuses and pays and not compiled and fusing.can_fuse(call.device)
+        self.fuses = fuses and not compiled and fusing.can_fuse(call.device)
         self.tokens_form = call.tokens.shape, call.device
         self.tape: Tape | None = None  # while the step is written down
         self.written: Any = None  # the output of the forward that was written down
@@ -77,6 +73,8 @@ class Step:
         if self.fuses:
             self.form = call.signature, room.form(), *map(_tensor_form, self._tensors())
             self._recall(model)
+        if 0 <= room.expected - room.position < FUSED_SHORT and not self.remembered:
+            self.fuses = False
 
     def _tensors(self) -> list[Tensor | None]:
         """What another call of the same form has others of."""
@@ -198,110 +196,6 @@ def _tensor_form(tensor: Tensor | None) -> Any:
 def _one_line(error: Exception) -> str:
     kind = "" if isinstance(error, UnfitError) else f"{type(error).__name__}: "
     return f"{kind}{error}".split("\n")[0]
-
-
-def growing_of(cache: Any) -> Any:
-    return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
-
-
-class StepCall:
-    """The arguments of one decoding step, sorted: what is copied, what is used where it is, what must stay the same.
-
-    Raises:
-        UnfitError: this call is not a step that can be recorded.
-    """
-
-    def __init__(self, kwargs: dict[str, Any], cache_name: str) -> None:
-        self.kwargs, self.cache_name = kwargs, cache_name
-        self.copied: dict[str, Tensor] = {}
-        cache = kwargs[cache_name]
-        growing = growing_of(cache)
-        if type(growing) is not GrowingCache:
-            raise UnfitError(f'its cache is a {type(growing).__name__} and no GrowingCache: enable(cache="growing")')
-        tokens = new_tokens(kwargs, cache)
-        if tokens is None:
-            raise UnfitError("it is given neither ids nor embeddings")
-        self.device, self.tokens = tokens.device, tokens
-        self.tokens_name = next(name for name, value in kwargs.items() if value is tokens)
-        decoder = "decoder_" if isinstance(cache, EncoderDecoderCache) else ""
-        self.mask_name = f"{decoder}attention_mask"
-        self.mask: Any = kwargs.get(self.mask_name)
-        if self.mask is not None and (
-            not isinstance(self.mask, Tensor) or self.mask.dim() != 2 or self.mask.device != self.device
-        ):
-            raise UnfitError(f"its {self.mask_name} is not [B, S] on its tokens' device")
-        if self.mask is None and isinstance(cache, EncoderDecoderCache):
-            # these decoders would make one themselves, from a length on the host
-            seen = growing_of(cache).get_seq_length()
-            self.mask = torch.ones(tokens.shape[0], seen + 1, dtype=torch.int64, device=self.device)
-            kwargs = self.kwargs = {**kwargs, self.mask_name: self.mask}
-        signature: list[Any] = []
-        for name, value in kwargs.items():
-            if name == cache_name:
-                continue
-            if name == self.mask_name and value is not None:
-                signature.append((name, value.shape[0], value.dtype))
-            elif isinstance(value, Tensor) and (value.numel() <= CONSTANT or value is tokens):
-                if value.requires_grad or value.device != self.device:
-                    raise UnfitError(f"{name} is on another device than its tokens, or needs a gradient")
-                self.copied[name] = value
-                signature.append((name, value.shape, value.dtype))
-            else:
-                signature.append((name, _constant(name, value)))
-        if isinstance(cache, EncoderDecoderCache):
-            signature.append(_cross(cache))
-        if kwargs.get("output_attentions") or kwargs.get("output_hidden_states"):
-            raise UnfitError("output_attentions and output_hidden_states are not recorded")
-        device = self.device.type
-        if torch.is_autocast_enabled(device) or (device == "cuda" and torch.cuda.is_current_stream_capturing()):
-            raise UnfitError("autocast keeps copies of weights, and a recording does not go into another")
-        signature += [
-            torch.is_inference_mode_enabled(),
-            torch.are_deterministic_algorithms_enabled(),
-            asked_for(),
-            torch.cuda.current_stream(self.device).cuda_stream if device == "cuda" else None,
-        ]
-        self.signature = tuple(signature)
-
-
-def new_tokens(kwargs: dict[str, Any], cache: Any) -> Tensor | None:
-    """The ids [B, S] or embeddings [B, S, E] that a call with a cache brings."""
-    decoder = "decoder_" if isinstance(cache, EncoderDecoderCache) else ""
-    for name in ("input_ids", "inputs_embeds"):
-        tokens = kwargs.get(decoder + name)
-        if isinstance(tokens, Tensor) and tokens.dim() > 1:
-            return tokens
-    return None
-
-
-def is_prompt(kwargs: dict[str, Any], cache: Any) -> bool:
-    """Whether a call is no decoding step: not one token a row, or none before it."""
-    tokens = new_tokens(kwargs, cache)
-    if (tokens is not None and tokens.shape[1] != 1) or kwargs.get("use_cache") is False:
-        return True
-    layers = getattr(growing_of(cache), "layers", None)
-    return layers is not None and not any(getattr(layer, "is_initialized", True) for layer in layers)
-
-
-def _constant(name: str, value: Any) -> Any:
-    """What must be the same for a recorded step to be the right one."""
-    if value is None or isinstance(value, (bool, int, float, str, torch.dtype)):
-        return value
-    if isinstance(value, Tensor):
-        return value.data_ptr(), value.shape, value.stride(), value.dtype
-    if isinstance(value, (ModelOutput, tuple, list)):
-        values = value.values() if isinstance(value, ModelOutput) else value
-        return tuple(_constant(name, v) for v in values)
-    raise UnfitError(f"{name} is a {type(value).__name__}")
-
-
-def _cross(cache: EncoderDecoderCache) -> Any:
-    """The keys and values of cross-attention: they must be there, and stay where they are."""
-    if not cache.is_updated or not all(cache.is_updated.values()):
-        raise UnfitError("the encoder's keys are not cached yet")
-    return tuple(
-        _constant("cross-attention", (layer.keys, layer.values)) for layer in cache.cross_attention_cache.layers
-    )
 
 
 class Steps:

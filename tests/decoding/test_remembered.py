@@ -242,3 +242,14 @@ def test_a_shared_prompt_has_fewer_kernels_too(padded: bool, written: Written, m
         assert not isinstance(told, str), told
         assert told["norms"] == 3
     assert written.times == 1
+
+
+def test_short_calls_have_what_a_long_one_wrote_down(written: Written, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = llama(), batch("cpu", 2, 30)
+    monkeypatch.setattr(step, "FUSED_SHORT", 5)
+    for tokens, times in ((4, 0), (7, 1), (4, 1)):
+        found = generate(model, inputs, max_new_tokens=tokens)
+        torch.testing.assert_close(found, plain(model, inputs)[:, : 30 + tokens], rtol=0, atol=0)
+        assert written.times == times
+    kept = [step for steps in graphs._states[model].caches.values() for step in steps.known.values()]
+    assert not kept or all(step.remembered for step in kept)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import interpreter  # isort: skip - before the kernels
 from typing import Any
 
-import interpreter
 import pytest
 import torch
 from conformance import assert_conforms
