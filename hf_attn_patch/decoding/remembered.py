@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .fusing import Fused
 
 LIBRARIES = frozenset({"torch", "transformers", "peft", "hf_attn_patch"})
-MOST = 8  # programs that are kept for one model
+MOST = 32  # programs that are kept for one model, some hundred kilobytes of Python each
 MOST_REASONS = 64
 _DEEP = 6  # dicts in lists in configs ...
 _PLAIN = frozenset({bool, int, float, str, bytes, type(None), torch.dtype, torch.device, torch.Size})

@@ -193,3 +193,18 @@ def test_tensor_parallel(load: Any, tmp_path: Path) -> None:
     load("tensor_parallel").main(["--small", "--out", str(tmp_path)])
     rows = json.loads((tmp_path / "tensor_parallel.json").read_text())["rows"]
     assert [(row["gpus"], row["B"]) for row in rows] == [(n, B) for n in (1, 2) for B in (1, 1, 16, 16)]
+
+
+def test_fresh_lengths(load: Any, tmp_path: Path) -> None:
+    script = load("fresh_lengths")
+    assert script.main(["--small", "--out", str(tmp_path)]) == 0
+    result = json.loads((tmp_path / "fresh_lengths.json").read_text())
+    expected = [(kind, variant.name, variant.attention == "flash_attention_4") for kind, variant in script.ROWS]
+    assert [(row["kind"], row["variant"], "failed" in row) for row in result["rows"]] == expected
+    some = script.batches(12, 4, 64, 100, 0)
+    lengths = [batch["input_ids"].shape[1] for batch in some]
+    assert len(set(lengths)) == 12 and 32 < min(lengths) and max(lengths) <= 64
+    for batch in some:
+        rows = batch["attention_mask"].sum(1)
+        assert rows[0] == batch["input_ids"].shape[1] and rows.min() >= rows[0] // 4
+        assert torch.equal(batch["labels"] == -100, batch["attention_mask"] == 0)
