@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -39,6 +40,16 @@ def tree() -> set[str]:
 def test_the_list_of_packages_is_complete() -> None:
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     assert sorted(listed) == sorted({Path(name).parent.as_posix().replace("/", ".") for name in tree()})
+
+
+def test_pre_releases_are_named_where_there_is_nothing_else() -> None:
+    """pip takes a pre-release of a package only where the requirement names one, or all that fit are pre-releases."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    found = [Requirement(line) for lines in extras.values() for line in lines if line.startswith("flash-attn-4")]
+    assert found
+    for requirement in found:
+        assert requirement.specifier.prereleases
+        assert next(requirement.specifier.filter(["0.0.1", "4.0.0b36"])) == "4.0.0b36"
 
 
 def test_the_wheel_holds_what_the_tree_holds(tmp_path: Path) -> None:
