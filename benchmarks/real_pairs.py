@@ -186,7 +186,8 @@ class Bench:
     def wer(self, model: Any, samples: Samples) -> float:
         """Words wrong over words meant, of greedy decoding."""
         assert samples.memory is not None
-        prefix = samples.inputs[-1][:, : int((samples.labels[0] < 0).sum()) + 1]  # type: ignore[index]
+        first = int((samples.labels[0] >= 0).float().argmax())  # type: ignore[index]  # padding has no labels either
+        prefix = samples.inputs[-1][:, : first + 1]
         wrong = meant = 0
         for row, memory, text in zip(prefix, samples.memory, self.said, strict=True):
             said = self.tokenizer.decode(self.greedy(model, memory[None].float(), row[None]), skip_special_tokens=True)

@@ -8,7 +8,6 @@ from typing import Any
 from hf_attn_patch.documents.paths import user_path
 from hf_attn_patch.errors import ConversionError
 
-
 #: requests at a time
 BATCH = 8
 

@@ -78,7 +78,8 @@ def test_polishing_on_what_the_original_said_before_is_the_same(monkeypatch: pyt
     """Three passes over the text; the original is asked once for all of it, or in every step where there is no room."""
     torch.manual_seed(0)
     ids = torch.randint(0, 64, (16, 12), generator=torch.Generator().manual_seed(1))
-    results, asked = [], []
+    results: list[list[torch.Tensor]] = []
+    asked: list[int] = []
     for room in (1 << 28, 0):
         monkeypatch.setattr(polish, "KEPT_BYTES", room)
         original, converted = tiny_model("llama").eval(), tiny_model("llama").eval()
@@ -87,7 +88,8 @@ def test_polishing_on_what_the_original_said_before_is_the_same(monkeypatch: pyt
         with torch.no_grad():
             for p in trained:
                 p.mul_(0.5)
-        speaker, calls = polish.Speaker(original), []
+        speaker = polish.Speaker(original)
+        calls: list[int] = []
         handle = original.model.layers[0].register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         before = [p.detach().clone() for p in trained]
         polish.polish(speaker, polish.Speaker(converted), trained, ids, polish.PolishRecipe(64 * 12, batch_tokens=24))
