@@ -116,6 +116,11 @@ def test_the_prefix_is_what_stands_before_the_first_word(monkeypatch: pytest.Mon
             return "one two"
 
     bench.tokenizer = Words()
-    monkeypatch.setattr(bench, "greedy", lambda model, memory, given: begun.append(given[0].tolist()) or [1])
+
+    def greedy(model: Any, memory: torch.Tensor, given: torch.Tensor) -> list[int]:
+        begun.append(given[0].tolist())
+        return [1]
+
+    monkeypatch.setattr(bench, "greedy", greedy)
     assert bench.wer(None, samples) == 2 / 6
     assert begun == [[5, 6], [5, 6]]
