@@ -36,6 +36,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, StoppingCriteria, St
 
 import hf_attn_patch
 from benchmarks.measure import DEVICE, environment, headline, limits, median_seconds, peak_bytes, table, write_json
+from hf_attn_patch.attn.codes import KINDS
 from hf_attn_patch.compat.torch import compile_facts
 
 OURS = "hf_attn_patch"
@@ -90,6 +91,8 @@ FORMS = (
     Form("enable(model), tokens chosen one at a time", OURS, (), one_by_one=True),
     Form("enable(model), sampling (top-k 50, top-p .9)", OURS, (), sampling=True),
     Form('enable(model, cuda_graphs="compiled")', OURS, (("cuda_graphs", "compiled"),)),
+    Form('enable(model, cache="int8"), not exact', OURS, (("cache", "int8"),)),
+    Form('enable(model, cache="fp8"), not exact', OURS, (("cache", "fp8"),)),
 )
 
 
@@ -142,14 +145,16 @@ def worst_choice(model: Any, inputs: dict[str, torch.Tensor], sequences: torch.T
     return float(((logits.amax(-1) - chosen) / logits.std(-1)).max())
 
 
-def bound(model: Any, inputs: dict[str, torch.Tensor], tokens: int, copy_rate: float) -> float:
+def bound(model: Any, form: Form, inputs: dict[str, torch.Tensor], tokens: int, copy_rate: float) -> float:
     """New tokens a second if a step read weights and cache once, at the rate of a copy."""
     config = model.config
     weights = sum(p.numel() for p in model.model.layers.parameters()) + model.lm_head.weight.numel()
     B = inputs["input_ids"].shape[0]
     keys = float(inputs["attention_mask"].sum()) + B * tokens / 2
-    cache = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * keys
-    return B / ((weights + cache) * model.dtype.itemsize / copy_rate)
+    coded = dict(form.enable or ()).get("cache") in KINDS
+    of_head = config.head_dim + 4 if coded else config.head_dim * model.dtype.itemsize  # codes, and their scale in fp32
+    cache = 2 * config.num_hidden_layers * config.num_key_value_heads * of_head * keys
+    return B / ((weights * model.dtype.itemsize + cache) / copy_rate)
 
 
 def measure(model: Any, form: Form, inputs: dict[str, torch.Tensor], tokens: int, repeats: int) -> dict[str, Any]:
@@ -219,7 +224,9 @@ def bench(args: argparse.Namespace, before: dict[str, Any]) -> dict[str, Any]:
                 return result
             try:
                 row |= measure(model, form, inputs, args.tokens, args.repeats)
-                row["of_limit"] = row["tokens_per_second"] / bound(model, inputs, args.tokens, limit["copy_bytes"])
+                row["of_limit"] = row["tokens_per_second"] / bound(
+                    model, form, inputs, args.tokens, limit["copy_bytes"]
+                )
             except Exception as error:  # reported in the table, and by the exit status if it is ours
                 row["failed"] = f"{type(error).__name__}: {error}".splitlines()[0][:160]
             free()

@@ -66,7 +66,7 @@ def _over_codes(x: Inputs) -> Call:
     def call(i: int) -> Tensor:
         (k, k_scale), (v, v_scale) = x.packed[i]
         scales = {"k_scale": k_scale.squeeze(-1), "v_scale": v_scale.squeeze(-1)}
-        out = grouped_decode(x.q, as_codes(k, kind), as_codes(v, kind), scale=x.row.D**-0.5, **scales)  # type: ignore
+        out = grouped_decode(x.q, as_codes(k, kind.keys), as_codes(v, kind.values), scale=x.row.D**-0.5, **scales)  # type: ignore
         assert isinstance(out, Tensor)
         return out
 
@@ -95,8 +95,17 @@ def torch_sdpa(backend: str, x: Inputs) -> Call:
     mask = x.mask if (causal and not square) or (row.pad and not row.page) or row.documents else x.bias
     if backend == "flash" and mask is not None:
         raise UnsupportedError("takes no mask")
+    if backend == "cudnn" and row.bias and row.backward:
+        raise UnsupportedError("gives no gradient to what is added")
+    if backend == "efficient" and not row.bias:
+        raise UnsupportedError("is for a bias")
     options: dict[str, Any] = {"attn_mask": mask, "is_causal": square, "enable_gqa": row.HQ != row.HKV}
-    context = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}.get(backend)
+    contexts = {
+        "flash": SDPBackend.FLASH_ATTENTION,
+        "cudnn": SDPBackend.CUDNN_ATTENTION,
+        "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    }
+    context = contexts.get(backend)
     sdpa = torch.nn.functional.scaled_dot_product_attention
     if row.page:
         raise UnsupportedError("takes no pages")
@@ -204,7 +213,9 @@ def flex(x: Inputs) -> Call:
             s = row.softcap * torch.tanh(s / row.softcap)
         return s if x.bias is None else s + x.bias[0, h, i, j]
 
-    block = create_block_mask(visible, row.B if row.pad else None, None, row.Sq, row.Sk, device=DEVICE)
+    block = None
+    if row.causal or window is not None or row.pad or row.documents:
+        block = create_block_mask(visible, row.B if row.pad else None, None, row.Sq, row.Sk, device=DEVICE)
     changed = score if row.softcap is not None or x.bias is not None else None
     run = functools.partial(_flex(), score_mod=changed, block_mask=block, enable_gqa=row.HQ != row.HKV)
     return lambda i: run(x.q, *x.kv[i])
@@ -229,7 +240,7 @@ def contenders(with_flex: bool) -> dict[str, Callable[[Inputs], Call]]:
     """Ours first."""
     out: dict[str, Callable[[Inputs], Call]] = {"ours": ours}
     if DEVICE == "cuda":
-        out |= {name: functools.partial(torch_sdpa, name) for name in ("flash", "cudnn")}
+        out |= {name: functools.partial(torch_sdpa, name) for name in ("flash", "cudnn", "efficient")}
         out |= {"fa4": flash4, "fa3": flash3}
     else:
         out["sdpa"] = functools.partial(torch_sdpa, "any")

@@ -75,6 +75,8 @@ def rows() -> list[Row]:
     for backward in (False, True):
         for B, S, HQ, HKV, D, causal in shapes:
             out.append(Row("training" if backward else "prefill", B, S, S, HQ, HKV, D, causal, backward))
+    for D in (64, 128):  # T5's encoder; the bias has its gradient
+        out.append(Row("training", 8, 1024, 1024, 12, 12, D, causal=False, backward=True, bias=True))
     for backward in (False, True):
         out.append(Row("packed", 1, 16384, 16384, 32, 8, 128, True, backward, documents=24))
     caches = [(1, 8192, 32, 32, 128), (1, 8192, 32, 8, 128), (1, 131072, 32, 8, 128), (16, 8192, 32, 32, 128)]
@@ -138,10 +140,10 @@ class Inputs:
         if row.codes:
             kind = KINDS[row.codes]
             self.packed = [pack_both(k, v, kind) for k, v in self.kv]
-            self.kv = [tuple(unpack(*one, kind, self.dtype) for one in both) for both in self.packed]
+            self.kv = [(unpack(*k, kind.keys, self.dtype), unpack(*v, kind.values, self.dtype)) for k, v in self.packed]
         self.grad = heads(row.HQ, row.Sq) if row.backward else None
         self.sinks = randn(row.HQ) if row.sinks else None
-        self.bias = randn(1, row.HQ, row.Sq, S) if row.bias else None
+        self.bias = randn(1, row.HQ, row.Sq, S).requires_grad_(row.backward) if row.bias else None
         self.borders = None
         if row.documents:
             cuts = torch.randperm(S - 1, generator=torch.Generator().manual_seed(3))[: row.documents - 1] + 1
@@ -198,13 +200,13 @@ class Inputs:
         return "FLOP", 4.0 * self.pairs() * row.HQ * row.D * (3.5 if row.backward else 1)
 
     def part(self, *results: Tensor) -> list[Tensor]:
-        """Of [B, H, ...] results (the output, then the gradients of q, k and v), what :meth:`truth` has."""
+        """Of [B, H, ...] results (the output, then the gradients of q, k, v and bias), what :meth:`truth` has."""
         G = self.row.HQ // self.row.HKV
-        B = self.row.B if self.row.decode else 1
-        return [t.detach()[:B, : (G if i < 2 else 1)] for i, t in enumerate(results)]
+        B = self.row.B if self.row.decode or self.bias is not None else 1  # rows share a bias
+        return [t.detach()[:B, : (1 if i in (2, 3) else G)] for i, t in enumerate(results)]
 
     def truth(self, dtype: torch.dtype) -> list[Tensor]:
-        """Output (and gradients) of the first KV head and its group, of the first row (decoding: of all rows)."""
+        """Output (and gradients) of the first KV head and its group, of the first row (decoding, bias: of all rows)."""
         row = self.row
         _, q, k, v = self.part(self.q, self.q, *self.kv[0])
         q, k, v = (t.to(dtype).requires_grad_(row.backward) for t in (q, k, v))
@@ -215,8 +217,9 @@ class Inputs:
         if self.sinks is not None:
             options["sinks"] = self.sinks[:G]
         if self.bias is not None:
-            options["bias"] = self.bias[:, :G]
+            options["bias"] = bias = self.bias.detach()[:, :G].to(dtype).requires_grad_(row.backward)
         out, _ = grouped_decode_reference(q, k, v, scale=row.D**-0.5, first=self.first, end=self.end, **options)
         if self.grad is None:
             return [out]
-        return [out.detach(), *torch.autograd.grad(out, (q, k, v), self.grad[:1, :G].to(dtype))]
+        wanted = (q, k, v) if self.bias is None else (q, k, v, bias)
+        return [out.detach(), *torch.autograd.grad(out, wanted, self.grad[: q.shape[0], :G].to(dtype))]

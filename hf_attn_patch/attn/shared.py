@@ -159,7 +159,9 @@ class Parted:
             index = part.rows.index(own[0].device)
             pieces.insert(0, [t.index_select(0, index) for t in _pick(part.keys, part.values, part.scales, which)])
         whole = [torch.cat(tensors, dim=2) if len(tensors) > 1 else tensors[0] for tensors in zip(*pieces, strict=True)]
-        return whole[0] if self.coded is None else unpack(whole[0], whole[1], *self.coded)
+        if self.coded is None:
+            return whole[0]
+        return unpack(whole[0], whole[1], self.coded.kind.of(which), self.coded.dtype)
 
 
 def _pick(keys: Tensor, values: Tensor, scales: Scales | None, which: int) -> list[Tensor]:

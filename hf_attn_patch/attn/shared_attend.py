@@ -115,7 +115,8 @@ def _numbers(keys: Tensor, values: Tensor, scales: Scales | None, coded: CodedAs
     """A part's keys and values as numbers."""
     if scales is None or coded is None:
         return keys, values
-    return unpack(keys, scales[0], *coded), unpack(values, scales[1], *coded)
+    kind, dtype = coded
+    return unpack(keys, scales[0], kind.keys, dtype), unpack(values, scales[1], kind.values, dtype)
 
 
 def _of_rows(found: Tensor, Sq: int) -> Tensor:

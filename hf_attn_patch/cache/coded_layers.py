@@ -80,10 +80,10 @@ class CodedLayer(GrowingMixin, DynamicLayer):
         codes, scales = ((layer.keys, layer.values)[which] for layer in (self.codes, self.scales))
         if codes.dim() != 4:
             return torch.tensor([], dtype=self.dtype, device=codes.device)
-        return unpack(codes, scales, self.kind, self.dtype)
+        return unpack(codes, scales, self.kind.of(which), self.dtype)
 
     def _replace(self, which: int, value: Any) -> None:
-        packed = (None, None) if value is None else pack_both(value, value, self.kind)[0]
+        packed = (None, None) if value is None else pack_both(value, value, self.kind)[which]
         for layer, new in zip((self.codes, self.scales), packed, strict=True):
             setattr(layer, ("keys", "values")[which], new)
 

@@ -12,7 +12,7 @@ from rounded import RoundedCache, rounded
 from transformers import DynamicCache, EncoderDecoderCache, FalconH1Config, LlamaConfig, LlamaForCausalLM
 
 from hf_attn_patch import AttentionError, GrowingCache, enable, explain
-from hf_attn_patch.attn.codes import KINDS, pack, unpack
+from hf_attn_patch.attn.codes import E4M3, INT8, KINDS, Codes, pack, unpack
 from hf_attn_patch.attn.shared import Parted
 from hf_attn_patch.cache import beginnings
 from hf_attn_patch.cache.coded_layers import CodedLayer, CodedSlidingWindowLayer
@@ -132,28 +132,28 @@ def test_memory_is_half(kind: str) -> None:
     assert cache.layers[0].codes.keys.dtype == torch.int8
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_what_is_lost(kind: str) -> None:
+@pytest.mark.parametrize("codes", [INT8, E4M3])
+def test_what_is_lost(codes: Codes) -> None:
     """At most half a step: of int8 a step is 1/127 of the largest component; of e4m3 2**-3 of a number's own power of
     two, at least 2**-9 (of 448)."""
     states = torch.randn(3, 2, 50, 64) * torch.logspace(-3, 3, 50)[:, None]
     most = states.abs().amax(-1, keepdim=True)
-    back = unpack(*pack(states, KINDS[kind]), KINDS[kind], torch.float32)
-    if kind == "int8":
+    back = unpack(*pack(states, codes), codes, torch.float32)
+    if codes == INT8:
         allowed = most / 127 / 2
     else:
         unit = most / 448
         step = torch.exp2(torch.floor(torch.log2(states.abs() / unit)) - 3).clamp(min=2.0**-9)
         allowed = step * unit / 2
     assert ((back - states).abs() <= allowed * (1 + 1e-4)).all()
-    assert torch.equal(back.abs().amax(-1), pack(states, KINDS[kind])[1][..., 0] * KINDS[kind].largest)
+    assert torch.equal(back.abs().amax(-1), pack(states, codes)[1][..., 0] * codes.largest)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_what_is_not_finite_stays_so(kind: str) -> None:
+@pytest.mark.parametrize("codes", [INT8, E4M3])
+def test_what_is_not_finite_stays_so(codes: Codes) -> None:
     states = torch.ones(4, 8)
     states[0, 3], states[1, 2], states[2] = math.inf, math.nan, 0.0
-    back = unpack(*pack(states, KINDS[kind]), KINDS[kind], torch.float32)
+    back = unpack(*pack(states, codes), codes, torch.float32)
     assert not back[:2].isfinite().any()
     assert torch.equal(back[2:], states[2:])
 

@@ -36,12 +36,12 @@ class CodedMachine(CacheMachine):
 
     def append(self, S: int, grad: bool = False) -> None:
         for layer_idx in range(2):
-            k, v = (decided(t, self.kind) for t in states(self.B, S))
+            k, v = (decided(t, codes) for t, codes in zip(states(self.B, S), ("int8", self.kind), strict=True))
             first = self.theirs.layers[layer_idx].get_seq_length() == 0
             announced, _ = self.theirs.get_mask_sizes(S, layer_idx)
             with torch.set_grad_enabled(grad):
                 ours = self.ours.update(k, v, layer_idx)
-                theirs = self.theirs.update(rounded(k, self.kind), rounded(v, self.kind), layer_idx)
+                theirs = self.theirs.update(rounded(k, "int8"), rounded(v, self.kind), layer_idx)
             if first:  # a prompt attends to what it has in hand
                 assert ours[0] is k
                 assert ours[1] is v

@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from hf_attn_patch.attn.devices import Device
-from hf_attn_patch.attn.kernels import decode, decode_launch
+from hf_attn_patch.attn.kernels import biased, decode, decode_launch
 from hf_attn_patch.attn.kernels.launcher import Launch
 from hf_attn_patch.attn.kernels.shared_decode import shared_decode
 from hf_attn_patch.attn.shared import Parted, Rows, SharedPart
@@ -24,7 +24,7 @@ from hf_attn_patch.attn.shared import Parted, Rows, SharedPart
 CAPABILITY = int(os.environ.get("COMPILE_FOR", "90"))
 TARGET, SMS = GPUTarget("cuda", CAPABILITY, 32), 132
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.bool: "i1",
-         torch.int8: "i8"}  # fmt: skip
+         torch.int8: "i8", torch.int64: "i64"}  # fmt: skip
 
 
 def on_meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -34,18 +34,18 @@ def on_meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 def arguments(
     B: int = 12, HQ: int = 32, HKV: int = 8, Sq: int = 1, Sk: int = 8192, D: int = 128, page: int = 0,
     dtype: torch.dtype = torch.bfloat16, causal: bool = True, window: int | None = None, softcap: float | None = None,
-    lse: bool = False, codes: torch.dtype | None = None, **others: Any,
+    lse: bool = False, codes: torch.dtype | None = None, v_codes: torch.dtype | None = None, **others: Any,
 ) -> tuple[Any, ...]:  # fmt: skip
     """What :func:`launch` takes. ``others``: the shapes of first, end, mask, bias, sinks that are there."""
     kinds = {"mask": torch.bool, "bias": torch.float32, "sinks": torch.float32}
     given = {name: on_meta(*shape, dtype=kinds.get(name, torch.int32)) for name, shape in others.items()}
     kv = on_meta(B * Sk // page, page, HKV, D, dtype=dtype) if page else on_meta(B, HKV, Sk, D, dtype=dtype)
-    table = on_meta(B, Sk // page, dtype=torch.int32) if page else None
+    v, table = kv, on_meta(B, Sk // page, dtype=torch.int32) if page else None
     if codes is not None:
-        kv = on_meta(B, HKV, Sk, D, dtype=codes)
+        kv, v = on_meta(B, HKV, Sk, D, dtype=codes), on_meta(B, HKV, Sk, D, dtype=v_codes or codes)
         given |= dict.fromkeys(("k_scale", "v_scale"), on_meta(B, HKV, Sk, dtype=torch.float32))
     rest = (given.get(name) for name in ("first", "end", "mask", "bias", "sinks", "k_scale", "v_scale"))
-    return on_meta(B, HQ, Sq, D, dtype=dtype), kv, kv, table, *rest, D**-0.5, causal, window, softcap, lse
+    return on_meta(B, HQ, Sq, D, dtype=dtype), kv, v, table, *rest, D**-0.5, causal, window, softcap, lse
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -67,6 +67,7 @@ CASES: dict[str, dict[str, Any]] = {
     "pages of 256": {"page": 256, "end": (12,)},
     "int8": {"B": 1, "codes": torch.int8},
     "fp8": {"B": 1, "codes": torch.float8_e4m3fn},
+    "int8 keys, fp8 values": {"B": 1, "codes": torch.int8, "v_codes": torch.float8_e4m3fn},
     "fp16, int8": {"B": 1, "codes": torch.int8, "dtype": torch.float16},
     "fp16, fp8": {"B": 1, "codes": torch.float8_e4m3fn, "dtype": torch.float16},
     "pages and a window": {"page": 256, "end": (12,), "window": 300},
@@ -81,6 +82,20 @@ def shared_arguments(of: list[int], count: int) -> tuple[torch.Tensor, Parted]:
     """What :func:`shared_decode` takes."""
     q, shared, own = on_meta(len(of), 32, 1, 128), on_meta(count, 8, 8192, 128), on_meta(len(of), 8, 128, 128)
     return q, Parted((SharedPart(shared, shared, Rows(of, count)),), own, own)
+
+
+#: head dimensions of T5's training: a bias that rows share, and its gradient
+BIASED = {"a bias, 64": 64, "a bias, 128": 128}
+
+
+def start_biased(D: int) -> None:
+    """Forward and backward."""
+    q, k, v, grad = (on_meta(8, 1024, 12, D).transpose(1, 2).requires_grad_() for _ in range(4))
+    bias = on_meta(1, 12, 1024, 1024).requires_grad_()
+    here = mock.patch.object(biased, "device_of", return_value=Device("cuda", CAPABILITY))
+    with here, mock.patch.object(torch.Tensor, "data_ptr", return_value=0):  # tensors on meta have no memory
+        out = biased.biased_attention(q, k, v, bias, biased.Biased(D**-0.5))
+        torch.autograd.grad(out, (q, k, v, bias), grad)
 
 
 def compiled(launch: Launch, tensors: Any) -> Any:
@@ -121,6 +136,8 @@ def main() -> None:
             started.clear()
             if case in SHARED:
                 shared_decode(*shared_arguments(*SHARED[case]), scale=0.1)
+            elif case in BIASED:
+                start_biased(BIASED[case])
             else:
                 decode_launch.launch(decode.DecodeOperands(*arguments(**CASES[case])))
             for launch, tensors in started:

@@ -61,8 +61,9 @@ def codes(name: str) -> None:
     k, v = randn(2, 2, 300, 64), randn(2, 2, 300, 64)
     (keys, k_scale), (values, v_scale) = pack_both(k, v, kind)
     scales: dict[str, Any] = {"k_scale": k_scale.squeeze(-1), "v_scale": v_scale.squeeze(-1)}
-    k, v = (as_codes(b, kind).double() * s for b, s in ((keys, k_scale), (values, v_scale)))
-    found = grouped_decode(q, as_codes(keys, kind), as_codes(values, kind), scale=0.1, **scales)
+    keys, values = as_codes(keys, kind.keys), as_codes(values, kind.values)
+    k, v = keys.double() * k_scale, values.double() * v_scale
+    found = grouped_decode(q, keys, values, scale=0.1, **scales)
     near(found, grouped_decode_reference(q.double(), k, v, scale=0.1)[0])
 
 

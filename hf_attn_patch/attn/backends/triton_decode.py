@@ -104,7 +104,7 @@ def over_codes(q: Tensor, parted: Parted, operands: Operands) -> Tensor:
     seen, coded, scales = operands.visibility, parted.coded, parted.scales
     assert coded is not None
     assert scales is not None
-    k, v = cut(seen, as_codes(parted.keys, coded.kind), as_codes(parted.values, coded.kind))
+    k, v = cut(seen, as_codes(parted.keys, coded.kind.keys), as_codes(parted.values, coded.kind.values))
     k_scale, v_scale = (t.squeeze(-1) for t in cut(seen, *scales))
     return _over(q, k, v, operands, _bounds(seen, False), k_scale, v_scale)
 

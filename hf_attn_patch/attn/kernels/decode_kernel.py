@@ -59,15 +59,15 @@ def decode_kernel(
     BLOCK_DV: tl.constexpr, BLOCK_B: tl.constexpr, M_TILES: tl.constexpr, SPLIT: tl.constexpr, CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_END: tl.constexpr, MASK: tl.constexpr,
     BIAS: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_LSE: tl.constexpr, PAGED: tl.constexpr, CODES: tl.constexpr,
-    DOTS: tl.constexpr, FAST: tl.constexpr, WORDS: tl.constexpr, LAZY_SUM: tl.constexpr, EVICT: tl.constexpr,
-    PDL: tl.constexpr, PRECISION: tl.constexpr,
+    V_CODES: tl.constexpr, DOTS: tl.constexpr, FAST: tl.constexpr, WORDS: tl.constexpr, LAZY_SUM: tl.constexpr,
+    EVICT: tl.constexpr, PDL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Attention of a query tile over a worker's tiles of keys.
 
     MASK and BIAS: 0 none, 1 one row of Sk for all rows of a query tile, 2 a row of Sk for each.
     PAGED: 0 no, 1 a tile's keys lie on several pages, 2 on one.
-    CODES: 0 none, else K and V are codes (``decode_codes.py``), whose products are made in DOTS; FAST: by assembly;
-    WORDS: values lie in words of four.
+    CODES, V_CODES: 0 none, else K and V are codes (``decode_codes.py``), whose products are made in DOTS; FAST: by
+    assembly; WORDS: values lie in words of four.
     CAUSAL: queries differ in what they see (false for one query, whose keys end at ``hi`` anyway).
     """
     pid = tl.program_id(0)
@@ -253,7 +253,7 @@ def decode_kernel(
                 w_base = (v_base + start.to(tl.int64) * v_s).to(tl.pointer_type(tl.int32), bitcast=True)
                 w_rows = w_base + offs_n * (v_s // 4)
                 w = tl.load(w_rows[:, None] + tl.arange(0, BLOCK_DV // 4)[None, :], mask=w_ok, other=0)
-                v = numbers_of_words(w, CODES, DOTS, FAST)
+                v = numbers_of_words(w, V_CODES, DOTS, FAST)
             elif DV == BLOCK_DV:
                 v = tl.load(v_rows[:, None] + offs_dv[None, :], mask=key_ok[:, None], other=0.0, eviction_policy=EVICT)
             else:
@@ -261,7 +261,7 @@ def decode_kernel(
                 v = tl.load(v_rows[:, None] + offs_dv[None, :], mask=v_mask, other=0.0, eviction_policy=EVICT)
             if CODES:
                 if not WORDS:
-                    v = numbers(v, CODES, DOTS, FAST)
+                    v = numbers(v, V_CODES, DOTS, FAST)
                 # scales as shares of the tile's largest: small ones must not be lost in fp16
                 v_scale = tl.where(key_ok, v_scale, 0.0)
                 most = tl.max(v_scale, 0)

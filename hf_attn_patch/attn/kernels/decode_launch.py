@@ -218,21 +218,22 @@ def _plan(o: DecodeOperands, tuning: Tuning | None) -> tuple[LaunchPlan, tuple[i
     combine = _combine(n, window, tuning, workers, common) if split else None
     part = workers * 2 * G * Sq * (DV + 1) if split else 0
     out_strides = (Sq * HQ * DV, DV, HQ * DV, 1)  # [B, Sq, HQ, Dv] in memory
-    shape, fp8 = (B, HQ, Sq, DV), o.k.dtype == torch.float8_e4m3fn
+    shape, fp8 = (B, HQ, Sq, DV), torch.float8_e4m3fn in (o.k.dtype, o.v.dtype)
     return LaunchPlan(shape, out_strides, part, o.return_lse, o.q.dtype, o.q.device, decode, combine, fp8), strides
 
 
 def _codes(o: DecodeOperands, n: Sizes) -> dict[str, Any]:
     """The constants that say how codes are read."""
     if o.k_scale is None:
-        return {"CODES": 0, "DOTS": None, "FAST": False, "WORDS": False}
-    fp8 = o.k.dtype == torch.float8_e4m3fn
+        return {"CODES": 0, "V_CODES": 0, "DOTS": None, "FAST": False, "WORDS": False}
+    fp8 = [t.dtype == torch.float8_e4m3fn for t in (o.k, o.v)]
     exact = o.q.dtype == torch.float32
     device = device_of(o.q.device)
     return {
-        "CODES": FP8.value if fp8 else INT8.value,
+        "CODES": FP8.value if fp8[0] else INT8.value,
+        "V_CODES": FP8.value if fp8[1] else INT8.value,
         "DOTS": tl.float32 if exact else tl.float16,
-        "FAST": device.device == "cuda" and not exact and (not fp8 or device.capability >= 89),
+        "FAST": device.device == "cuda" and not exact and (not any(fp8) or device.capability >= 89),
         "WORDS": n.DV % 4 == 0 and o.v.data_ptr() % 16 == 0 and not any(s % 4 for s in o.v.stride()[:3]),
     }
 

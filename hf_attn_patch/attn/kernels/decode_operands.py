@@ -106,7 +106,7 @@ def _check_dtypes(o: DecodeOperands, scales: tuple[int, int, int]) -> None:
         raise ValueError(f"q, k and v must share one dtype of fp16, bf16 and fp32, not {', '.join(map(str, dtypes))}")
     if not coded:
         return
-    if o.k.dtype not in CODES or o.v.dtype != o.k.dtype or o.block_table is not None:
+    if o.k.dtype not in CODES or o.v.dtype not in CODES or o.block_table is not None:
         raise ValueError(
             f"k_scale and v_scale are for codes of int8 or float8_e4m3fn that lie whole, not for k of {o.k.dtype} and "
             f"v of {o.v.dtype}{'' if o.block_table is None else ' in pages'}"

@@ -92,7 +92,7 @@ def _over(
     (k, v, scales, coded), (mask, first, end) = tensors, seen
     k_scale, v_scale = (None, None) if scales is None else (t.squeeze(-1) for t in scales)
     if coded is not None:
-        k, v = as_codes(k, coded.kind), as_codes(v, coded.kind)
+        k, v = as_codes(k, coded.kind.keys), as_codes(v, coded.kind.values)
     operands = DecodeOperands(q, k, v, None, first, end, mask, None, sinks, k_scale, v_scale, *options)
     found: tuple[torch.Tensor, torch.Tensor]
     found = torch.ops.hf_attn_patch.decode_part(*operands) if operators_are_watched() else _part(*operands)

@@ -15,8 +15,10 @@ SHARED = 227 * 1024  # bytes that a thread block can have on a Hopper GPU
 CASES = [
     "plain", "one worker a head", "padded", "queries", "mask", "bias", "head_dim 80", "head_dim 256", "fp32",
     "pages of 16", "pages of 256", "pages and a window", "int8", "fp8",
+    "int8 keys, fp8 values",
 ]  # fmt: skip
 
+BIASED = ["a bias, 64", "a bias, 128"]  # on GPUs from Ampere on
 SHARED_CASES = ["shared prompt", "shared prompts, unevenly"]
 
 
@@ -24,7 +26,9 @@ SHARED_CASES = ["shared prompt", "shared prompts, unevenly"]
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], dict[str, int]]:
     cache = str(tmp_path_factory.mktemp("triton"))
     env = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": cache}
-    done = subprocess.run([sys.executable, str(SCRIPT), *CASES, *SHARED_CASES], env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), *CASES, *SHARED_CASES, *BIASED], env=env, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     found = [json.loads(line) for line in done.stdout.splitlines()]
     return {(f["case"], f["kernel"]): f for f in found}
@@ -48,6 +52,18 @@ def test_shared_prompts_compile_for_hopper(case: str, kernels: dict[tuple[str, s
     assert kernels[case, "merge_kernel"]["loads"]
 
 
+@pytest.mark.parametrize("case", BIASED)
+@pytest.mark.parametrize("name", ["forward", "queries", "keys", "bias"])
+def test_training_with_a_bias_compiles_for_hopper(
+    case: str, name: str, kernels: dict[tuple[str, str], dict[str, int]]
+) -> None:
+    found = kernels[case, f"{name}_kernel"]
+    assert 0 < found["shared"] <= SHARED
+    assert found["products"]
+    assert found["copies"]  # 16 bytes at a time, the bias too, while others are worked on
+    assert found["loads"] <= 40  # what is loaded once a program; a bias that is read number by number makes hundreds
+
+
 def test_a_tile_within_one_page_asks_for_one_number(kernels: dict[tuple[str, str], dict[str, int]]) -> None:
     small, large = (kernels[case, "decode_kernel"]["loads"] for case in ("pages of 16", "pages of 256"))
     assert large < small
@@ -64,8 +80,9 @@ SMALL = {70: 96, 75: 64, 80: 163, 89: 99}
 @pytest.mark.parametrize("capability", [75, 89, *(pytest.param(c, marks=pytest.mark.slow) for c in (70, 80))])
 def test_its_tiles_fit_into_smaller_gpus(capability: int, tmp_path: Path) -> None:
     env = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path), "COMPILE_FOR": str(capability)}
-    done = subprocess.run([sys.executable, str(SCRIPT), *OLDER], env=env, capture_output=True, text=True)
+    cases = OLDER + BIASED * (capability >= 80)
+    done = subprocess.run([sys.executable, str(SCRIPT), *cases], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert {f["case"] for f in found} == set(OLDER)
+    assert {f["case"] for f in found} == set(cases)
     assert all(f["shared"] <= SMALL[capability] * 1024 and f["waits"] == 0 for f in found), found

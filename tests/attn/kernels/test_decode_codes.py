@@ -24,8 +24,10 @@ from hf_attn_patch.attn.kernels.pack_codes import packed
 DEVICE = interpreter.DEVICE
 SMALL = Tuning(block_n=16, least=2)
 CODES = [torch.int8, torch.float8_e4m3fn]
+PAIRS = [(codes, codes) for codes in CODES] + [(torch.int8, torch.float8_e4m3fn)]
 DTYPES = [torch.float16, torch.float32, *([torch.bfloat16] if DEVICE == "cuda" else [])]
 Coded = tuple[torch.Tensor, torch.Tensor]
+Pair = tuple[torch.dtype, torch.dtype]
 
 
 def random_codes(*shape: int, dtype: torch.dtype, spread: float = 4.0) -> Coded:
@@ -59,10 +61,11 @@ def check(q: torch.Tensor, k: Coded, v: Coded, tuning: Tuning | None = SMALL, **
 
 
 def case(
-    B: int, HQ: int, HKV: int, Sq: int, Sk: int, D: int, DV: int, dtype: torch.dtype, codes: torch.dtype
-) -> tuple[torch.Tensor, Coded, Coded]:
+    B: int, HQ: int, HKV: int, Sq: int, Sk: int, D: int, DV: int, dtype: torch.dtype, codes: torch.dtype | Pair,
+) -> tuple[torch.Tensor, Coded, Coded]:  # fmt: skip
+    of_keys, of_values = codes if isinstance(codes, tuple) else (codes, codes)
     q = torch.randn(B, HQ, Sq, D, generator=torch.Generator().manual_seed(Sk)).to(DEVICE, dtype)
-    return q, random_codes(B, HKV, Sk, D, dtype=codes), random_codes(B, HKV, Sk, DV, dtype=codes)
+    return q, random_codes(B, HKV, Sk, D, dtype=of_keys), random_codes(B, HKV, Sk, DV, dtype=of_values)
 
 
 @pytest.mark.parametrize("codes", CODES)
@@ -79,7 +82,7 @@ def test_every_code_is_read_exactly(codes: torch.dtype) -> None:
         assert torch.equal(out.flatten().float(), v.flatten().float())
 
 
-@pytest.mark.parametrize("codes", CODES)
+@pytest.mark.parametrize("codes", PAIRS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
 @settings(max_examples=12 if DEVICE == "cpu" else 3, deadline=None)  # a GPU compiles for each
 @given(
@@ -87,7 +90,15 @@ def test_every_code_is_read_exactly(codes: torch.dtype) -> None:
     Sk=st.integers(3, 90), D=st.sampled_from([16, 40, 64]), DV=st.sampled_from([16, 24, 33]),
 )  # fmt: skip
 def test_shapes(
-    dtype: torch.dtype, codes: torch.dtype, B: int, HKV: int, G: int, Sq: int, Sk: int, D: int, DV: int
+    dtype: torch.dtype,
+    codes: Pair,
+    B: int,
+    HKV: int,
+    G: int,
+    Sq: int,
+    Sk: int,
+    D: int,
+    DV: int,
 ) -> None:
     check(*case(B, G * HKV, HKV, Sq, Sk, D, DV, dtype, codes))
 
@@ -96,11 +107,11 @@ def ints(*values: int) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32, device=DEVICE)
 
 
-@pytest.mark.parametrize("codes", CODES)
+@pytest.mark.parametrize("codes", PAIRS, ids=str)
 @pytest.mark.parametrize(
     "what", ["left", "right", "window", "softcap", "sinks", "mask", "bias", "lowest bias", "empty rows"]
 )
-def test_options(codes: torch.dtype, what: str) -> None:
+def test_options(codes: Pair, what: str) -> None:
     """And what lies where nobody looks is not read: scales of NaN there change nothing."""
     q, k, v = case(3, 4, 2, 2, 70, 32, 32, torch.float16, codes)
     options: dict[str, Any] = {}
@@ -196,9 +207,9 @@ def test_new_tokens_become_codes_in_one_launch(kind: str) -> None:
         v = torch.randn(2, 5, 3, 24, generator=torch.Generator().manual_seed(2)).transpose(1, 2)
         k[0, 0, 0] = 0.0
         k, v = k.to(dtype), v.to(dtype)
-        found = packed(k.to(DEVICE), v.to(DEVICE), of.dtype, of.largest)
-        for (bits, scales), states in zip(found, (k, v), strict=True):
-            expected, expected_scales = pack(states, of)
+        found = packed(k.to(DEVICE), v.to(DEVICE), of.keys.dtype, of.values.dtype)
+        for (bits, scales), states, codes in zip(found, (k, v), of[1:], strict=True):
+            expected, expected_scales = pack(states, codes)
             assert torch.equal(scales.cpu(), expected_scales)
             assert torch.equal(bits.cpu(), expected)
 
@@ -214,8 +225,8 @@ def test_packing_is_seen_by_those_who_watch_operators() -> None:
 
     k = torch.randn(2, 3, 5, 40, device=DEVICE)
     with Watch():
-        found = packed(k, k, torch.int8, 127.0)
+        found = packed(k, k, torch.int8, torch.int8)
     assert seen == ["hf_attn_patch::pack_codes"]
-    for (bits, scales), (expected, expected_scales) in zip(found, packed(k, k, torch.int8, 127.0), strict=True):
+    for (bits, scales), (expected, expected_scales) in zip(found, packed(k, k, torch.int8, torch.int8), strict=True):
         assert torch.equal(bits, expected)
         assert torch.equal(scales, expected_scales)
