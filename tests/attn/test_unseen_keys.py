@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from hf_attn_patch import attention, attention_varlen
 from hf_attn_patch.attn import functional, memo
+from hf_attn_patch.attn.backends._unseen import peaks_of
 from hf_attn_patch.attn.backends._varlen import run_varlen
 from hf_attn_patch.attn.dispatch import attend
 from hf_attn_patch.attn.request import Operands
@@ -252,3 +253,26 @@ def test_through_the_function_of_transformers(added, more):
         return attention_forward(module, q, k, v, mask, **options)[0]
 
     assert_unharmed(function, q, k, v, nobody(see.expand(2, 4, 5, 5), 2), others)
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_heads_of_a_group_hide_keys_in_two_ways(backend):
+    """Of two heads that share keys one is not shown some of them, and the other has them under the lowest number."""
+    q, k, v = (torch.randn(1, h, 5, 8) for h in (4, 2, 2))
+    bias = torch.randn(1, 4, 5, 5)
+    bias[:, 0::2, :, 3:], bias[:, 1::2, :, 3:] = -torch.inf, torch.finfo(torch.float32).min
+    unseen = (torch.arange(5) >= 3).expand(1, 2, 5)
+    assert_unharmed(lambda q, k, v: attention(q, k, v, mask=bias, backend=backend), q, k, v, unseen)
+
+
+@pytest.mark.parametrize("banded", [False, True])
+@pytest.mark.parametrize("heads", [1, 4])
+def test_what_padding_and_a_bias_hide_together(banded, heads):
+    """Per row of the batch: without a mask of B x Sq x Sk."""
+    first, length = torch.tensor([0, 3], dtype=torch.int32), torch.tensor([7, 6], dtype=torch.int32)
+    seen = Padded(2, 6, 9, causal=banded, first=first, length=length)
+    bias = torch.randn(1, heads, 6, 9).masked_fill(torch.rand(1, heads, 6, 9) < 0.4, -torch.inf)
+    bias[..., 4] = -torch.inf
+    mask = seen.dense(torch.device("cpu"))
+    want = bias.expand(2, -1, -1, -1).masked_fill(~mask, -torch.inf).amax(2)
+    assert torch.equal(peaks_of(seen, bias, torch.device("cpu")), want)

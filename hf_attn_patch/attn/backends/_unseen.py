@@ -7,12 +7,15 @@ A row that sees no other has the softmax of what it adds, as in torch, so finite
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_attn_patch.attn.visibility import Dense, Packed, Visibility
+from hf_attn_patch.attn.devices import device_of
+from hf_attn_patch.attn.visibility import Dense, Full, Packed, Padded, Visibility
 
 from ._common import cut_bias
 
@@ -42,11 +45,22 @@ def without_unseen_of_documents(seen: Packed, k: Tensor, v: Tensor) -> tuple[Ten
 def peaks_of(seen: Visibility, bias: Tensor, device: torch.device) -> Tensor:
     """[B or 1, HQ or 1, Sk or 1]: what is added to a key's scores at most, -inf where the seen hides it from all."""
     bias = cut_bias(seen, bias.detach())
-    if bias.shape[2] > 1 or (isinstance(seen, Dense) and seen.mask.shape[1] > 1):
+    if isinstance(seen, (Dense, Packed)) and (bias.shape[2] > 1 or _by_head(seen)):
         mask = seen.dense(device)
         return (bias if mask is None else bias.masked_fill(~mask, -torch.inf)).amax(2)
-    dead = seen.dead_keys(device)  # one row for all queries: no mask of Sq x Sk is needed
-    return bias[:, :, 0] if dead is None else bias[:, :, 0].masked_fill(dead, -torch.inf)
+    # which keys a row has does not depend on the query: no mask of B x Sq x Sk is needed
+    if bias.shape[2] == 1:
+        peaks = bias[:, :, 0]
+    elif isinstance(seen, (Full, Padded)) and seen.banded:
+        peaks = bias.masked_fill(~seen.band(device), -torch.inf).amax(2)
+    else:
+        peaks = bias.amax(2)
+    dead = seen.dead_keys(device)
+    return peaks if dead is None else peaks.masked_fill(dead, -torch.inf)
+
+
+def _by_head(seen: Visibility) -> bool:
+    return isinstance(seen, Dense) and seen.mask.shape[1] > 1
 
 
 class Unseen:
@@ -60,12 +74,13 @@ class Unseen:
         blind: bool [B or 1, HQ or 1, Sq, 1], kept for who asks for it.
     """
 
-    __slots__ = ("_asked", "_said", "blind", "dead", "low")
+    __slots__ = ("_asked", "_flags", "_said", "blind", "dead", "low")
 
     def __init__(self, dead: Tensor, low: Tensor | None = None, blind: Tensor | None = None) -> None:
         self.dead: Tensor | None = dead
         self.low, self.blind = low, blind
         self._asked: Any = None
+        self._flags: dict[int, Tensor] = {}
         if torch.compiler.is_compiling():
             return
         self._said = torch.stack([dead.any() if t is None else t.any() for t in (dead, low, blind)])
@@ -95,13 +110,67 @@ class Unseen:
 
     def clean(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """K and V with zeros where nobody looks."""
+        if self.low is None and self.dead is None:
+            return k, v
+        if _by_kernel(k):
+            grad = torch.is_grad_enabled() and (k.requires_grad or v.requires_grad)
+            made: tuple[Tensor, Tensor] = (_Cleaned.apply if grad else cleaned_by_kernel)(k, v, self.flags(k.shape[1]))
+            return made
         if self.low is not None:
-            low = _per_kv_head(self.low, k.shape[1])
+            low = _per_kv_head(self._low_or_dead(), k.shape[1])
             k, v = (t.masked_fill(low & ~t.isfinite(), 0) for t in (k, v))
         if self.dead is not None:
             dead = _per_kv_head(self.dead, k.shape[1])
             k, v = (t.masked_fill(dead, 0) for t in (k, v))
         return k, v
+
+    def flags(self, HKV: int) -> Tensor:
+        """What is known of each key, uint8 [B or 1, HKV or 1, Sk or 1], as the kernel takes it."""
+        found = self._flags.get(HKV)
+        if found is None:
+            if self.low is None:
+                assert self.dead is not None
+                found = _per_kv_head(self.dead, HKV)[..., 0].to(torch.uint8)
+            else:
+                found = _per_kv_head(self._low_or_dead(), HKV)[..., 0].to(torch.uint8) * 2
+                if self.dead is not None:
+                    found = found.masked_fill(_per_kv_head(self.dead, HKV)[..., 0], 1)
+            self._flags[HKV] = found
+        return found
+
+    def _low_or_dead(self) -> Tensor:
+        """Of a group, some heads may not be shown a key at all that for the others is under the lowest number."""
+        assert self.low is not None
+        return self.low if self.dead is None else self.low | self.dead
+
+
+def _by_kernel(k: Tensor) -> bool:
+    """Whether one kernel can do it: torch takes a dozen, of all keys and values each."""
+    return type(k) is Tensor and k.is_cuda and not torch.compiler.is_compiling() and _has_kernel(k.device)
+
+
+@functools.cache
+def _has_kernel(device: torch.device) -> bool:
+    here = device_of(device)
+    return here.device == "cuda" and here.capability >= 70 and importlib.util.find_spec("triton") is not None
+
+
+def cleaned_by_kernel(k: Tensor, v: Tensor, flags: Tensor) -> tuple[Tensor, Tensor]:
+    from hf_attn_patch.attn.kernels.clean import cleaned
+
+    return cleaned(k, v, flags)
+
+
+class _Cleaned(torch.autograd.Function):
+    """The gradient goes on as it comes: what nobody sees has a weight of exactly zero, and so has its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, k: Tensor, v: Tensor, flags: Tensor) -> tuple[Tensor, Tensor]:
+        return cleaned_by_kernel(k, v, flags)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return (*grads, None)
 
 
 def _per_kv_head(unseen: Tensor, HKV: int) -> Tensor:
