@@ -44,11 +44,12 @@ Results = dict[str, dict[str, Any]]
 
 
 def with_gradients(call: Call, x: Inputs) -> Work:
-    """Forward and backward: the output, then the gradients of q, k and v."""
+    """Forward and backward: the output, then the gradients of q, k, v and what is added."""
+    wanted = () if x.bias is None else (x.bias,)
 
     def both(i: int) -> list[torch.Tensor]:
         out = call(i)
-        return [out, *torch.autograd.grad(out, (x.q, *x.kv[i]), x.grad)]
+        return [out, *torch.autograd.grad(out, (x.q, *x.kv[i], *wanted), x.grad)]
 
     return both
 

@@ -1,9 +1,9 @@
 """In which order the backends are tried: the one that was measured fastest for a kind of request first.
 
 The measurements are those of ``benchmarks/`` on one H200: on Hopper FlashAttention-4, then 3, then cuDNN for prefill
-and training, our own kernel for decoding, cuDNN for masks and biases as scores; on Ampere and Ada FlashAttention-2
-code, and memory-efficient before; on the CPU torch's flash kernel, and elsewhere torch's own choice. ``crossovers.py``
-has the numbers.
+and training, our own kernels for decoding and for training with a bias (on one H100; flex for heads of more than 64),
+cuDNN for masks and biases as scores; on Ampere and Ada FlashAttention-2 code, and memory-efficient before; on the CPU
+torch's flash kernel, and elsewhere torch's own choice. ``crossovers.py`` has the numbers.
 """
 
 from __future__ import annotations
@@ -25,6 +25,10 @@ _FULL = (
 )  # fmt: skip
 _MASKED = (
     "flash4", "flash3", "flash2", "torch_varlen", "flex", "torch_sdpa", "reference", "triton_decode", "triton_bias",
+)  # fmt: skip
+#: training with a bias, in half precision: before what sums the bias's gradient in memory of B x H x Sq x Sk
+_BIASED = (
+    "flash4", "flash3", "flash2", "torch_varlen", "flex", "triton_bias", "torch_sdpa", "reference", "triton_decode",
 )  # fmt: skip
 
 #: queries of a tree that share a KV head, up to which our kernel, which reads K and V again for every 64 of them, beats
@@ -48,6 +52,8 @@ def _ours(request: AttentionRequest) -> tuple[str, ...]:
         return _first("triton_decode", _MASKED)
     if request.visibility == FULL and not request.windowed and not request.bias:
         return _first("torch_sdpa", _FULL) if is_small(request) else _FULL
+    if request.bias and request.grad and request.half:
+        return _BIASED if max(request.head_dim, request.value_dim) > 64 else _first("triton_bias", _BIASED)
     if (request.bias or request.visibility == DENSE) and kernel(request) == "cudnn":
         return _first("torch_sdpa", _MASKED)
     return _FULL if request.visibility == FULL and not request.windowed else _MASKED

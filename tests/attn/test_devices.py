@@ -108,6 +108,22 @@ def test_the_ladder_of_each_generation(capability: int, prefill: str, padded: st
     assert ladder(request(capability, decode=True))[0] == decoding
 
 
+@pytest.mark.parametrize(("capability", "narrow", "wide"), [
+    (75, "flex", "flex"), (80, "triton_bias", "flex"), (90, "triton_bias", "flex"), (120, "triton_bias", "flex"),
+])  # fmt: skip
+def test_the_ladder_of_training_with_a_bias(capability: int, narrow: str, wide: str) -> None:
+    """T5's and ALiBi's; what flex refuses of wide heads is still not summed in memory of B x H x Sq x Sk."""
+    asked = request(capability, bias=True, grad=True, bias_grad=True)
+    of_64 = asked._replace(head_dim=64, value_dim=64)
+    chosen = [next(name for name, refused in reasons(r) if refused is None) for r in (of_64, asked)]
+    assert chosen == [narrow, wide]
+    if capability >= 80:
+        settled = asked._replace(deterministic=True)
+        assert next(name for name, refused in reasons(settled) if refused is None) == "triton_bias"
+    wide_type = asked._replace(dtype=torch.float32, head_dim=64, value_dim=64)
+    assert next(name for name, refused in reasons(wide_type) if refused is None) != "triton_bias"
+
+
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_which_of_torchs_kernels(capability: int) -> None:
     wanted = "efficient" if capability < 80 else "cudnn" if 90 <= capability < 120 else "flash"

@@ -67,6 +67,22 @@ def _aligned(values: Tensor) -> Tensor:
     return buffer[..., :Sk].copy_(values)
 
 
+def readable_of(seen: Visibility, bias: Tensor) -> Tensor:
+    """A bias (cut) whose rows of keys are aligned, kept with it for the next layer where it had to be copied."""
+    cut = cut_bias(seen, bias.detach())
+    per_row = 16 // cut.element_size()
+    strides = zip(cut.shape, cut.stride(), strict=True)
+    aligned = all(n == 1 or s % per_row == 0 for n, s in list(strides)[:-1]) and cut.data_ptr() % 16 == 0
+    if cut.shape[-1] == 1 or (aligned and cut.stride(-1) == 1):
+        return cut
+    key = ("aligned rows", seen.start, seen.stop)
+    known: Tensor | None = memo.recall(bias, key)
+    if known is None:
+        known = _aligned(cut)
+        memo.keep(bias, key, known)
+    return known
+
+
 def scores_of(seen: Visibility, bias: Tensor | None, dtype: torch.dtype, device: torch.device) -> Scores:
     """The :class:`Scores` of a visibility and bias, kept with the bias (or else the visibility) for the next layer."""
 

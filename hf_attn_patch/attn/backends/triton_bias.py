@@ -1,8 +1,8 @@
 """Our own Triton kernels for an additive bias with its gradient: many queries, dropout, any mask, nothing compiled anew
 for a new length.
 
-Triton's interpreter alone has seen them so far, no GPU. So it comes last in the ladder and runs where it is asked for
-by name, until it was measured.
+What T5 and models with ALiBi train with, in half precision: measured against flex_attention and the memory-efficient
+kernel in ``benchmarks/results/kernels.md``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from hf_attn_patch.attn.request import AttentionRequest, Operands
 from hf_attn_patch.attn.visibility import Dense, Packed, Padded
 
 from ._common import cut, cut_bias
-from ._scores import unseen_of
+from ._scores import readable_of, unseen_of
 
 _FOUND = importlib.util.find_spec("triton") is not None
 _WIDEST = 128
@@ -58,8 +58,8 @@ def run(q: Tensor, k: Tensor, v: Tensor, request: AttentionRequest, operands: Op
     seen, bias = operands.visibility, operands.bias
     assert bias is not None
     k, v = cut(seen, k, v)
-    k, v = unseen_of(seen, bias, k.device).clean(k, v)
     call = Biased(operands.scale, seen.sides, dropout=operands.dropout)
+    call = call._replace(read=readable_of(seen, bias), clean=unseen_of(seen, bias, k.device).clean)
     if isinstance(seen, Padded):
         call = call._replace(first=seen.bounds[0], end=seen.bounds[1])
     elif isinstance(seen, (Dense, Packed)):

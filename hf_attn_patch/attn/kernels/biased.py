@@ -6,6 +6,7 @@ but the bias and its gradient themselves, and a new length compiles nothing.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -13,12 +14,18 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from hf_attn_patch.attn.devices import device_of, shared_memory
+from hf_attn_patch.compat.triton import raw_stream
+
 from . import biased_kernels as kernels
 from .decode_line import LOG2E
-from .loss import _device
+from .launcher import Launch
 
 #: further than any length: a side without a border
 _FAR = 1 << 30
+_LOG2E = float(LOG2E.value)
+_launches: dict[Any, Launch] = {}
+_MOST_LAUNCHES = 1024
 
 
 class Biased(NamedTuple):
@@ -30,6 +37,8 @@ class Biased(NamedTuple):
         first, end: int32 [B], the keys of each row, or None.
         mask: bool [B or 1, HQ or 1, Sq, Sk], or None.
         dropout: the share of weights that is dropped.
+        read: the bias as it is read (it may be a copy whose rows are aligned to 16 bytes), or None: as it is given.
+        clean: puts zeros into K and V where no query looks, or None. Such keys have no weight, so they get no gradient.
     """
 
     scale: float
@@ -38,6 +47,8 @@ class Biased(NamedTuple):
     end: Tensor | None = None
     mask: Tensor | None = None
     dropout: float = 0.0
+    read: Tensor | None = None
+    clean: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
 
 
 class Block(NamedTuple):
@@ -47,15 +58,19 @@ class Block(NamedTuple):
     N: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
-#: by kernel, for heads of up to 64 and up to 128; shapes that FlashAttention-2 takes, not measured here yet
+#: by kernel, for heads of up to 64 and up to 128: what was fastest on one H100 (B 8, 1,024 x 1,024, 12 heads, bf16)
 BLOCKS = {
-    "forward": {64: Block(128, 64, 4, 3), 128: Block(128, 64, 8, 3)},
-    "keys": {64: Block(64, 64, 4, 2), 128: Block(64, 64, 8, 2)},
-    "queries": {64: Block(64, 64, 4, 3), 128: Block(64, 64, 8, 2)},
-    "bias": {64: Block(64, 64, 4, 3), 128: Block(64, 64, 8, 2)},
+    "forward": {64: Block(128, 64, 8, 3, 128), 128: Block(128, 64, 8, 3)},
+    "queries": {64: Block(64, 64, 4, 2, 128), 128: Block(128, 64, 8, 3)},
+    "keys": {64: Block(64, 64, 4, 3), 128: Block(64, 64, 4, 2)},
+    "bias": {64: Block(64, 64, 4, 3), 128: Block(64, 128, 8, 2)},
 }
+#: for all kernels where a program has less shared memory than on Hopper; not measured
+SMALLER = {64: Block(64, 64, 4, 2), 128: Block(64, 32, 4, 2)}
+_ROOM = 227 * 1024  # bytes that BLOCKS may take
 
 
 def biased_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, call: Biased) -> Tensor:
@@ -77,6 +92,8 @@ def biased_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, call: Biased
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, call: Biased) -> Tensor:
+        if call.clean is not None:
+            k, v = call.clean(k, v)
         q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
         B, HQ, Sq, _ = q.shape
         DV = v.shape[-1]
@@ -85,93 +102,116 @@ class _Attention(torch.autograd.Function):
         seed = torch.empty((), dtype=torch.int64, device=q.device)
         if call.dropout:
             seed.random_()  # from the device's generator: nothing waits, and checkpoints find it again
+        read = bias if call.read is None else call.read
+        kind = _Kind(q, k, v, read, call)
         block = _block("forward", q, v)
-        with _device(q):
-            kernels.forward_kernel[triton.cdiv(Sq, block.M), B * HQ](
-                *_tensors(q, k, v, bias, call, seed), out, lse, *_strides(q, k, v, bias, call), *out.stride()[:3],
-                *_numbers(q, k, call), call.scale * float(LOG2E.value), call.dropout, **_constants(q, v, call, block),
-            )  # fmt: skip
-        ctx.save_for_backward(q, k, v, bias, out, lse, seed)
-        ctx.call = call
+        grid = (triton.cdiv(Sq, block.M) * B, HQ)
+        strides = (*kind.strides, *out.stride()[:3])
+        scalars = (*kind.numbers, call.scale * _LOG2E, call.dropout)
+        _start("forward", grid, (*kind.tensors, seed, out, lse), strides, scalars, kind.constants, block)
+        ctx.save_for_backward(q, k, v, read, out, lse, seed)
+        ctx.call, ctx.bias = call, (bias.shape, bias.dtype)
         return out
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, bias, out, lse, seed = ctx.saved_tensors
-        call = ctx.call
+        q, k, v, read, out, lse, seed = ctx.saved_tensors
+        call, (shape, dtype) = ctx.call, ctx.bias
         grad = grad if grad.stride(-1) == 1 else grad.contiguous()
         B, HQ, Sq, _ = q.shape
-        HKV, Sk, DV = k.shape[1], k.shape[2], v.shape[-1]
-        delta = torch.empty_like(lse)
-        wanted = ctx.needs_input_grad
-        with _device(q):
-            kernels.delta_kernel[triton.cdiv(Sq, 64), B * HQ](
-                out, grad, delta, *out.stride()[:3], *grad.stride()[:3], HQ, Sq, DV=DV, BLOCK_DV=_width(DV), BLOCK_M=64
-            )
-            shared = _shared(bias, q)
+        HKV, Sk = k.shape[1], k.shape[2]
+        kind, delta = _Kind(q, k, v, read, call), torch.empty_like(lse)
+        shared = B if shape[0] == 1 else 1, HQ if shape[1] == 1 else 1  # rows and heads that share a bias
 
-            def launch(name: str, grid: tuple[int, int], *into: Tensor, **more: Any) -> None:
-                kernel: Any = getattr(kernels, f"{name}_kernel")
-                kernel[grid](
-                    *_tensors(q, k, v, bias, call, seed), grad, lse, delta, *into, *_strides(q, k, v, bias, call),
-                    *grad.stride()[:3], *shared, *_numbers(q, k, call), call.scale * float(LOG2E.value), call.scale,
-                    call.dropout, **_constants(q, v, call, _block(name, q, v)), **more,
-                )  # fmt: skip
+        def launch(name: str, grid: tuple[int, int], *into: Tensor, of: tuple[Tensor, ...], **constants: Any) -> None:
+            strides = (*kind.strides, *(s for t in of for s in t.stride()[:3]))
+            scalars = (*shared, *kind.numbers, call.scale * _LOG2E, call.scale, call.dropout)
+            tensors = (*kind.tensors, seed, *of, lse, delta, *into)
+            _start(name, grid, tensors, strides, scalars, kind.constants | constants, _block(name, q, v))
 
+        gq, gbias = torch.empty(q.shape, dtype=q.dtype, device=q.device), None
+        alone = ctx.needs_input_grad[3] and shared == (1, 1)
+        if ctx.needs_input_grad[3]:
+            whole = shape[2:] == (Sq, Sk)
+            make = torch.zeros if alone else torch.empty
+            # what comes to be summed up further stays in fp32
+            gbias = make((B // shared[0], HQ // shared[1], Sq, Sk), dtype=dtype if whole else torch.float32,
+                         device=q.device)  # fmt: skip
+        into = gbias if alone and gbias is not None else gq
+        grid = (triton.cdiv(Sq, _block("queries", q, v).M) * B, HQ)
+        launch("queries", grid, gq, into, of=(out, grad), ALONE=alone)
+        gk = gv = None
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
             gk, gv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (k, v))
-            launch("keys", (triton.cdiv(Sk, _block("keys", q, v).N), B * HKV), gk, gv)
-            gq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-            gbias = None
-            if wanted[3]:
-                whole = bias.shape[2:] == (Sq, Sk)
-                sizes = B // shared[0], HQ // shared[1], Sq, Sk
-                # what comes to be summed up further stays in fp32
-                gbias = torch.zeros(sizes, dtype=bias.dtype if whole else torch.float32, device=q.device)
-            alone = gbias is not None and shared == (1, 1)
-            into = gbias if alone and gbias is not None else gq
-            launch("queries", (triton.cdiv(Sq, _block("queries", q, v).M), B * HQ), gq, into, WITH_BIAS=alone)
-            if gbias is not None and not alone:
-                block = _block("bias", q, v)
-                tiles = triton.cdiv(Sq, block.M) * triton.cdiv(Sk, block.N)
-                launch("bias", (tiles, gbias.shape[0] * gbias.shape[1]), gbias, gbias)
-        return gq, gk, gv, None if gbias is None else gbias.sum_to_size(bias.shape).to(bias.dtype), None
+            launch("keys", (triton.cdiv(Sk, _block("keys", q, v).N) * B, HKV), gk, gv, of=(grad,))
+        if gbias is not None and not alone:
+            block = _block("bias", q, v)
+            tiles = triton.cdiv(Sq, block.M) * triton.cdiv(Sk, block.N)
+            launch("bias", (tiles, gbias.shape[0] * gbias.shape[1]), gbias, of=(grad,))
+        return gq, gk, gv, None if gbias is None else gbias.sum_to_size(shape).to(dtype), None
 
 
-def _shared(bias: Tensor, q: Tensor) -> tuple[int, int]:
-    """How many rows and how many heads share a bias."""
-    return (q.shape[0] if bias.shape[0] == 1 else 1), (q.shape[1] if bias.shape[1] == 1 else 1)
+class _Kind:
+    """What all kernels of a call are handed: the first tensors, their strides, and the numbers, in the kernels' order.
+
+    Where there is no such tensor, one that is never read. Strides are of q, k and v without the last, and of bias and
+    mask, 0 where they are broadcast.
+    """
+
+    __slots__ = ("constants", "numbers", "strides", "tensors")
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, call: Biased) -> None:
+        (B, HQ, Sq, D), (HKV, Sk, DV) = q.shape, (k.shape[1], k.shape[2], v.shape[3])
+        mask = q if call.mask is None else call.mask.view(torch.uint8)
+        first = q if call.first is None else call.first
+        self.tensors = q, k, v, bias, mask, first, first if call.end is None else call.end
+        *outer, inner = _strides_of(bias)
+        unit = 16 // bias.element_size()  # rows of 16 bytes' alignment are read as such
+        unit = unit if inner <= 1 and not any(s % unit for s in outer) and bias.data_ptr() % 16 == 0 else 1
+        of_bias = (*(s // unit for s in outer), inner)
+        of_mask = (0, 0, 0, 0) if call.mask is None else _strides_of(call.mask)
+        self.strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *of_bias, *of_mask)
+        left, right = (_FAR if side is None else side for side in call.sides)
+        self.numbers = B, HQ, HQ // HKV, Sq, Sk, Sk - Sq, left, right
+        self.constants: dict[str, Any] = {
+            "D": D, "DV": DV, "BLOCK_D": _width(D), "BLOCK_DV": _width(DV), "UNIT": unit,
+            "MASK": call.mask is not None, "BANDED": call.sides != (None, None), "BOUNDED": call.first is not None,
+            "EIGHTS": Sk % 8 == 0,
+            "DROPOUT": call.dropout > 0.0, "PRECISION": "ieee",
+        }  # fmt: skip
 
 
-def _tensors(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, call: Biased, seed: Tensor) -> tuple[Tensor, ...]:
-    """In the kernels' order; where there is none, one that is never read."""
-    mask = q if call.mask is None else call.mask.view(torch.uint8)
-    first = seed if call.first is None else call.first
-    end = seed if call.end is None else call.end
-    return q, k, v, bias, mask, first, end, seed
+def _strides_of(t: Tensor) -> tuple[int, ...]:
+    return tuple([0 if n == 1 else s for n, s in zip(t.shape, t.stride(), strict=True)])
 
 
-def _strides(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, call: Biased) -> tuple[int, ...]:
-    """Of q, k and v without the last, of bias and mask 0 where they are broadcast."""
-    out = [s for t in (q, k, v) for s in t.stride()[:3]]
-    for t in (bias, call.mask):
-        out += [0] * 4 if t is None else [0 if n == 1 else s for n, s in zip(t.shape, t.stride(), strict=True)]
-    return tuple(out)
-
-
-def _numbers(q: Tensor, k: Tensor, call: Biased) -> tuple[int, ...]:
-    HQ, HKV, Sq, Sk = q.shape[1], k.shape[1], q.shape[2], k.shape[2]
-    left, right = (_FAR if side is None else side for side in call.sides)
-    return HQ, HQ // HKV, Sq, Sk, Sk - Sq, left, right
-
-
-def _constants(q: Tensor, v: Tensor, call: Biased, block: Block) -> dict[str, Any]:
-    D, DV = q.shape[-1], v.shape[-1]
-    return {
-        "D": D, "DV": DV, "BLOCK_D": _width(D), "BLOCK_DV": _width(DV), "BLOCK_M": block.M, "BLOCK_N": block.N,
-        "MASK": call.mask is not None, "BOUNDED": call.first is not None, "DROPOUT": call.dropout > 0.0,
-        "PRECISION": "ieee", "num_warps": block.warps, "num_stages": block.stages,
-    }  # fmt: skip
+def _start(
+    name: str, grid: tuple[int, int], tensors: tuple[Tensor, ...], strides: tuple[int, ...],
+    scalars: tuple[float, ...], constants: dict[str, Any], block: Block,
+) -> None:  # fmt: skip
+    """Start one kernel; what Triton asks of its arguments is asked once for calls of one kind."""
+    device = tensors[0].device
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            _start(name, grid, tensors, strides, scalars, constants, block)
+        return
+    pointers = [t.data_ptr() for t in tensors]
+    kinds = tuple([(t.dtype, p % 16 == 0) for t, p in zip(tensors, pointers, strict=True)])
+    key = (name, device, grid, kinds, strides, scalars, *constants.values(), block)
+    launch = _launches.get(key)
+    if launch is not None:
+        launch(raw_stream(device), tensors, pointers)
+        return
+    options = {"num_warps": block.warps, "num_stages": block.stages}
+    if block.registers is not None:
+        options["maxnreg"] = block.registers
+    constants = constants | {"BLOCK_M": block.M, "BLOCK_N": block.N}
+    launch = Launch(getattr(kernels, f"{name}_kernel"), grid, (*strides, *scalars), constants, options)
+    launch.first(strides, tensors, pointers, raw_stream(device))
+    if len(_launches) >= _MOST_LAUNCHES:
+        _launches.clear()
+    _launches[key] = launch
 
 
 def _width(D: int) -> int:
@@ -179,5 +219,8 @@ def _width(D: int) -> int:
 
 
 def _block(name: str, q: Tensor, v: Tensor) -> Block:
-    block = BLOCKS[name][64 if max(q.shape[-1], v.shape[-1]) <= 64 else 128]
+    width = 64 if max(q.shape[-1], v.shape[-1]) <= 64 else 128
+    here = device_of(q.device)
+    small = here.device == "cuda" and shared_memory(here.capability) < _ROOM
+    block = SMALLER[width] if small else BLOCKS[name][width]
     return block if q.dtype.itemsize == 2 else Block(min(block.M, 64), 32, block.warps, 1)
