@@ -152,7 +152,7 @@ def explain(
     training: bool = False,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
-    capability: int | None = None,
+    capability: int | tuple[int, int] | None = None,
     inputs: Mapping[str, Any] | None = None,
 ) -> Explanation:
     """Which backend every kind of layer of a model takes in a situation, and why not the others.
@@ -170,13 +170,13 @@ def explain(
         packed: two documents lie packed in each row, told by ``position_ids``.
         training: the model is in training, with gradients; else in evaluation, without.
         device, dtype: default to the model's; for a config (or a model on meta) to this machine's first accelerator.
-        capability: of another CUDA GPU than this machine's: 75 for a T4, 90 for an H100. ``device="hip"`` asks for an
-            AMD GPU.
+        capability: of another CUDA GPU than this machine's: 75 or (7, 5) for a T4, 90 for an H100.
+            ``device="hip"`` asks for an AMD GPU.
         inputs: what the model is called with, in place of the lengths, for models that take more than text.
 
     Raises:
         AttentionError: the model computes attention outside transformers' interface (as :func:`enable` says), the
-            lengths do not go together, or none of its layers could be asked.
+            lengths do not go together, no GPU has that capability, or none of its layers could be asked.
 
     >>> from transformers import LlamaConfig
     >>> config = LlamaConfig(num_hidden_layers=2, num_attention_heads=32, num_key_value_heads=8)
@@ -195,8 +195,10 @@ def explain(
     if q_len is None:
         q_len = kv_len if training or packed else 1
     _check(batch, q_len, kv_len, packed)
+    gpu = _capability(capability, device)
+    device = "cuda" if gpu is not None else device
     place = _device(model, device)
-    kind = _kind(place, device, capability)
+    kind = _kind(place, device, gpu)
     copied = shadow(model, place, dtype) if isinstance(model, nn.Module) else built(model, place, dtype)
     _switch(copied)
     heard = rehearse(copied, Rehearsed(place, kind), Situation(batch, q_len, kv_len, padded, packed, training), inputs)
@@ -207,7 +209,7 @@ def explain(
         )
     decoding = recording_of(model) if isinstance(model, nn.Module) else None
     codes = codes_cached_by(model) if isinstance(model, nn.Module) else None
-    return Explanation(tuple(_kinds(heard)), tuple(heard.unasked), _note(kind, capability), decoding, codes)
+    return Explanation(tuple(_kinds(heard)), tuple(heard.unasked), _note(kind, gpu), decoding, codes)
 
 
 def _check(batch: int, q_len: int, kv_len: int, packed: bool) -> None:
@@ -223,6 +225,18 @@ def _usual_length(model: Any) -> int:
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     known = getattr(text, "max_position_embeddings", None)
     return max(1, known - 2) if isinstance(known, int) and 0 < known <= 1024 else 1024
+
+
+def _capability(given: Any, device: str | torch.device | None) -> int | None:
+    """Ten times the major number and the minor one."""
+    if given is None:
+        return None
+    found = given[0] * 10 + given[1] if isinstance(given, tuple) and [type(n) for n in given] == [int, int] else given
+    if type(found) is not int or not 10 <= found < 1000:
+        raise AttentionError(f"capability={given!r} is none: 75 or (7, 5) for a T4, 80 for an A100, 90 for an H100")
+    if device is not None and not str(device).startswith(("cuda", "meta")):
+        raise AttentionError(f"capability={given!r} is that of a CUDA GPU, and device={str(device)!r} is none")
+    return found
 
 
 def _device(model: Any, device: str | torch.device | None) -> torch.device:

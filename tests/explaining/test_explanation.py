@@ -311,3 +311,25 @@ def test_what_is_no_model() -> None:
         explain(torch.nn.Linear(2, 2))
     with pytest.raises(AttentionError, match="neither a transformers model nor a config"):
         explain({"hidden_size": 3})
+
+
+@pytest.mark.parametrize("capability", [75, 80, 90, 120])
+def test_a_capability_means_a_gpu(capability: int) -> None:
+    """Also of a model that lies on the CPU, and in the two numbers that torch has for it."""
+    model = tiny_llama().half()
+    asked = explain(model, batch=2, kv_len=4096, padded=True, capability=capability).request
+    assert (asked.device, asked.capability) == ("cuda", capability)
+    pair = explain(model, batch=2, kv_len=4096, padded=True, capability=divmod(capability, 10))
+    assert pair.request == asked
+
+
+@pytest.mark.parametrize("capability", ["90", 9, 9.0, True, (9, 0, 0), ("9", "0"), (9.0, 0), -90])
+def test_what_is_no_capability(capability: Any) -> None:
+    with pytest.raises(AttentionError, match="is none: 75 or"):
+        explain(tiny_llama(), device="cuda", capability=capability)
+
+
+@pytest.mark.parametrize("device", ["cpu", "mps", "xpu", "hip"])
+def test_other_devices_have_no_capability(device: str) -> None:
+    with pytest.raises(AttentionError, match="is that of a CUDA GPU"):
+        explain(tiny_llama(), device=device, capability=90)
