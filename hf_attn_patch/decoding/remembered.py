@@ -118,7 +118,7 @@ class _Known:
 
 
 _known: weakref.WeakKeyDictionary[torch.nn.Module, _Known] = weakref.WeakKeyDictionary()
-#: why a model's step of a form could not be written down
+#: why a model's step of a kind could not be written down
 _reasons: weakref.WeakKeyDictionary[torch.nn.Module, dict[Any, str]] = weakref.WeakKeyDictionary()
 
 
@@ -135,7 +135,7 @@ def forget(model: torch.nn.Module) -> None:
 
 
 def reason_for(model: torch.nn.Module, key: Any) -> str | None:
-    """Why a step of this form was not written down before."""
+    """Why a step of this kind was not written down before."""
     return _reasons.get(model, {}).get(key)
 
 

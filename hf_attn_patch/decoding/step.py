@@ -71,7 +71,8 @@ class Step:
         self.fused: Fused | None = None
         self.remembered = False  # it was not written down for this call
         if self.fuses:
-            self.form = call.signature, room.form(), *map(_tensor_form, self._tensors())
+            self.kind = call.signature, room.form()
+            self.form = *self.kind, *map(_tensor_form, self._tensors())
             self._recall(model)
         if 0 <= room.expected - room.position < FUSED_SHORT and not self.remembered:
             self.fuses = False
@@ -84,7 +85,7 @@ class Step:
         """What is known of steps of this form: fewer kernels, or why not."""
         if type(model).forward is not self.inner:  # somebody has put another forward in its place
             return
-        if reason := remembered.reason_for(model, self.form):
+        if reason := remembered.reason_for(model, self.kind):
             self.fuses, fusing.told[model] = False, reason
         elif fused := remembered.recall(model, self.form, self._tensors()):
             self.fused, self.remembered, fusing.told[model] = fused, True, fused.kinds
@@ -183,10 +184,10 @@ class Step:
             return record(lambda: self.work(held()), self.device)
 
     def _not_fused(self, model: torch.nn.Module, error: Exception) -> None:
-        """Say why, and try no other step of this form."""
+        """Say why, and try no other step of this kind, whatever the sizes of its memory."""
         reason = fusing.told[model] = _one_line(error)
         if not isinstance(error, torch.OutOfMemoryError):
-            remembered.keep_reason(model, self.form, reason)
+            remembered.keep_reason(model, self.kind, reason)
 
 
 def _tensor_form(tensor: Tensor | None) -> Any:
