@@ -24,7 +24,7 @@ from hf_attn_patch.attn.shared import Parted, Rows, SharedPart
 CAPABILITY = int(os.environ.get("COMPILE_FOR", "90"))
 TARGET, SMS = GPUTarget("cuda", CAPABILITY, 32), 132
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.bool: "i1",
-         torch.int8: "i8", torch.int64: "i64"}  # fmt: skip
+         torch.int8: "i8", torch.int64: "i64", torch.uint8: "u8"}  # fmt: skip
 
 
 def on_meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -84,17 +84,23 @@ def shared_arguments(of: list[int], count: int) -> tuple[torch.Tensor, Parted]:
     return q, Parted((SharedPart(shared, shared, Rows(of, count)),), own, own)
 
 
-#: head dimensions of T5's training: a bias that rows share, and its gradient
-BIASED = {"a bias, 64": 64, "a bias, 128": 128}
+#: T5's training, a bias that rows share and its gradient; and what takes most room: a bias in fp32 with a mask
+BIASED: dict[str, dict[str, Any]] = {
+    "a bias, 64": {"D": 64},
+    "a bias, 128": {"D": 128},
+    "a bias in fp32 and a mask, 64": {"D": 64, "bias_dtype": torch.float32, "mask": True},
+    "a bias in fp32 and a mask, 128": {"D": 128, "bias_dtype": torch.float32, "mask": True},
+}
 
 
-def start_biased(D: int) -> None:
+def start_biased(D: int, bias_dtype: torch.dtype = torch.bfloat16, mask: bool = False) -> None:
     """Forward and backward."""
     q, k, v, grad = (on_meta(8, 1024, 12, D).transpose(1, 2).requires_grad_() for _ in range(4))
-    bias = on_meta(1, 12, 1024, 1024).requires_grad_()
+    bias = on_meta(1, 12, 1024, 1024, dtype=bias_dtype).requires_grad_()
+    call = biased.Biased(D**-0.5, mask=on_meta(8, 12, 1024, 1024, dtype=torch.bool) if mask else None)
     here = mock.patch.object(biased, "device_of", return_value=Device("cuda", CAPABILITY))
     with here, mock.patch.object(torch.Tensor, "data_ptr", return_value=0):  # tensors on meta have no memory
-        out = biased.biased_attention(q, k, v, bias, biased.Biased(D**-0.5))
+        out = biased.biased_attention(q, k, v, bias, call)
         torch.autograd.grad(out, (q, k, v, bias), grad)
 
 
@@ -137,7 +143,7 @@ def main() -> None:
             if case in SHARED:
                 shared_decode(*shared_arguments(*SHARED[case]), scale=0.1)
             elif case in BIASED:
-                start_biased(BIASED[case])
+                start_biased(**BIASED[case])
             else:
                 decode_launch.launch(decode.DecodeOperands(*arguments(**CASES[case])))
             for launch, tensors in started:

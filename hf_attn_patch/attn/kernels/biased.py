@@ -104,7 +104,7 @@ class _Attention(torch.autograd.Function):
             seed.random_()  # from the device's generator: nothing waits, and checkpoints find it again
         read = bias if call.read is None else call.read
         kind = _Kind(q, k, v, read, call)
-        block = _block("forward", q, v)
+        block = kind.block("forward")
         grid = (triton.cdiv(Sq, block.M) * B, HQ)
         strides = (*kind.strides, *out.stride()[:3])
         scalars = (*kind.numbers, call.scale * _LOG2E, call.dropout)
@@ -128,7 +128,7 @@ class _Attention(torch.autograd.Function):
             strides = (*kind.strides, *(s for t in of for s in t.stride()[:3]))
             scalars = (*shared, *kind.numbers, call.scale * _LOG2E, call.scale, call.dropout)
             tensors = (*kind.tensors, seed, *of, lse, delta, *into)
-            _start(name, grid, tensors, strides, scalars, kind.constants | constants, _block(name, q, v))
+            _start(name, grid, tensors, strides, scalars, kind.constants | constants, kind.block(name))
 
         gq, gbias = torch.empty(q.shape, dtype=q.dtype, device=q.device), None
         alone = ctx.needs_input_grad[3] and shared == (1, 1)
@@ -139,14 +139,14 @@ class _Attention(torch.autograd.Function):
             gbias = make((B // shared[0], HQ // shared[1], Sq, Sk), dtype=dtype if whole else torch.float32,
                          device=q.device)  # fmt: skip
         into = gbias if alone and gbias is not None else gq
-        grid = (triton.cdiv(Sq, _block("queries", q, v).M) * B, HQ)
+        grid = (triton.cdiv(Sq, kind.block("queries").M) * B, HQ)
         launch("queries", grid, gq, into, of=(out, grad), ALONE=alone)
         gk = gv = None
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
             gk, gv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (k, v))
-            launch("keys", (triton.cdiv(Sk, _block("keys", q, v).N) * B, HKV), gk, gv, of=(grad,))
+            launch("keys", (triton.cdiv(Sk, kind.block("keys").N) * B, HKV), gk, gv, of=(grad,))
         if gbias is not None and not alone:
-            block = _block("bias", q, v)
+            block = kind.block("bias")
             tiles = triton.cdiv(Sq, block.M) * triton.cdiv(Sk, block.N)
             launch("bias", (tiles, gbias.shape[0] * gbias.shape[1]), gbias, of=(grad,))
         return gq, gk, gv, None if gbias is None else gbias.sum_to_size(shape).to(dtype), None
@@ -159,12 +159,13 @@ class _Kind:
     mask, 0 where they are broadcast.
     """
 
-    __slots__ = ("constants", "numbers", "strides", "tensors")
+    __slots__ = ("_blocks", "_wide", "constants", "numbers", "strides", "tensors")
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, call: Biased) -> None:
         (B, HQ, Sq, D), (HKV, Sk, DV) = q.shape, (k.shape[1], k.shape[2], v.shape[3])
         mask = q if call.mask is None else call.mask.view(torch.uint8)
         first = q if call.first is None else call.first
+        self._blocks, self._wide = _blocks_for(q, v), bias.element_size() > 2 or call.mask is not None
         self.tensors = q, k, v, bias, mask, first, first if call.end is None else call.end
         *outer, inner = _strides_of(bias)
         unit = 16 // bias.element_size()  # rows of 16 bytes' alignment are read as such
@@ -180,6 +181,23 @@ class _Kind:
             "EIGHTS": Sk % 8 == 0,
             "DROPOUT": call.dropout > 0.0, "PRECISION": "ieee",
         }  # fmt: skip
+
+    def block(self, name: str) -> Block:
+        """The tiles of a kernel; those of more than 16 bits a score, whatever it is read from, are fetched less far
+        ahead, so that they fit."""
+        block = self._blocks.get(name) or self._blocks[""]
+        return block._replace(stages=2) if self._wide and block.stages > 2 else block
+
+
+def _blocks_for(q: Tensor, v: Tensor) -> dict[str, Block]:
+    """By kernel, or for all under no name."""
+    width = 64 if max(q.shape[-1], v.shape[-1]) <= 64 else 128
+    here = device_of(q.device)
+    small = here.device == "cuda" and shared_memory(here.capability) < _ROOM
+    blocks = {"": SMALLER[width]} if small else {name: of_width[width] for name, of_width in BLOCKS.items()}
+    if q.dtype.itemsize == 2:
+        return blocks
+    return {name: Block(min(block.M, 64), 32, block.warps, 1) for name, block in blocks.items()}
 
 
 def _strides_of(t: Tensor) -> tuple[int, ...]:
@@ -216,11 +234,3 @@ def _start(
 
 def _width(D: int) -> int:
     return max(16, int(triton.next_power_of_2(D)))
-
-
-def _block(name: str, q: Tensor, v: Tensor) -> Block:
-    width = 64 if max(q.shape[-1], v.shape[-1]) <= 64 else 128
-    here = device_of(q.device)
-    small = here.device == "cuda" and shared_memory(here.capability) < _ROOM
-    block = SMALLER[width] if small else BLOCKS[name][width]
-    return block if q.dtype.itemsize == 2 else Block(min(block.M, 64), 32, block.warps, 1)
