@@ -274,7 +274,7 @@ def test_keys_and_values_are_not_copied_for_the_group(Sq: int, monkeypatch: pyte
         assert not enable_gqa and q.shape[1] == k.shape[1] == 2
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, *rest, **options)
 
-    monkeypatch.setattr(_sdpa_members, "_sdpa", spy)
+    monkeypatch.setattr(_sdpa_members, "own_attention", spy)
     q, k, v = torch.randn(2, 8, Sq, 16), torch.randn(2, 2, 9, 16), torch.randn(2, 2, 9, 16)
     layout = full(Sq, 9, False, (None, None), 2)
     asked = request_of(kind_of(q, k, v, None, None, None, 0.0, False, False, None, layout.facts))
