@@ -137,6 +137,15 @@ def test_context_parallel() -> None:
     assert told.count("the step of each document by itself") == 2
 
 
+@works_with(
+    "transformers", "Trainer under FSDP2 with context parallelism, packed documents",
+    'override("sdpa"); Trainer(..., args=TrainingArguments(parallelism_config=ParallelismConfig(cp_size=2)))',
+)  # fmt: skip
+def test_context_parallel_by_the_trainer() -> None:
+    told = on_two("tests/helpers/fsdp2_on_cpu.py", "tests/helpers/trainer_context_parallel.py")
+    assert told.count("the loss of each document by itself") == 2
+
+
 @works_with("torch", "activation offload", "with torch.autograd.graph.save_on_cpu(): loss = model(**batch).loss")
 def test_saved_tensors_may_be_moved(load: Any, batch: dict[str, torch.Tensor]) -> None:
     expected = gradients(load("eager"), batch)
