@@ -126,7 +126,7 @@ def report(result: dict[str, Any]) -> str:
         if "failed" in r:
             lines.append([r["kind"], r["variant"], r["failed"], *[""] * 5])
             continue
-        numbers = [f"{r[n + s] * 1e3:.1f}" for n in ("fresh", "repeated") for s in ("_seconds", "_most_seconds")]
+        numbers = [f"{r[f'{n}_{s}'] * 1e3:.1f}" for n in ("fresh", "repeated") for s in ("seconds", "most_seconds")]
         rates = [f"{r['tokens'] / r[n + '_seconds']:,.0f}" for n in ("fresh", "repeated")]
         lines.append([r["kind"], r["variant"], *numbers, *rates])
     return headline(result["limits"], result) + "\n\n" + table(header, lines)

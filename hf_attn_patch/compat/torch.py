@@ -176,6 +176,16 @@ def own_tensors(module: torch.nn.Module) -> tuple[dict[str, Any], dict[str, Any]
     return module._parameters, module._buffers
 
 
+def own_attributes(module: torch.nn.Module) -> list[tuple[str, Any]]:
+    """All that stands in a module itself, by name, without its submodules (``_modules`` by torch 2.11 to 2.14; were it
+    called otherwise, they would be among the values).
+
+    >>> [name for name, _ in own_attributes(torch.nn.Linear(2, 3)) if "features" in name or "modules" in name]
+    ['in_features', 'out_features']
+    """
+    return [(name, value) for name, value in vars(module).items() if name != "_modules"]
+
+
 def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     """``target.copy_(source)`` for all pairs, by one kernel for many where torch has it (2.11 to 2.13).
 

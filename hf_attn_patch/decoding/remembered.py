@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from hf_attn_patch.compat.torch import own_attributes
+
 from .tape import Program
 
 if TYPE_CHECKING:
@@ -72,9 +74,8 @@ def code_of(model: Any) -> list[Any] | None:
                 return None
             files[kind.__module__] = None
             found += (name, _The(kind), _The(kind.forward))
-            for attribute, value in vars(module).items():
-                if attribute != "_modules":
-                    found += (attribute, _told(value, configs, _DEEP))
+            for attribute, value in own_attributes(module):
+                found += (attribute, _told(value, configs, _DEEP))
     except _UnknownError:
         return None
     for file in files:
