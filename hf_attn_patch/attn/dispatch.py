@@ -14,6 +14,7 @@ from .backends import reference
 from .backends.registry import BACKENDS as BACKENDS
 from .backends.registry import backend as backend
 from .choice import asked_for, changes_between_tasks
+from .distributed_tensors import refuse_distributed
 from .ladder import order as order
 from .plan import choose, is_empty, plan_of, plans_of_kinds
 from .plan import forget as forget
@@ -66,8 +67,10 @@ def attend(
         name = asked_for() if name is None else name
         facts = visibility.facts
         kind = kind_of(q, k, v, softcap, sinks, bias, dropout, weights, deterministic, name, facts)
-        if type(q) is not Tensor and (listener := listening.get()) is not None:
-            return listener(q, k, v, visibility, kind)
+        if type(q) is not Tensor:
+            if (listener := listening.get()) is not None:
+                return listener(q, k, v, visibility, kind)
+            refuse_distributed(q)
         request, _, run = plans_of_kinds.get(kind) or plan_of(kind, visibility)
     scale = (q.shape[-1] or 1) ** -0.5 if scale is None else scale
     operands = visibility, scale, softcap, sinks, bias, dropout

@@ -67,7 +67,7 @@ def attention(
     refuse_parts("attention")
     kind: PlainKind | None = None
     sides, causal = _window(window, causal)
-    if mask is None and bias is None and not torch.compiler.is_compiling():
+    if mask is None and bias is None and type(q) is Tensor and not torch.compiler.is_compiling():
         backend = asked_for() if backend is None else backend
         others = (k.device, v.device, None if sinks is None else sinks.shape)
         kind = plain_kind(q, k, v, causal, sides, scale, softcap, sinks, dropout, False, False, backend, others)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from scripts import on_two
 from torch.nn import functional
 
+from hf_attn_patch import attention
 from hf_attn_patch.attn.context_parallel import chunks, in_order, rows_of
 from hf_attn_patch.attn.visibility import Dense, Packed, Visibility, full
 from hf_attn_patch.compat.context_parallel import Split, context_parallel, own_attention
@@ -83,3 +84,22 @@ def test_others_may_replace_torchs_attention(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(_attention, "_replaced_functions", {functional.scaled_dot_product_attention: None})
     with pytest.raises(CompatError, match="context_parallel"):  # torch's, but not as it was
         context_parallel()
+
+
+def test_distributed_tensors_are_refused() -> None:
+    from torch import distributed
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor, Shard
+
+    if distributed.is_initialized():
+        pytest.skip("another test's process group is open")
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = DeviceMesh("cpu", [0])
+        q, k = (DTensor.from_local(torch.randn(1, h, 4, 8), mesh, [Shard(1)]) for h in (4, 2))
+        for _ in range(2):  # also where a call of such shapes is known
+            with pytest.raises(AttentionError, match="is a DTensor"):
+                attention(q, k, k, causal=True)
+            assert attention(q.to_local(), k.to_local(), k.to_local(), causal=True).shape == (1, 4, 4, 8)
+    finally:
+        distributed.destroy_process_group()
