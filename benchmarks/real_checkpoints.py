@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import struct
@@ -143,8 +144,25 @@ def whisper_checkpoint(raw: bytes, tokenizer: Path, folder: Path) -> None:
 
     config, state = whisper(raw)
     save(folder, WhisperForConditionalGeneration, WhisperConfig(**config), state, torch.float16)
-    WhisperTokenizerFast(tokenizer_file=str(tokenizer)).save_pretrained(folder)
+    (folder / "packed.json").write_text(with_first_merge(tokenizer.read_text()))
+    WhisperTokenizerFast(tokenizer_file=str(folder / "packed.json")).save_pretrained(folder)
+    (folder / "packed.json").unlink()
     WhisperFeatureExtractor(feature_size=config["num_mel_bins"]).save_pretrained(folder)
+
+
+def with_first_merge(tokenizer: str) -> str:
+    """A tokenizer's JSON, whose merges begin with what makes of a blank and t one: the package of Whisper base lost it,
+    and " to" is two tokens there, of which the model has never seen the second without the first.
+
+    >>> json.loads(with_first_merge('{"model": {"vocab": {"Ġt": 0}, "merges": ["Ġ a"]}}'))["model"]["merges"]
+    ['Ġ t', 'Ġ a']
+    """
+    read = json.loads(tokenizer)
+    merges = read["model"]["merges"]
+    pairs = {tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in merges}
+    if "\u0120t" in read["model"]["vocab"] and ("\u0120", "t") not in pairs:
+        merges.insert(0, "\u0120 t" if isinstance(merges[0], str) else ["\u0120", "t"])
+    return json.dumps(read)
 
 
 def dequantized(path: Path) -> dict[str, Tensor]:

@@ -29,7 +29,7 @@ from hf_attn_patch.documents.bars import progress_bar
 from hf_attn_patch.errors import ConversionError
 
 from .joined import heads_of, of_main
-from .layers import Block, LayerStack, caller, sides
+from .layers import Block, LayerStack, called, caller, sides
 from .moments import Moments
 from .refit import LayerFunction, RefitRecipe, Rows, TwoStreams
 from .samples import Samples
@@ -66,6 +66,7 @@ class Calibrated:
         self.units = {unit.layer.prefix: unit for unit in plan.units}
         self.half = next(self.original.parameters()).dtype in (torch.float16, torch.bfloat16)
         self.sides = sides(plan, self.original)
+        self.called = called(self.original, plan)
         notes = [*self.aligned.record["notes"], *samples.notes]
         self.record: dict[str, Any] = self.aligned.record | {
             "calibration": samples.about, "refit": refit, "layers": {}, "notes": notes
@@ -222,7 +223,9 @@ class Calibrated:
         else:
             streams.part()
             with contextlib.ExitStack() as stack:
-                moments = [stack.enter_context(Moments(truth.get_submodule(name), u.layer)) for u, name in units]
+                moments = [
+                    stack.enter_context(Moments(truth.get_submodule(name), u.layer, self.called)) for u, name in units
+                ]
                 size = streams.original(self._counting(theirs, moments))
             self._check(size)
             merged = [self._merge(unit, m) for (unit, _), m in zip(units, moments, strict=True)]
@@ -294,8 +297,7 @@ class Calibrated:
         student = copy.deepcopy(block.converted).to_empty(device=self.device).eval()
         known = dict(truth.named_parameters()) | dict(truth.named_buffers())
         for (unit, inside), weights in zip(units, merged, strict=True):
-            prefix = unit.layer.prefix
-            known |= {f"{inside}.{n.removeprefix(prefix)}": t for n, t in from_heads(unit, weights).items()}
+            known |= {f"{inside}.{self.called[n]}": t for n, t in from_heads(unit, weights).items()}
         with torch.no_grad():
             for name, tensor in [*student.named_parameters(), *student.named_buffers()]:
                 tensor.data = known[name].detach().to(self.device, tensor.dtype).clone()
@@ -303,8 +305,7 @@ class Calibrated:
 
     def _trained(self, student: nn.Module, unit: Unit, inside: str) -> dict[str, nn.Parameter]:
         """By their names in the checkpoint, the parameters of the student's layer that the unit writes."""
-        prefix = unit.layer.prefix
-        out = {n: student.get_parameter(f"{inside}.{n.removeprefix(prefix)}") for n in unit.writes}
+        out = {n: student.get_parameter(f"{inside}.{self.called[n]}") for n in unit.writes}
         for parameter in out.values():
             parameter.requires_grad_(True)
         return out
@@ -312,7 +313,7 @@ class Calibrated:
 
 def refuse(plan: Plan) -> None:
     """Raise for what cannot be calibrated on text."""
-    if plan.family.reads not in ("text", "sound"):
+    if plan.family.reads not in ("text", "sound", "pictures"):
         raise ConversionError(f"{plan.model_type} reads {plan.family.reads}: give some with --calibrate")
     stacks = {unit.layer.stack.name for unit in plan.units}
     cross = any(unit.layer.stack.cross for unit in plan.units)

@@ -16,10 +16,10 @@ from .answers import Answered, held_out
 from .calibrated import Calibrated, refuse
 from .collect import LENGTH, collected
 from .gather import OWN, gathered, reads_text
-from .layers import load_by_names
+from .layers import load, load_by_names
 from .meaningless import aligned
 from .samples import Samples
-from .sight import seen
+from .sight import pictured, seen
 from .text import INSTALLED, longest, tokenizer_of
 from .whole import Whole, on_device
 
@@ -53,7 +53,7 @@ def calibrated(
     """
     where = device_named(device)
     if "pictures" in plan.family.reads and calibrate is not None:
-        return seen(plan, calibrate, calibration_samples, group=group, device=where, fit=bool(refit or polish))
+        return _by_pictures(plan, calibrate, calibration_samples, refit, polish, group, where)
     refuse(plan)
     gpu, alone = where.type == "cuda", plan.speaks
     asked = calibrate is not None
@@ -151,6 +151,22 @@ def _by_layers(
             " (--calibrate) it keeps far more"
         )
     return Answered(steps, polish, None if some is None else samples) if plan.answers else steps
+
+
+def _by_pictures(
+    plan: Plan, calibrate: str, count: int | None, refit: bool | None, polish: int | None, group: str | None,
+    device: torch.device,
+) -> Merge:  # fmt: skip
+    """What models that see get: on a GPU, or where it is asked for, layers are fitted; not of two towers at a time."""
+    towers = plan.family.reads != "pictures"
+    if polish or (refit and towers):
+        asked = "--polish" if polish else "--refit"
+        way = "; its vision tower converted by itself can be fitted" if towers else ""
+        raise ConversionError(f"{asked} is not for {plan.model_type}: its heads are merged alone{way}")
+    if refit or (refit is None and device.type == "cuda" and not towers):
+        source = load(plan)
+        return _prepared(plan, source, pictured(plan, source, calibrate, count), True, group, device)
+    return seen(plan, calibrate, count, group=group, device=device)
 
 
 def _some(samples: Samples) -> Samples | None:

@@ -136,7 +136,7 @@ def sides(plan: Plan, model: Any) -> list[LayerStack]:
     student = meta_model(plan)
     found: dict[str, list[tuple[LayerAttention, str]]] = {}
     for layer in plan.layers:
-        name = attention_name(model, layer)
+        name = attention_of(model, plan, layer)
         found.setdefault(layer_name(name), []).append((layer, name.removeprefix(layer_name(name) + ".")))
     # hybrids: text goes through the layers without attention too
     lists = {name.rpartition(".")[0] for name in found}
@@ -146,6 +146,8 @@ def sides(plan: Plan, model: Any) -> list[LayerStack]:
         name: Block(model.get_submodule(name), student.get_submodule(name), tuple(found.get(name, ())))
         for name in names
     }
+    if plan.family.reads == "pictures":
+        return [LayerStack(list(blocks.values()), lambda pixels: model(pixel_values=as_read(pixels, model)))]
     if not plan.config.is_encoder_decoder:
         return [LayerStack(list(blocks.values()), lambda ids: model(input_ids=ids))]
     encoder, decoder = model.get_encoder(), model.get_decoder()
@@ -192,6 +194,38 @@ def attention_name(model: nn.Module, layer: Any) -> str:
             f"{type(model).__name__} has {len(exact)} modules {local!r}; use --method aligned, which needs no text"
         )
     return exact[0]
+
+
+def attention_of(model: nn.Module, plan: Plan, layer: LayerAttention) -> str:
+    """:func:`attention_name`, or where the model has other names than its checkpoint (ViT, in some versions), that of
+    the module in which its queries are made."""
+    try:
+        return attention_name(model, layer)
+    except ConversionError:
+        if plan.family.reads != "pictures":
+            raise
+        (reader,) = readers(model, plan, layer)
+        return next(name for name, m in model.named_modules() if m is reader).rpartition(".")[0]
+
+
+def called(model: nn.Module, plan: Plan) -> dict[str, str]:
+    """What the model calls the tensors of its attentions, inside these, by the checkpoint's names. Where it has others
+    than that (ViT, in some versions), the modules are found by the weights in them."""
+    found = {}
+    for unit in plan.units:
+        prefix = unit.layer.prefix
+        for name in unit.reads:
+            found[name] = name.removeprefix(prefix)
+        if plan.family.reads != "pictures":
+            continue
+        attention = model.get_submodule(attention_of(model, plan, unit.layer))
+        known = dict(attention.named_parameters())
+        for name in unit.reads:
+            module, _, part = found[name].rpartition(".")
+            if found[name] not in known:
+                weight = plan.source.read(f"{prefix}{module}.weight")
+                found[name] = f"{next(n for n, m in attention.named_modules() if _holds(m, weight))}.{part}"
+    return found
 
 
 def readers(model: nn.Module, plan: Plan, layer: LayerAttention) -> list[nn.Module]:

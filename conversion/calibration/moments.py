@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -59,12 +60,17 @@ class Sum:
 
 class Moments:
     """Sums over what the attention of a layer reads, in all processes together, once the context is left; in
-    cross-attention also over what K and V are made from."""
+    cross-attention also over what K and V are made from.
 
-    def __init__(self, attention: nn.Module, layer: LayerAttention) -> None:
+    Args:
+        called: the names of tensors inside the attention by the checkpoint's, where they differ.
+    """
+
+    def __init__(self, attention: nn.Module, layer: LayerAttention, called: Mapping[str, str] | None = None) -> None:
         roles = ("q", "k") if layer.stack.cross else ("q",)
         names = [next(p.module for p in layer.stack.projections if role in p.holds) for role in roles]
-        self.read = [(attention.get_submodule(name), Sum()) for name in names]
+        own = [(called or {}).get(layer.name(name), f"{name}.weight").rpartition(".")[0] for name in names]
+        self.read = [(attention.get_submodule(name), Sum()) for name in own]
 
     def __enter__(self) -> Moments:
         self.hooks = [module.register_forward_pre_hook(found.add) for module, found in self.read]

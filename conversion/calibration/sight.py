@@ -1,7 +1,7 @@
 """The method ``calibrated`` for models that see: heads are merged by what layers read on pictures.
 
 Pictures go through the checkpoint's own image processor and the original model, a few at a time, and the moments of
-what each attention reads are summed. Nothing is fitted to the original's after the merge.
+what each attention reads are summed; or layers are fitted on them one after the other (:mod:`.calibrated`).
 
 Shapes: N pictures, C channels, H x W pixels, S tokens of a caption.
 """
@@ -25,36 +25,25 @@ from .gather import parse_sources
 from .layers import load, readers
 from .meaningless import noise
 from .moments import Sum
+from .samples import Samples
 from .text import tokenizer_of
 
 #: pictures at most, and how many go through the model at a time
 COUNT, BATCH = 256, 16
 
 
-def seen(
-    plan: Plan, calibrate: str, count: int | None, *, group: str | None, device: torch.device, fit: bool = False
-) -> Aligned:
+def seen(plan: Plan, calibrate: str, count: int | None, *, group: str | None, device: torch.device) -> Aligned:
     """A merge of whole layers by what they read on pictures. ``record`` tells which, and what was left out.
 
     Args:
         calibrate: image files, folders and data sets by shares, see :func:`~.gather.parse_sources`.
         count: pictures at most.
-        fit: whether somebody asked for more than a merge, which is refused.
 
     Raises:
         ConversionError: there are none, they cannot be read, or the model cannot run on them.
     """
-    if fit:
-        raise ConversionError(f"--refit and --polish are not for {plan.model_type}: its heads are merged alone")
-    wanted = COUNT if count is None else count
-    if wanted < 1:
-        raise ConversionError(f"--calibration-samples {wanted}: give at least 1")
     merge = Aligned(plan, group or "adjacent")
-    found, parts = [], {}
-    for name, share in parse_sources(calibrate):
-        some = list(_taken(name, plan.seed, max(1, round(share * wanted))))
-        parts[name] = len(some)
-        found += some
+    found, parts = _found(plan, calibrate, count)
     model = load(plan).to(device)
     reads = [(unit, [Sum() for _ in readers(model, plan, unit.layer)]) for unit in plan.units]
     with contextlib.ExitStack() as stack, torch.no_grad():
@@ -78,9 +67,46 @@ def seen(
         merge.record["notes"].append(
             "no picture has a caption beside it, so the text tower's heads were merged by what it reads of random ids"
         )
-    if len(found) < 0.9 * min(wanted, 64):
-        merge.record["notes"].append(f"only {len(found)} pictures to calibrate on; more give a better model")
+    merge.record["notes"] += _few(len(found), count)
     return merge
+
+
+def pictured(plan: Plan, model: Any, calibrate: str, count: int | None) -> Samples:
+    """Pictures as a model's layers are fitted on them.
+
+    Args:
+        model: the original.
+        calibrate, count: see :func:`seen`.
+    """
+    found, parts = _found(plan, calibrate, count)
+    batches = [given["pixel_values"] for given in _batches(plan, model, found)]
+    try:
+        pixels = torch.cat(batches)
+    except RuntimeError:
+        raise ConversionError(
+            "layers are fitted on pictures of one size, and the image processor leaves theirs as they are; give"
+            " pictures of one size, or --no-refit"
+        ) from None
+    about = {"source": calibrate, "seed": plan.seed, "parts": parts, "samples": len(found), "captions": 0}
+    return Samples([pixels], about, _few(len(found), count))
+
+
+def _found(plan: Plan, calibrate: str, count: int | None) -> tuple[list[Picture], dict[str, int]]:
+    """The pictures of all sources, and how many are of each."""
+    wanted = COUNT if count is None else count
+    if wanted < 1:
+        raise ConversionError(f"--calibration-samples {wanted}: give at least 1")
+    found, parts = [], {}
+    for name, share in parse_sources(calibrate):
+        some = list(_taken(name, plan.seed, max(1, round(share * wanted))))
+        parts[name] = len(some)
+        found += some
+    return found, parts
+
+
+def _few(found: int, count: int | None) -> list[str]:
+    wanted = min(COUNT if count is None else count, 64)
+    return [f"only {found} pictures to calibrate on; more give a better model"] if found < 0.9 * wanted else []
 
 
 def _taken(name: str, seed: int, count: int) -> list[Picture]:
