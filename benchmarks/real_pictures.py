@@ -183,7 +183,9 @@ def main() -> None:
 
     want, lines = states(source), []
     for row in map(str.strip, options.rows.split(";")):
-        filled = {k: v.format(data=options.data) if isinstance(v, str) else v for k, v in ROWS[row].items()}
+        filled: dict[str, Any] = {
+            k: v.format(data=options.data) if isinstance(v, str) else v for k, v in ROWS[row].items()
+        }
         if "calibrate" in filled:
             filled["calibration_samples"] = options.count
         began = time.perf_counter()
