@@ -145,12 +145,14 @@ def maps(states: Tensor, head: dict[str, Tensor]) -> Tensor:
     side = SIDE // PATCH
     x = states[:, 1:].mT.reshape(-1, WIDTH, side, side)
     for n in (1, 2, 3):
-        x = functional.conv_transpose2d(x, *_of(head, f"upconv{n}", "weight", "bias"), stride=2, padding=1)
+        weight, bias = _of(head, f"upconv{n}", "weight", "bias")
+        x = functional.conv_transpose2d(x, weight, bias, stride=2, padding=1)
         x = functional.batch_norm(x, *_of(head, f"bn{n}", "running_mean", "running_var", "weight", "bias")).relu()
-    return functional.conv2d(x, *_of(head, "final_conv", "weight", "bias")).sigmoid()
+    weight, bias = _of(head, "final_conv", "weight", "bias")
+    return functional.conv2d(x, weight, bias).sigmoid()
 
 
-def _of(head: dict[str, Tensor], name: str, *parts: str) -> list[Tensor]:
+def _of(head: dict[str, Tensor], name: str, *parts: str) -> Any:
     return [head[f"decoder.{name}.{part}"] for part in parts]
 
 
