@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -73,12 +74,23 @@ def _check(raw: Mapping[str, Any], tensors: Mapping[str, tuple[str, tuple[int, .
             raise ConversionError(
                 f"transformers cannot build {model_class.__name__} from config.json: {text}"
             ) from None
-    for name in sorted(info["missing_keys"]):
+    optional = "pooler" if _pooler_is_optional(model_class) else None
+    for name in sorted(n for n in info["missing_keys"] if optional not in n.split(".")):
         raise ConversionError(f"tensor {name!r}, which {model_class.__name__} needs, is missing from {what}")
     for name, found, wanted in sorted(info["mismatched_keys"], key=str):
         raise ConversionError(
             f"tensor {name!r} of {what} has shape {list(found)}, but config.json asks for {list(wanted)}"
         )
+
+
+def _pooler_is_optional(model_class: Any) -> bool:
+    """Whether the model can be made without its pooler, as many encoders were saved (config.json does not say so).
+
+    >>> from transformers import BertForMaskedLM, BertModel
+    >>> _pooler_is_optional(BertModel), _pooler_is_optional(BertForMaskedLM)
+    (True, False)
+    """
+    return "add_pooling_layer" in inspect.signature(model_class.__init__).parameters
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from refusals import K0, change_tensors, convert, run
 from safetensors.torch import load_file
 from tiny_families import tiny_model
@@ -160,3 +161,30 @@ def test_pickles(src: Path) -> None:
     convert(src, "--allow-pickle", words="dictionary")
     (src / "pytorch_model.bin").write_bytes(b"PK\x03\x04 cut")
     convert(src, "--allow-pickle", words="no pickle of plain tensors")
+
+
+def small(kind: str, **more: Any) -> Any:
+    """A stock encoder, e.g. of kind ``BertModel``."""
+    model_class = getattr(transformers, kind)
+    config = model_class.config_class(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, vocab_size=50, image_size=16,
+        patch_size=8,
+    )  # fmt: skip
+    return model_class(config, **more)
+
+
+@pytest.mark.parametrize("kind", ["BertModel", "RobertaModel", "ViTModel"])
+def test_a_pooler_that_was_not_saved_is_not_missed(kind: str, tmp_path: Path) -> None:
+    """``add_pooling_layer=False`` leaves no trace in config.json."""
+    small(kind, add_pooling_layer=False).save_pretrained(tmp_path / "src")
+    done = run("convert", tmp_path / "src", tmp_path / "dst", "--kv-heads", 1, "--method", "mean")
+    assert done.exit_code == 0, done.output
+    names = set(load_file(tmp_path / "dst" / "model.safetensors"))
+    assert names == set(load_file(tmp_path / "src" / "model.safetensors")) and not any("pooler" in n for n in names)
+
+
+def test_a_pooler_that_a_head_reads_is_missed(tmp_path: Path) -> None:
+    src = tmp_path / "src"
+    small("BertForSequenceClassification").save_pretrained(src)
+    change_tensors(src, lambda tensors: tensors.pop("bert.pooler.dense.bias"))
+    convert(src, words="bert.pooler.dense.bias")
