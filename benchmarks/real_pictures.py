@@ -119,7 +119,7 @@ def pictures(data: Path) -> None:
     shown.mkdir(parents=True, exist_ok=True)
     test.mkdir(parents=True, exist_ok=True)
     found = sorted((data / "debian" / SHOWN).rglob("*.png"))
-    found = [p for p in found if "symbols" not in p.parts and "_mirror" not in p.name and "_flip" not in p.name]
+    found = [p for p in found if "symbols" not in p.parts and not p.stem.endswith(("mirror", "flip"))]
     random.Random(0).shuffle(found)
     for i, path in enumerate(found[:PICTURES]):
         thing = Image.open(path).convert("RGBA")
@@ -179,7 +179,7 @@ def main() -> None:
     pixels = processor([Image.open(f).convert("RGB") for f in files], return_tensors="pt")["pixel_values"]
 
     def states(folder: Path) -> Tensor:
-        model = AutoModelForImageClassification.from_pretrained(folder).eval()
+        model = AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=False).eval()
         with torch.no_grad():
             return torch.cat([model.vit(part).last_hidden_state for part in pixels.split(16)])
 

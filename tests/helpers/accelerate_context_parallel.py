@@ -15,7 +15,7 @@ import torch
 from torch import distributed
 
 sys.path.append(str(Path(__file__).parent))
-from context_parallel_training import DOCUMENTS, alone, batch_of, loss_of, model_of
+from context_parallel_training import DOCUMENTS, alone, batch_of, leave, loss_of, model_of
 
 import hf_attn_patch
 
@@ -59,8 +59,7 @@ def main(kind: str) -> None:
         moved = float((expected[name] - before[name]).abs().max())
         torch.testing.assert_close(found, expected[name], rtol=1e-3, atol=1e-3 * moved)
     print(f"rank {accelerator.process_index}: the step of each document by itself", flush=True)
-    distributed.barrier()
-    distributed.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -132,6 +132,14 @@ def refusals(model: Any, mesh: Any, device: torch.device) -> None:
     assert out.logits.shape[1] == 64
 
 
+def leave() -> None:
+    """End this process when all have done their part. As Python shuts down, threads of gloo abort it now and then."""
+    distributed.barrier()
+    distributed.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)
+
+
 def main(kind: str) -> None:
     rank = int(os.environ["LOCAL_RANK"])
     device = torch.device(kind, rank) if kind == "cuda" else torch.device(kind)
@@ -160,8 +168,7 @@ def main(kind: str) -> None:
             print(f"rank {rank}: {family}, {name}: as each document by itself, by {', '.join(ways)}", flush=True)
     refusals(hf_attn_patch.enable(model_of("llama").to(device), cache=None, cuda_graphs=False), mesh, device)
     print(f"rank {rank}: what cannot be split was refused", flush=True)
-    distributed.barrier()
-    distributed.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 sys.path.append(str(Path(__file__).parent))
-from context_parallel_training import DOCUMENTS, alone, batch_of, model_of
+from context_parallel_training import DOCUMENTS, alone, batch_of, leave, model_of
 
 import hf_attn_patch
 
@@ -49,6 +49,7 @@ def main(kind: str) -> None:
     (loss,) = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert abs(loss - expected) < 1e-4 * expected, (loss, expected)
     print(f"rank {trainer.accelerator.process_index}: the loss of each document by itself", flush=True)
+    leave()
 
 
 if __name__ == "__main__":
