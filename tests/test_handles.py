@@ -94,7 +94,7 @@ def test_overrides_in_any_order_leave_stock_sdpa(steps: list[str], seed: int) ->
             elif step == "close again" and undone:
                 undone[order.randrange(len(undone))].undo()
             elif step == "drop":
-                gc.collect()
+                gc.collect(1)  # young ones: all that a process of thousands of tests holds takes a second
             assert (tables() == STOCK) == (not live)
     finally:
         for handle in order.sample(live, len(live)):

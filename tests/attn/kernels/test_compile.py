@@ -80,7 +80,7 @@ OLDER = [
 SMALL = {70: 96, 75: 64, 80: 163, 89: 99}
 
 
-@pytest.mark.parametrize("capability", [75, 89, *(pytest.param(c, marks=pytest.mark.slow) for c in (70, 80))])
+@pytest.mark.parametrize("capability", [75, *(pytest.param(c, marks=pytest.mark.slow) for c in (70, 80, 89))])
 def test_its_tiles_fit_into_smaller_gpus(capability: int, tmp_path: Path) -> None:
     env = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path), "COMPILE_FOR": str(capability)}
     cases = OLDER + BIASED * (capability >= 80)
