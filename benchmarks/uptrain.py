@@ -62,7 +62,7 @@ def prepare(work: Path, shape: str) -> None:
     text = work / "text.jsonl"
     if not text.exists():
         library = Path(os.__file__).parent
-        files = sorted(p for p in library.rglob("*.py") if "site-packages" not in p.parts)
+        files = sorted(p for p in library.rglob("*.py") if "site-packages" not in p.relative_to(library).parts)
         lines = [json.dumps({"text": p.read_text(errors="replace")}) + "\n" for p in files]
         text.write_text("".join(lines))
     model = work / shape

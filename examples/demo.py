@@ -190,8 +190,9 @@ def collect_text(path: Path, *, more: bool) -> Path:
     """
     paths = sysconfig.get_paths()
     others = {"test"} if more else {"site-packages", "dist-packages", "test"}
-    folders = {Path(paths["stdlib"]), *([Path(paths["purelib"])] if more else [])}
-    files = sorted({p for folder in folders for p in folder.rglob("*.py") if not others & set(p.parts)})
+    folders = [Path(paths["stdlib"]), *([Path(paths["purelib"])] if more else [])]
+    below = {p: p.relative_to(folder) for folder in folders for p in folder.rglob("*.py")}
+    files = sorted((p for p, b in below.items() if not others & set(b.parts)), key=lambda p: (below[p].as_posix(), p))
     random.Random(0).shuffle(files)
     for target, some in ((path, files[40:]), (path.with_name("held-out.jsonl"), files[:40])):
         with target.open("w", encoding="utf-8") as file:

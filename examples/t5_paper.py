@@ -47,12 +47,20 @@ def definitions(node: ast.AST) -> Iterator[ast.stmt]:
             yield from definitions(child)
 
 
-def functions(limit: int, seed: int = 0) -> Iterator[tuple[str, str]]:
-    """(code without its docstring, the docstring's first paragraph) of functions in installed Python code."""
-    # where transformers is, other packages are too, whatever the environment is made of
-    folders = {Path(sysconfig.get_path("stdlib")), Path(transformers.__file__).parent.parent}
-    files = sorted({file.resolve() for folder in folders for file in folder.rglob("*.py")})
-    files = [file for file in files if not {"test", "tests"} & set(file.parts)]
+def installed() -> list[Path]:
+    """Where Python code lies: the standard library, and the packages beside transformers."""
+    return [Path(sysconfig.get_path("stdlib")), Path(transformers.__file__).parent.parent]
+
+
+def functions(limit: int, folders: list[Path], seed: int = 0) -> Iterator[tuple[str, str]]:
+    """(code without its docstring, the docstring's first paragraph) of functions in the folders' Python files.
+
+    The order does not depend on where the folders lie. Code that holds the paragraph once more is left out: to copy
+    it would be to know the answer.
+    """
+    found = {file.resolve(): file.relative_to(folder) for folder in folders for file in folder.rglob("*.py")}
+    files = sorted(file for file, below in found.items() if not {"test", "tests"} & set(below.parts))
+    files.sort(key=lambda file: found[file].as_posix())
     random.Random(seed).shuffle(files)
     seen = set()
     for file in files:
@@ -66,9 +74,10 @@ def functions(limit: int, seed: int = 0) -> Iterator[tuple[str, str]]:
             node.body = node.body[1:9]  # more than SOURCE tokens, nearly always
             node.decorator_list = []
             line = " ".join(doc.strip().split("\n\n")[0].split())
-            if 10 <= len(line) <= 100 and line not in seen:
+            code = ast.unparse(node)
+            if 10 <= len(line) <= 100 and line not in seen and line not in code:
                 seen.add(line)
-                yield ast.unparse(node), line
+                yield code, line
                 if len(seen) == limit:
                     return
 
@@ -186,7 +195,7 @@ def main(
     began = time.monotonic()
     torch.manual_seed(0)
     out.mkdir(parents=True, exist_ok=True)
-    data = list(functions(pairs))
+    data = list(functions(pairs, installed()))
     held = max(1, len(data) // 20)
     tokenizer = tokenizer_for(data[held:], 2048)
     sources = encode(tokenizer, [code for code, _ in data], SOURCE).to(device)

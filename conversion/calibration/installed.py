@@ -16,11 +16,14 @@ CHARACTERS = 20_000
 
 def installed_documents(seed: int) -> Iterator[str]:
     """The sources of the standard library and the descriptions of the installed packages, in an order drawn by
-    ``seed`` from their sorted names: the same on machines with the same Python and packages."""
+    ``seed`` from their sorted names: the same on machines with the same Python and packages, wherever they lie."""
     library, packages = (Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib"))
-    sources = [p for p in library.rglob("*.py") if not {"site-packages", "dist-packages"} & set(p.parts)]
-    described = [p for form in ("METADATA", "*.md", "*.rst") for p in packages.rglob(form)]
-    found = sorted({*sources, *described}, key=lambda p: p.relative_to(p.anchor).as_posix())
+    below = {
+        p: p.relative_to(packages).as_posix() for form in ("METADATA", "*.md", "*.rst") for p in packages.rglob(form)
+    }
+    sources = {p: p.relative_to(library) for p in library.rglob("*.py")}
+    below |= {p: b.as_posix() for p, b in sources.items() if not {"site-packages", "dist-packages"} & set(b.parts)}
+    found = sorted(below, key=lambda p: (below[p], p))
     random.Random(seed).shuffle(found)
     for path in found:
         try:

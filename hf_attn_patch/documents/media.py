@@ -11,7 +11,7 @@ import torch
 
 from hf_attn_patch.errors import TrainingError
 
-from .paths import user_path
+from .paths import files_below, user_path
 from .sources import open_documents
 
 
@@ -50,7 +50,7 @@ def found_in(source: str, kind: Kind, seed: int) -> Iterator[Found]:
     if path.is_file() and path.suffix.lower() in kind.files:
         yield _of_file(path)
         return
-    files = sorted(f for f in path.rglob("*") if f.suffix.lower() in kind.files) if path.is_dir() else []
+    files = [f for f in files_below(path) if f.suffix.lower() in kind.files] if path.is_dir() else []
     if files:
         for i in torch.randperm(len(files), generator=torch.Generator().manual_seed(seed)).tolist():
             yield _of_file(files[i])

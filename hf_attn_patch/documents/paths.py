@@ -27,3 +27,10 @@ def user_path(text: str | os.PathLike[str]) -> Path:
         shown = shown if len(shown) <= 200 else f"{shown[:100]}...{shown[-97:]}"
         raise ConversionError(f"{shown} cannot be used: {getattr(error, 'strerror', None) or error}") from None
     return path
+
+
+def files_below(folder: Path) -> list[Path]:
+    """The files of a folder and of those in it, sorted; without what is hidden (``.git``, ``._song.wav``) below it,
+    wherever the folder itself lies."""
+    found = (path for path in folder.rglob("*") if path.is_file())
+    return sorted(path for path in found if not any(p.startswith(".") for p in path.relative_to(folder).parts))

@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 from typing import Any, Literal
 
-from hf_attn_patch.documents.paths import user_path
+from hf_attn_patch.documents.paths import files_below, user_path
 from hf_attn_patch.errors import TrainingError
 
 from .bars import no_progress_bars
@@ -198,7 +198,7 @@ def _files(path: Path, pattern: str | None) -> list[Path]:
     if pattern is not None:
         files = [f for f in path.glob(pattern) if f.is_file()]
     else:
-        below = [f for f in path.rglob("*") if f.is_file() and not any(p.startswith(".") for p in f.parts[1:])]
+        below = files_below(path)
         tables = [f for f in below if _suffix(f) in TABLES]
         files = tables or [f for f in below if _suffix(f) in TEXT_SUFFIXES]
     files = sorted(f for f in files if f.stat().st_size)

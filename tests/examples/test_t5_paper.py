@@ -22,12 +22,35 @@ def test_a_run_of_few_steps(tmp_path):
     assert "after 2 more steps" in result.output
 
 
-def test_pairs_are_real_and_the_code_does_not_hold_the_docstring():
-    pairs = list(script.functions(30))
+def test_pairs_are_real():
+    pairs = list(script.functions(30, script.installed()))
     assert len(pairs) == 30
     for code, line in pairs:
         assert code.startswith("def ")
         assert line not in code
+
+
+SOURCES = {
+    "a.py": 'def add(a, b):\n    """The sum of two numbers.\n\n    More of it.\n    """\n    return a + b\n',
+    "deep/b.py": 'def f(x):\n    """Raise what is missing."""\n    raise KeyError("Raise what is missing.")\n',
+    "deep/c.py": 'def again(a):\n    """The sum of two numbers."""\n    return a\n',
+    "deep/d.py": 'def short():\n    """Short."""\n    return 1\n',
+    "deep/broken.py": "def (:\n",
+    "tests/e.py": 'def tested():\n    """Not to be learned from."""\n    return 1\n',
+}
+
+
+def test_a_docstring_once_and_never_with_code_that_holds_it(tmp_path):
+    for where in ("x", "tests"):  # a folder named like tests above them does not hide them
+        for name, text in SOURCES.items():
+            path = tmp_path / where / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+    found = [list(script.functions(9, [tmp_path / where])) for where in ("x", "tests")]
+    assert found[0] == found[1]
+    ((code, line),) = found[0]
+    assert line == "The sum of two numbers."
+    assert code in ("def add(a, b):\n    return a + b", "def again(a):\n    return a")
 
 
 def test_the_loss_counts_real_tokens_only():

@@ -144,6 +144,24 @@ def test_installed_text_is_there_and_in_an_order_of_its_own() -> None:
     assert first == again != other and all(text.strip() for text in first)
 
 
+def test_installed_text_does_not_depend_on_where_it_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also not on names above it, such as those of the folders that are left out."""
+    found = []
+    for library, packages in (("a", "z"), ("site-packages/z", "a")):
+        paths = {"stdlib": tmp_path / library, "purelib": tmp_path / "packages" / packages}
+        for folder, name in (
+            ("stdlib", "os.py"),
+            ("stdlib", "site-packages/no.py"),
+            ("purelib", "x.dist-info/METADATA"),
+        ):
+            path = paths[folder] / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(f"{folder} {name}")
+        monkeypatch.setattr("sysconfig.get_path", lambda name, paths=paths: str(paths[name]))
+        found.append(list(installed_documents(0)))
+    assert found[0] == found[1] and sorted(found[0]) == ["purelib x.dist-info/METADATA", "stdlib os.py"]
+
+
 def test_the_command_tells_what_was_lost(src: Path, tmp_path: Path) -> None:
     """Of any method, last, and with a way out where it is much."""
     run = CliRunner().invoke

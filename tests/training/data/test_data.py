@@ -190,6 +190,14 @@ def test_local_files_of_every_kind(tmp_path):
     assert _texts(open_documents(str(tmp_path / "a.parquet"))) == ["p", "q"]
 
 
+def test_hidden_files_are_left_out_and_a_hidden_folder_that_was_named_is_read(tmp_path):
+    folder = tmp_path / ".cache" / "texts"  # where downloads lie, for one
+    (folder / ".git").mkdir(parents=True)
+    for name in ("a.txt", ".b.txt", ".git/c.txt"):
+        (folder / name).write_text(name)
+    assert _texts(open_documents(str(folder))) == ["a.txt"]
+
+
 def _store(kind: str, folder, documents: list[str]):
     """The documents as ``kind``, and what to give to --dataset."""
     import datasets
