@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.real_sources import MIX
+from benchmarks.real_sources import MIX, WIDE
 from hf_attn_patch.conversion.calibration.layers import attention_name
 from hf_attn_patch.conversion.calibration.moments import Moments
 from hf_attn_patch.conversion.families.head_layouts import AttentionWeights
@@ -27,6 +27,8 @@ class Row:
         options: of ``convert``; ``{texts}`` in a value is the folder of texts.
         kind: "convert", "svd" (another cache than GQA's), "procrustes", or "source".
         after: the row whose result is distilled further, and on how many tokens of ``text``.
+        kd_lr, kd_batch: peak learning rate of that, and tokens of a step.
+        kd_copies: whether its sequences are long and have copies in them, as those of polishing.
     """
 
     options: tuple[tuple[str, Any], ...] = ()
@@ -34,13 +36,20 @@ class Row:
     after: str | None = None
     kd_tokens: int = 0
     text: str | None = None
+    kd_lr: float = 4e-4
+    kd_batch: int = 16384
+    kd_copies: bool = False
 
 
 def _row(**options: Any) -> Row:
     return Row(tuple(options.items()))
 
 
-MIXED = {"calibrate": ",".join(f"{{texts}}/{name}.txt" for name in MIX), "calibration_tokens": 2_000_000}
+def _of(names: tuple[str, ...]) -> dict[str, Any]:
+    return {"calibrate": ",".join(f"{{texts}}/{name}.txt" for name in names), "calibration_tokens": 2_000_000}
+
+
+MIXED, MORE = _of(MIX), _of(WIDE)
 ROWS = {
     "source": Row(kind="source"),
     "first": _row(method="first"),
@@ -56,8 +65,10 @@ ROWS = {
     "mix": _row(**MIXED, polish=6_000_000),
     "mix, long": _row(**MIXED, polish=12_000_000),
     "mix + own": _row(calibrate=f"own:4,{MIXED['calibrate']}", calibration_tokens=3_000_000, polish=6_000_000),
+    "wide": _row(**MORE, polish=6_000_000),
     "mix, long + KD 2M": Row(after="mix, long", kd_tokens=2_000_000, text="mix"),
     "mix, long + KD 20M": Row(after="mix, long", kd_tokens=20_000_000, text="mix"),
+    "wide + KD 20M": Row(after="wide", kd_tokens=20_000_000, text="wide", kd_lr=1e-3, kd_batch=8192, kd_copies=True),
 }
 
 

@@ -34,8 +34,10 @@ from benchmarks.real_measure import DOMAINS, PASSKEYS, by_caches, by_domain, pas
 from benchmarks.real_methods import ROWS, ProjectedCache, Row, moments_of, procrustes
 from benchmarks.real_report import report
 from benchmarks.real_sources import PIP, prepare
+from benchmarks.real_tasks import accuracies, tasks
 from hf_attn_patch.attn.codes import KINDS
 from hf_attn_patch.conversion import convert, plan
+from hf_attn_patch.conversion.calibration.copies import LONGEST, joined_rows, with_copies
 from hf_attn_patch.conversion.calibration.gather import gathered
 from hf_attn_patch.conversion.calibration.joined import joined
 from hf_attn_patch.conversion.calibration.polish import PolishRecipe, Speaker, polish
@@ -43,9 +45,7 @@ from hf_attn_patch.conversion.calibration.text import calibration_ids
 from hf_attn_patch.conversion.methods.apply import to_heads
 from hf_attn_patch.conversion.reports.causal_models import load_causal
 from hf_attn_patch.conversion.reports.evaluation import kv_bytes_per_token
-
-#: learning rate of distillation, in which everything but the embeddings is trained
-KD_LR = 4e-4
+from hf_attn_patch.conversion.reports.harness import run_lm_eval
 
 
 class Bench:
@@ -62,6 +62,7 @@ class Bench:
         self.original = load_causal(self.source, self.device, self.dtype, "hf_attn_patch")
         self.tokenizer = AutoTokenizer.from_pretrained(self.source, trust_remote_code=False)
         sizes = {} if options.windows is None else {"count": options.windows, "context": options.context}
+        self.tasks = tasks(options.data, options.out / "tasks") if options.lm_eval else None
         self.domains = {name: windows(self.tokenizer, self.texts, name, **sizes) for name in DOMAINS}
 
     def known(self, row: str, seed: int) -> bool:
@@ -91,11 +92,15 @@ class Bench:
         record["domains"] = by_domain(self.original, model, self.domains)
         if self.options.passkey:
             record["passkey"] = {str(n): passkey(model, self.tokenizer, n) for n in PASSKEYS}
+        if self.tasks is not None:
+            record["tasks"] = accuracies(run_lm_eval(model, self.tokenizer, self.tasks))
         self.records.append(record)
         self.options.out.mkdir(parents=True, exist_ok=True)
         self.file.write_text(json.dumps(self.records, indent=1))
         lost = {n: round(d["loss_after"] - d["loss_before"], 3) for n, d in record["domains"].items()}
-        print(f"{row} ({record['seconds']} s): {lost} {record.get('passkey', '')}", flush=True)
+        print(
+            f"{row} ({record['seconds']} s): {lost} {record.get('passkey', '')} {record.get('tasks', '')}", flush=True
+        )
 
     def kv_bytes(self, model: Any, row: Row) -> int:
         """A token's, measured in a cache; of SVD's, which only computes as if its cache were smaller, what it holds."""
@@ -143,12 +148,14 @@ class Bench:
             self.tokenizer, str(self.texts / f"{row.text}.txt"), tokens=row.kd_tokens, length=None,
             longest=min(1024, self.options.context), seed=seed + 1, whole=False,
         )  # fmt: skip
+        if row.kd_copies:
+            ids = with_copies(joined_rows(ids, LONGEST), seed)
         embeddings = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
         trained = [p for p in model.parameters() if id(p) not in embeddings]
         for p in model.parameters():
             p.requires_grad_(False)
         layers = list(self.original.model.layers), list(model.model.layers)
-        recipe = PolishRecipe(row.kd_tokens, batch_tokens=16384, lr=KD_LR, seed=seed)
+        recipe = PolishRecipe(row.kd_tokens, batch_tokens=row.kd_batch, lr=row.kd_lr, seed=seed)
         polish(Speaker(self.original), Speaker(model), trained, ids, recipe, layers)
         model.save_pretrained(self.folder(name))
         return model, about
@@ -189,6 +196,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, help="windows a domain, if not 24")
     parser.add_argument("--context", type=int, default=2048, help="tokens of a window")
     parser.add_argument("--passkey", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--lm-eval", action="store_true", help="tasks of lm-evaluation-harness on the held-out texts")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no row after so long")
     parser.add_argument("--keep", action="store_true", help="keep the converted checkpoints")
     parser.add_argument("--caches", action="store_true", help="only the source, read through caches of codes")

@@ -31,7 +31,7 @@ from torch import Tensor
 from transformers import AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq, AutoTokenizer
 
 import hf_attn_patch  # noqa: F401  (the grouped families)
-from benchmarks.real_sources import MIX, run
+from benchmarks.real_sources import PAIRS, run
 from hf_attn_patch.conversion import convert, plan
 from hf_attn_patch.conversion.calibration.answers import Answerer, losses
 from hf_attn_patch.conversion.calibration.layers import load
@@ -62,7 +62,6 @@ VOICES = (
 SENTENCES = 704
 #: paragraphs of a domain, and tokens of each and of what is said of it
 PARAGRAPHS, TOKENS = 256, 48
-DOMAINS = ("handbook", "fortunes")
 
 #: options of ``convert``; ``{data}`` is the folder of data
 ROWS: dict[str, dict[str, dict[str, Any]]] = {
@@ -82,9 +81,13 @@ ROWS: dict[str, dict[str, dict[str, Any]]] = {
         "WikiText, fitted": {
             "calibrate": "{data}/texts/wikitext-valid.txt", "calibration_tokens": 100_000, "calibration_length": 48,
         },
-        "mix, fitted and polished": {
-            "calibrate": ",".join(f"{{data}}/texts/{name}.txt" for name in MIX if name not in DOMAINS), "refit": True,
-            "calibration_tokens": 4_000_000, "calibration_length": 48, "polish": 8_000_000,
+        "asked, fitted": {
+            "calibrate": "{data}/texts/asked.jsonl", "refit": True, "calibration_tokens": 1_000_000,
+            "calibration_length": 48, "polish": 0,
+        },
+        "asked, fitted and polished": {
+            "calibrate": "{data}/texts/asked.jsonl", "refit": True, "calibration_tokens": 8_000_000,
+            "calibration_length": 48, "polish": 6_000_000,
         },
     },
 }  # fmt: skip
@@ -144,7 +147,7 @@ class Bench:
         self.kind = AutoModelForSpeechSeq2Seq if self.hears else AutoModelForSeq2SeqLM
         self.tokenizer = AutoTokenizer.from_pretrained(self.source, trust_remote_code=False)
         self.original = self.loaded(self.source)
-        self.tests = self.speech() if self.hears else {name: self.text(name) for name in DOMAINS}
+        self.tests = self.speech() if self.hears else {name: self.text(name) for name in PAIRS}
 
     def loaded(self, folder: str) -> Any:
         return self.kind.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).to(self.device).eval()
@@ -183,7 +186,8 @@ class Bench:
     def wer(self, model: Any, samples: Samples) -> float:
         """Words wrong over words meant, of greedy decoding."""
         assert samples.memory is not None
-        prefix = samples.inputs[-1][:, : int((samples.labels[0] < 0).sum()) + 1]  # type: ignore[index]
+        first = int((samples.labels[0] >= 0).float().argmax())  # type: ignore[index]  # padding has no labels either
+        prefix = samples.inputs[-1][:, : first + 1]
         wrong = meant = 0
         for row, memory, text in zip(prefix, samples.memory, self.said, strict=True):
             said = self.tokenizer.decode(self.greedy(model, memory[None].float(), row[None]), skip_special_tokens=True)

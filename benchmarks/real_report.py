@@ -22,11 +22,13 @@ def lines(records: list[dict[str, Any]]) -> list[str]:
         mine = [r for r in records if (r["model"], r["kv_heads"]) == (model, kv_heads)]
         domains = list(mine[0]["domains"])
         keys = list(dict.fromkeys(k for r in mine for k in r.get("passkey", {})))
+        tasks = next((list(r["tasks"]) for r in mine if "tasks" in r), [])
         out += [
             "", f"### {model}, {kv_heads} KV heads", "",
             "| row | seed | KV bytes/token | " + " | ".join(domains) + " | KL, mean | "
-            + "".join(f"passkey {k} | " for k in keys) + "s | GPU GB |",
-            "|---" * (6 + len(domains) + len(keys)) + "|",
+            + "".join(f"passkey {k} | " for k in keys) + "s | GPU GB |"
+            + "".join(f" {t} |" for t in tasks),
+            "|---" * (6 + len(domains) + len(keys) + len(tasks)) + "|",
         ]  # fmt: skip
         for r in mine:
             first = r["row"] == "source"
@@ -34,6 +36,8 @@ def lines(records: list[dict[str, Any]]) -> list[str]:
             cells.append(f"{sum(r['domains'][d]['kl'] for d in domains) / len(domains):.3f}")
             cells += [f"{r['passkey'][k]:.0%}" if k in r.get("passkey", {}) else "not run" for k in keys]
             cells += [f"{r['seconds']:.0f}", f"{r.get('gpu_gb', 0):.1f}"]
+            if tasks:
+                cells += [f"{r['tasks'][t]:.1%}" if "tasks" in r else "not run" for t in tasks]
             out.append(f"| {r['row']} | {r['seed']} | {r['kv_bytes']} | " + " | ".join(cells) + " |")
     return out
 
@@ -42,7 +46,7 @@ def lines(records: list[dict[str, Any]]) -> list[str]:
 SHOWN = {
     "mean": "mean (the GQA paper)", "procrustes": "Procrustes, no training", "svd": "SVD of keys and values",
     "merged, own": "merged by 4,096 own tokens (no GPU)", "default": "no text given, a minute on a GPU",
-    "mix": "2M tokens of eight domains, a minute", "mix, long + KD 20M": "12M of polish + 20M of distillation",
+    "wide": "2M tokens of fifteen domains, 72 s", "wide + KD 20M": "that + 20M tokens of distillation",
 }  # fmt: skip
 
 

@@ -7,6 +7,8 @@ not at all, so that a preparation that was broken off goes on where it stopped.
 from __future__ import annotations
 
 import gzip
+import json
+import random
 import re
 import shutil
 import subprocess
@@ -29,11 +31,24 @@ DEBIAN = {
     "sqlite": ("sqlite3-doc", "usr/share/doc/sqlite3/*.html"),
     "vim": ("vim-doc", "usr/share/doc/vim/html/*.html"),
     "fortunes": ("fortunes", "usr/share/games/fortunes/[a-z]*"),
+    "anarchism": ("anarchism", "usr/share/doc/anarchism/html/*.html"),
+    "apache": ("apache2-doc", "usr/share/doc/apache2-doc/manual/en/**/*.html"),
+    "django": ("python-django-doc", "usr/share/doc/python-django-doc/html/**/*.html"),
+    "foldoc": ("dict-foldoc", "usr/share/dictd/foldoc.dict.dz"),
+    "jargon": ("jargon-text", "usr/share/doc/jargon-text/jargon.txt.gz"),
+    "png": ("png-definitive-guide", "usr/share/doc/png-definitive-guide/html/*.html"),
+    "mh": ("mh-book", "usr/share/doc/mh-book/html/**/*.html"),
 }
 #: columns of the table whose texts nothing is calibrated on
 UNSEEN = ("postgresql", "handbook")
+#: the domains of an encoder-decoder's test
+PAIRS = ("handbook", "fortunes")
 #: what the mixed calibration text is made of, in equal shares as far as each goes
 MIX = ("kernel", "git", "python", "perl", "sqlite", "vim", "fortunes", "wikitext-valid")
+#: the same and seven more, among them books and dictionaries
+WIDE = (*MIX, "anarchism", "apache", "django", "foldoc", "jargon", "png", "mh")
+#: characters of a paragraph that an encoder-decoder is asked about, at least; and of a domain at most
+PARAGRAPH, ASKED = 200, 6_000_000
 #: characters of a domain that are kept for the table; calibration reads from behind them
 HELD_OUT = 400_000
 #: characters of the mixed text
@@ -114,15 +129,17 @@ def texts(folder: Path, wikitext: Path | None) -> None:
         if source is not None:
             name = "wikitext.test.txt" if part == "test" else "wikitext-valid.txt"
             (target / name).write_text(wikitext_plain(source.read_text()))
-    there = tuple(name for name in MIX if (target / f"{name}.txt").exists())
-    (target / "mix.txt").write_text(mixed(folder, there, MIXED))
+    for file, names in (("mix.txt", MIX), ("wide.txt", WIDE)):
+        there = tuple(name for name in names if (target / f"{name}.txt").exists())
+        (target / file).write_text(mixed(folder, there, MIXED))
+    (target / "asked.jsonl").write_text(asked(folder, ASKED))
 
 
 def _read(unpacked: Path, pattern: str) -> Iterator[str]:
     """Files in an order that mixes the folders (by a name's letters read backwards), so that a head is no one topic."""
     for path in sorted(unpacked.glob(pattern), key=lambda p: str(p.relative_to(unpacked))[::-1]):
         if path.is_file() and path.suffix not in (".dat", ".u8"):
-            raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+            raw = gzip.decompress(path.read_bytes()) if path.suffix in (".gz", ".dz") else path.read_bytes()
             text = raw.decode("utf-8", errors="ignore")
             yield plain(text) if path.suffix == ".html" else text
 
@@ -174,3 +191,14 @@ def mixed(folder: Path, names: tuple[str, ...], characters: int) -> str:
         taken[name] = text[: left // (len(parts) - number)]
         left -= len(taken[name])
     return "\n\n".join(taken[name] for name in names)
+
+
+def asked(folder: Path, characters: int) -> str:
+    """JSONL of paragraphs as flan-t5 is asked about them, of all domains but those of its test."""
+    found = []
+    for name in WIDE:
+        path = folder / "texts" / f"{name}.txt"
+        if name not in PAIRS and path.exists():
+            found += [p for p in re.split(r"\n\s*\n", path.read_text()[:characters]) if len(p) > PARAGRAPH]
+    random.Random(0).shuffle(found)
+    return "".join(json.dumps({"text": "summarize: " + " ".join(p.split())}) + "\n" for p in found)

@@ -26,8 +26,11 @@ from hf_attn_patch.errors import ConversionError
 from hf_attn_patch.losses.chunked import Head, linear_loss
 from hf_attn_patch.losses.output_head import head_matches, head_of
 
-from .chain import Chain, chain_of
+from .chain import Chain, chain_of, norms_in_one
 
+#: of what the original says of the whole text (its last hidden states), bytes that are kept at most on a CPU, and the
+#: share of what a GPU has free
+KEPT_BYTES, KEPT_SHARE = 1 << 28, 0.25
 #: logits at a time where only a loss is wanted on a CPU, whose memory is what a conversion promises to spare
 CPU_CHUNK = 1 << 20
 
@@ -109,7 +112,8 @@ def polish(
     """Train ``parameters`` of ``converted`` in place.
 
     They are stepped in fp32 and rounded to their own dtype for each pass. On a GPU the steps are recorded as a CUDA
-    graph, where that can be.
+    graph, where that can be. A text that is gone through several times is sent through the original once, where there
+    is room for what it says.
 
     Args:
         ids: [N, S]; rows that do not fill a batch are left out of a pass.
@@ -125,15 +129,17 @@ def polish(
     if layers is not None and device.type == "cuda":
         sample = ids[mine].to(device)
         chains = original.chain(layers[0], sample), converted.chain(layers[1], sample)
-    work = _Step(original, converted, parameters, (mine.stop - mine.start, S), recipe.betas, chains)
     warmup = max(1, round(recipe.warmup * steps))
     batches = _batches(len(ids), batch, recipe.seed)
     for p in parameters:
         p.requires_grad_(True)
-    for step in progress_bar(range(steps), desc="polishing", unit="step"):
-        done = max(0.0, (step - warmup) / max(1, steps - warmup))
-        rate = lr * min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * done))
-        work.run(ids[next(batches)[mine]].to(device), rate)
+    with norms_in_one([original.model, converted.model] if device.type == "cuda" else []):
+        told = _told(original, ids, batch) if 2 * len(ids) <= steps * batch else None
+        work = _Step(original, converted, parameters, (mine.stop - mine.start, S), recipe.betas, chains, told)
+        for step in progress_bar(range(steps), desc="polishing", unit="step"):
+            done = max(0.0, (step - warmup) / max(1, steps - warmup))
+            rate = lr * min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * done))
+            work.run(ids, next(batches)[mine], rate)
     for p in parameters:
         p.requires_grad_(False)
         p.grad = None
@@ -166,14 +172,37 @@ def _batches(rows: int, batch: int, seed: int) -> Iterator[Tensor]:
                 yield chosen
 
 
+@torch.no_grad()
+def _told(original: Speaker, ids: Tensor, batch: int) -> Tensor | None:
+    """The original's last hidden states [N, S, E] for all of ``ids``; None where there is no room for them, or several
+    processes share the rows."""
+    if current().count > 1:
+        return None
+    device = original.model.device
+    room = KEPT_SHARE * torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else KEPT_BYTES
+    first = original.hidden(ids[:batch].to(device))
+    if first.nbytes // len(first) * len(ids) > room:
+        return None
+    told = first.new_empty(len(ids), *first.shape[1:])
+    blocks = list(zip(told.split(batch), ids.split(batch), strict=True))
+    for out, rows in progress_bar(blocks, desc="asking the original", unit="batch", leave=False):
+        out.copy_(original.hidden(rows.to(device)))
+    return told
+
+
 class _Step:
-    """One step of training on fixed memory, so that it can be recorded and run again."""
+    """One step of training on fixed memory, so that it can be recorded and run again.
+
+    Args:
+        told: the original's last hidden states for the whole text [N, S, E], if they are known.
+    """
 
     REHEARSALS = 3  # steps before the recording: workspaces, Triton's compiling, Adam's state
 
     def __init__(
         self, original: Speaker, converted: Speaker, parameters: Sequence[nn.Parameter], shape: tuple[int, int],
         betas: tuple[float, float], chains: tuple[Chain | None, Chain | None] | None = None,
+        told: Tensor | None = None,
     ) -> None:  # fmt: skip
         self.original, self.converted, self.parameters = original, converted, list(parameters)
         device = converted.model.device
@@ -185,12 +214,16 @@ class _Step:
             self.masters, lr=self.rate if self.cuda else 0.0, betas=betas, fused=self.cuda, capturable=self.cuda
         )
         self.chains, self.first = chains, torch.empty(0)
+        self.known, self.told = told, None if told is None else torch.empty_like(told[: shape[0]])
         self.steps, self.processes = 0, current()
         self.replay: Callable[[], None] | None = None
 
-    def run(self, ids: Tensor, rate: float) -> None:
-        self.ids.copy_(ids)
+    def run(self, ids: Tensor, rows: Tensor, rate: float) -> None:
+        """Learn from the sequences ``rows`` of the whole text ``ids``."""
+        self.ids.copy_(ids[rows])
         self.rate.fill_(rate)
+        if self.known is not None and self.told is not None:
+            self.told.copy_(self.known[rows.to(self.known.device)])
         if self.chains is not None and self.chains[0] is not None:  # both have the same embeddings
             first = self.chains[0].first(self.ids)
             self.first = first.clone() if self.first.shape != first.shape else self.first.copy_(first)
@@ -228,7 +261,7 @@ class _Step:
         for p in self.parameters:
             p.grad = None
         with torch.no_grad():
-            told = self._hidden(0).flatten(0, 1)
+            told = (self._hidden(0) if self.told is None else self.told).flatten(0, 1)
         said = self._hidden(1).flatten(0, 1)
         found = linear_loss(
             said, self.converted.head.detach(), _labels(ids), teacher_hidden=told, teacher_head=self.original.head,

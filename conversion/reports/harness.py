@@ -8,6 +8,9 @@ from typing import Any
 from hf_attn_patch.documents.paths import user_path
 from hf_attn_patch.errors import ConversionError
 
+#: requests at a time
+BATCH = 8
+
 
 def import_lm_eval() -> Any:
     """The package ``lm_eval``; :class:`ConversionError` with the way to get it where it is missing."""
@@ -63,9 +66,11 @@ def run_lm_eval(model: Any, tokenizer: Any, tasks: str) -> dict[str, dict[str, f
 
     names, folders = task_names(tasks)
     try:
-        manager = TaskManager(include_path=folders or None, include_defaults=len(folders) < len(names))
+        manager = TaskManager(
+            include_path=list(dict.fromkeys(folders)) or None, include_defaults=len(folders) < len(names)
+        )
         found = harness.simple_evaluate(
-            model=HFLM(pretrained=model, tokenizer=tokenizer), tasks=names, task_manager=manager
+            model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH), tasks=names, task_manager=manager
         )
     except (KeyError, ValueError, OSError) as error:  # an unknown task, a data set that is not there
         text = " ".join(str(error).split())[:300]

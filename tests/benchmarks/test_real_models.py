@@ -110,7 +110,7 @@ def test_the_figure_is_the_committed_numbers() -> None:
     found = {tuple(map(float, line.get_xdata())) for line in drawn.axes[0].lines}
     assert found == {(7680.0, 23040.0)}
     ends = sorted(round(float(line.get_ydata()[0]), 4) for line in drawn.axes[0].lines)
-    rows = ["mean", "procrustes", "svd", "merged, own", "default", "mix", "mix, long + KD 20M"]
+    rows = ["mean", "procrustes", "svd", "merged, own", "default", "wide", "wide + KD 20M"]
     want = [np.mean([d["loss_after"] for d in r["domains"].values()]) for r in records if r["row"] in rows]
     assert ends == sorted(round(float(x), 4) for x in want) and len(ends) == 7
     said = " ".join(text.get_text() for text in drawn.axes[0].texts)

@@ -11,7 +11,8 @@ import torch
 from transformers import T5Config, T5ForConditionalGeneration
 from zoo_cases import BY_NAME
 
-from benchmarks import real_checkpoints, real_pairs
+from benchmarks import real_checkpoints, real_pairs, real_sources
+from hf_attn_patch.conversion.calibration.samples import Samples
 
 
 def test_a_table_of_differences() -> None:
@@ -34,7 +35,7 @@ def test_the_text_columns_are_the_models_own_words(tmp_path: Path) -> None:
     BY_NAME["t5"].make(None, vocab_size=512, eos_token_id=1).save_pretrained(source)
     trained_tokenizer().save_pretrained(source)
     (tmp_path / "data" / "texts").mkdir()
-    for name in real_pairs.DOMAINS:
+    for name in real_sources.PAIRS:
         (tmp_path / "data" / "texts" / f"{name}.test.txt").write_text(f"{name} import numpy def main " * 2000)
     options = argparse.Namespace(
         data=tmp_path / "data", out=tmp_path / "out", model="flan-tiny", kv_heads=1, recordings=None
@@ -99,3 +100,27 @@ def test_an_untied_t5_keeps_its_head(tmp_path: Path) -> None:
     real_checkpoints.save(tmp_path, T5ForConditionalGeneration, config, state, torch.float32)
     back = T5ForConditionalGeneration.from_pretrained(tmp_path).state_dict()
     assert all(torch.equal(back[name], value) for name, value in state.items())
+
+
+def test_the_prefix_is_what_stands_before_the_first_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A first row that is shorter than the others ends with padding, which has no labels either."""
+    ids = torch.tensor([[5, 6, 1, 2, 9, 9, 9], [5, 6, 1, 2, 3, 4, 9]])
+    labels = torch.tensor([[-100, 1, 2, 9, -100, -100, -100], [-100, 1, 2, 3, 4, 9, -100]])
+    samples = Samples([torch.zeros(2, 3), ids], {}, [], ids != 9, labels, torch.zeros(2, 3, 4))
+    bench = real_pairs.Bench.__new__(real_pairs.Bench)
+    bench.said = ["one two", "one two three four"]
+    begun: list[list[int]] = []
+
+    class Words:
+        def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+            return "one two"
+
+    bench.tokenizer = Words()
+
+    def greedy(model: Any, memory: torch.Tensor, given: torch.Tensor) -> list[int]:
+        begun.append(given[0].tolist())
+        return [1]
+
+    monkeypatch.setattr(bench, "greedy", greedy)
+    assert bench.wer(None, samples) == 2 / 6
+    assert begun == [[5, 6], [5, 6]]
