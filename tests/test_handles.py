@@ -1,33 +1,24 @@
-"""Nothing global is left behind: switches are undone in any order, and a backend counts where it was asked for."""
+"""Nothing global is left behind: switches are undone in any order."""
 
 from __future__ import annotations
 
-import asyncio
 import copy
 import gc
-import logging
-import os
 import random
-import signal
-import threading
-import warnings
 import weakref
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import datasets
 import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
-from tiny import save_tiny, tiny_llama
+from tiny import tiny_llama
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils import logging as hf_logging
 
 import hf_attn_patch
-from hf_attn_patch import AttentionError, enable, override, use_backend
+from hf_attn_patch import AttentionError, enable, override
 from hf_attn_patch.cache.growing_cache import use_growing_cache
 from hf_attn_patch.decoding.cuda_graphs import use_cuda_graphs
 from hf_attn_patch.handle import Handle
@@ -40,21 +31,8 @@ def tables() -> tuple[Any, Any]:
     return ALL_ATTENTION_FUNCTIONS["sdpa"], AttentionMaskInterface()["sdpa"]
 
 
-def which_ran(**given: Any) -> str:
-    """Softcap is what torch_sdpa refuses by name and reference does not."""
-    q = torch.ones(1, 2, 3, 8)
-    try:
-        hf_attn_patch.attention(q, q, q, softcap=1.0, **given)
-    except AttentionError as error:
-        return "torch_sdpa" if "'torch_sdpa'" in str(error) else "?"
-    return "any"
-
-
 def instance_state(model: torch.nn.Module) -> list[dict[str, Any]]:
     return [dict(vars(module)) for module in model.modules()]
-
-
-# -- handles ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_handle_undoes_once() -> None:
@@ -153,9 +131,6 @@ def test_an_override_that_fails_changes_nothing() -> None:
     assert tables() == STOCK
 
 
-# -- models ----------------------------------------------------------------------------------------------------------
-
-
 def test_growing_a_thousand_times_is_one_wrapper_and_none_switches_it_off() -> None:
     model = enable(tiny_llama(2))
     before = instance_state(model)
@@ -234,202 +209,6 @@ def test_a_copy_is_switched_by_itself() -> None:
     assert "forward" in vars(twin) and "_prepare_cache_for_generation" in vars(twin)
     enable(twin, cache=None, cuda_graphs=False)
     assert not {"forward", "_prepare_cache_for_generation"} & (vars(twin).keys() | vars(model).keys())
-
-
-# -- backends --------------------------------------------------------------------------------------------------------
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.sampled_from(["reference", "torch_sdpa"]), max_size=6), SEEDS)
-def test_blocks_are_left_in_any_order(names: list[str], seed: int) -> None:
-    order = random.Random(seed)
-    blocks = [use_backend(name) for name in names]
-    for block in blocks:
-        block.__enter__()
-    while blocks:
-        assert which_ran() == ("torch_sdpa" if blocks[-1].name == "torch_sdpa" else "any")
-        blocks.pop(order.randrange(len(blocks))).__exit__(None, None, None)
-    assert which_ran() == "any"
-
-
-def test_a_block_is_entered_again_inside_itself_and_decorates() -> None:
-    block = use_backend("torch_sdpa")
-    with block:
-        with block:
-            pass
-        assert which_ran() == "torch_sdpa"
-        with pytest.raises(KeyError), use_backend("reference"):
-            raise KeyError
-        assert which_ran() == "torch_sdpa"
-    assert which_ran() == "any"
-    assert use_backend("torch_sdpa")(which_ran)() == "torch_sdpa"
-    assert which_ran() == "any"
-
-
-def test_threads_insist_on_backends_of_their_own() -> None:
-    names = ["torch_sdpa", "reference", None] * 3
-    found: list[str] = [""] * len(names)
-    together = threading.Barrier(len(names))
-
-    def work(i: int, name: str | None) -> None:
-        together.wait()
-        if name is None:
-            together.wait()
-            found[i] = which_ran()
-        else:
-            with use_backend(name):
-                together.wait()
-                found[i] = which_ran()
-
-    threads = [threading.Thread(target=work, args=item) for item in enumerate(names)]
-    with use_backend("torch_sdpa"):  # and none of them is in this one
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    assert found == ["torch_sdpa", "any", "any"] * 3
-
-
-def test_async_tasks_insist_on_backends_of_their_own() -> None:
-    async def work(name: str | None, order: int) -> str:
-        if name is None:
-            await asyncio.sleep(0.001 * order)
-            return which_ran()
-        with use_backend(name):
-            await asyncio.sleep(0.001 * order)  # the blocks of the others are entered and left meanwhile
-            return which_ran()
-
-    async def main() -> list[str]:
-        return await asyncio.gather(*(work(n, 6 - i) for i, n in enumerate(["torch_sdpa", None, "reference"] * 2)))
-
-    assert asyncio.run(main()) == ["torch_sdpa", "any", "any"] * 2
-    assert which_ran() == "any"
-
-
-def test_compiled_code_follows_threads_and_tasks() -> None:
-    q = torch.ones(1, 2, 3, 8)
-    torch._dynamo.reset()
-    plain = torch.compile(lambda q: hf_attn_patch.attention(q, q, q, softcap=1.0), backend="eager")
-
-    def ran() -> str:
-        try:
-            plain(q)
-        except AttentionError:
-            return "torch_sdpa"
-        except torch._dynamo.exc.TorchDynamoException as error:  # raised while it traces
-            return "torch_sdpa" if "'torch_sdpa'" in str(error) else str(error)
-        return "any"
-
-    found: list[str] = []
-    assert ran() == "any"
-    with use_backend("torch_sdpa"):
-        assert ran() == "torch_sdpa"
-        thread = threading.Thread(target=lambda: found.append(ran()))
-        thread.start()
-        thread.join()
-    assert found == ["any"]
-    assert ran() == "any"
-
-    async def work(name: str, order: int) -> str:
-        with use_backend(name):
-            await asyncio.sleep(0.01 * order)
-            return ran()
-
-    async def main() -> list[str]:
-        return list(await asyncio.gather(work("torch_sdpa", 2), work("reference", 1), work("torch_sdpa", 3)))
-
-    assert asyncio.run(main()) == ["torch_sdpa", "any", "torch_sdpa"]
-    assert ran() == "any"
-    torch._dynamo.reset()
-
-
-# -- other settings of the process -------------------------------------------------------------------------------------
-
-
-KERNELS = "flash", "mem_efficient", "math", "cudnn"
-
-
-def settings_of_the_process() -> dict[str, Any]:
-    """What packages like this one are found to change behind their users' backs."""
-    config = torch._dynamo.config
-    return {
-        "environment": dict(os.environ),
-        "dynamo": (config.recompile_limit, config.accumulated_recompile_limit),
-        "filters": list(warnings.filters),
-        "loggers": [(logger.level, list(logger.handlers)) for logger in map(logging.getLogger, (None, "transformers"))],
-        "bars": (hf_logging.is_progress_bar_enabled(), not datasets.are_progress_bars_disabled()),
-        "random": torch.random.get_rng_state().tolist(),
-        "threads": torch.get_num_threads(),
-        "determinism": torch.are_deterministic_algorithms_enabled(),
-        "precision": (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32),
-        "kernels": [
-            getattr(torch.backends.cuda, f"{kind}_sdp_enabled")()
-            for kind in ("flash", "mem_efficient", "math", "cudnn")
-        ],
-        "default": (torch.get_default_dtype(), torch.get_default_device()),
-        "modes": (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")),
-        "signals": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)],
-    }
-
-
-def test_running_leaves_the_process_as_it_was() -> None:
-    model = enable(tiny_llama(2, num_hidden_layers=1), cache="growing")
-    ids, mask = torch.tensor([[3, 4, 5, 6], [7, 8, 0, 0]]), torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
-    before = settings_of_the_process()
-    model(input_ids=ids, labels=ids).loss.backward()
-    model.generate(ids, max_new_tokens=3, do_sample=False, eos_token_id=None)
-    with hf_attn_patch.unpadded(model.eval()), torch.no_grad():
-        model(input_ids=ids, attention_mask=mask)
-    hf_attn_patch.explain(model, batch=1, q_len=4, kv_len=4)
-    with override("sdpa"), use_backend("reference"):
-        model(input_ids=ids)
-    assert settings_of_the_process() == before
-
-
-def test_training_leaves_the_process_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("peft")
-    from hf_attn_patch.training.loop.schedule import Count
-    from hf_attn_patch.training.model.compiling import compile_layers
-    from hf_attn_patch.training.options import UptrainOptions
-    from hf_attn_patch.training.run import load_run
-
-    (tmp_path / "text.txt").write_text("A few words.\n\nAnd a few more of them.\n" * 50)
-    model = save_tiny(tmp_path / "model", tiny_llama(2, num_hidden_layers=1))
-    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "3")
-    options = UptrainOptions(
-        model=model,
-        dataset=str(tmp_path / "text.txt"),
-        output=str(tmp_path / "out"),
-        mode="lora",
-        batch_size=2,
-        sequence_length=32,
-        tokens=Count(1000),
-    )
-    before = settings_of_the_process()
-    run = load_run(options)
-    assert run.accelerator.gradient_accumulation_steps == options.batch_size // options.micro_batch_size
-    compile_layers(run.student, one_shape=True)
-    after = settings_of_the_process()
-    changed = {name for name in before if after[name] != before[name]}
-    assert changed <= {"random", "environment", "loggers"}  # new weights; accelerate's own
-    assert os.environ["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] == "3"
-
-
-def test_adapters_are_the_same_everywhere_and_nothing_else_is_seeded() -> None:
-    pytest.importorskip("peft")
-    from hf_attn_patch.training.model.trainable import choose_trainable
-
-    torch.manual_seed(5)
-    state, weights = torch.random.get_rng_state(), []
-    for _ in range(2):
-        wrapped = choose_trainable(tiny_llama(2, num_hidden_layers=1), "lora", seed=1)
-        weights.append([p.clone() for p in wrapped.parameters() if p.requires_grad])
-        torch.manual_seed(6)
-    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
-    model = tiny_llama(2, num_hidden_layers=1)
-    torch.random.set_rng_state(state)
-    choose_trainable(model, "lora", seed=1)
-    assert torch.equal(torch.random.get_rng_state(), state)
 
 
 def test_unpadded_handles_in_any_order() -> None:

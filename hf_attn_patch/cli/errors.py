@@ -40,17 +40,17 @@ def user_errors(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _end(error: Exception, sentence: str) -> NoReturn:
-    """Say it and end with code 2; of several processes that know of it, the main one says it."""
+    """Say it and end with code 2; of several processes that know of it, the main one says it, or the launcher."""
     told = False
     if os.environ.get("WORLD_SIZE", "1") != "1":
         from hf_attn_patch.conversion.processes import AgreedError
         from hf_attn_patch.training.loop.launcher import told_to_launcher
 
-        told_to_launcher(sentence)
-        told = isinstance(error, AgreedError) and os.environ.get("RANK", "0") != "0"
-    if told:
-        time.sleep(1)  # a launcher ends them all as soon as one has ended
-    else:
+        left = told_to_launcher(sentence) != sentence
+        told = left or (isinstance(error, AgreedError) and os.environ.get("RANK", "0") != "0")
+        if told and not left:
+            time.sleep(1)  # a launcher ends them all as soon as one has ended
+    if not told:
         click.echo(f"Error: {sentence}", err=True)
     sys.exit(2)
 

@@ -33,6 +33,7 @@ def test_the_last_line_is_our_sentence(config: str, arguments: list[str], senten
     lines = [line.strip() for line in done.stderr.splitlines() if line.strip("=- ")]
     assert lines[-1].removeprefix("traceback : ") == sentence, done.stderr
     assert config != "cpu.yaml" or "Traceback" not in done.stderr
+    assert done.stderr.partition("Traceback")[0].count(sentence) == 1  # and not once a process
 
 
 def test_what_is_left_for_the_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,6 +43,9 @@ def test_what_is_left_for_the_launcher(tmp_path: Path, monkeypatch: pytest.Monke
     assert told_to_launcher("a sentence") == "a sentence"  # nobody asked
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(path))
     assert told_to_launcher("a sentence") == "a sentence"
+    monkeypatch.setenv("RANK", "1")
+    path.unlink()
+    assert told_to_launcher("a sentence") == 1  # for sys.exit: the launcher says it
     assert json.loads(path.read_text())["message"]["message"] == "a sentence"
     report = str(ChildFailedError("script", {0: ProcessFailure(0, 1, 1, str(path))}))
     assert [line for line in report.splitlines() if line.strip("=- ")][-1].strip() == "traceback : a sentence"
