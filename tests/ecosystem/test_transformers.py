@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from rounded import RoundedCache
+from scripts import on_two
 from tiny import trained_tokenizer
 from transformers import (
     AutoModelForCausalLM,
@@ -145,19 +143,11 @@ def test_switching(load: Any, batch: dict[str, torch.Tensor]) -> None:
         assert torch.equal(model(**batch).logits, before)
 
 
-SHARDS = Path(__file__).parents[1] / "helpers" / "tensor_parallel_generate.py"
-
-
 @works_with(
     "transformers", "tensor parallel, growing cache and recorded steps", 'from_pretrained(path, tp_plan="auto")'
 )
-def test_tensor_parallel(multi_head: Path, tmp_path: Path) -> None:
+def test_tensor_parallel(multi_head: Path) -> None:
     """Two processes give the tokens of one, greedily, sampled and with beams (tests/gpu has two GPUs do it)."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(SHARDS)]
-    alone = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [*command, str(multi_head), "cpu"], capture_output=True, text=True, cwd=tmp_path, env=alone, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    told = on_two("tests/helpers/tensor_parallel_generate.py", str(multi_head))
     for rank in range(2):
-        assert f"rank {rank}: the same tokens; recorded as CUDA graphs; steps in flight: [" in done.stdout
+        assert f"rank {rank}: the same tokens; recorded as CUDA graphs; steps in flight: [" in told

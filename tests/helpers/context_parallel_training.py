@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from leaving import leave
 from torch import Tensor, distributed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.experimental import context_parallel
@@ -130,14 +131,6 @@ def refusals(model: Any, mesh: Any, device: torch.device) -> None:
         refused("", lambda: hf_attn_patch.attention(q, q, q, causal=True))
     out = model(input_ids=ids, position_ids=positions, use_cache=False)  # and afterwards all is as before
     assert out.logits.shape[1] == 64
-
-
-def leave() -> None:
-    """End this process when all have done their part. As Python shuts down, threads of gloo abort it now and then."""
-    distributed.barrier()
-    distributed.destroy_process_group()
-    sys.stdout.flush()
-    os._exit(0)
 
 
 def main(kind: str) -> None:

@@ -16,6 +16,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from leaving import leave
+
 from hf_attn_patch.cli import main
 from hf_attn_patch.conversion import ConversionError, processes
 from hf_attn_patch.conversion.calibration.calibrated import Calibrated
@@ -46,3 +48,4 @@ def run(cases: list[dict[str, Any]]) -> None:
 
 if __name__ == "__main__":
     run([json.loads(line) for line in Path(sys.argv[1]).read_text().splitlines()])
+    leave()

@@ -9,9 +9,10 @@ All but the choice of DeepSpeed is accelerate's own code: its launcher, its plug
 from __future__ import annotations
 
 import os
-import runpy
 import sys
 from typing import Any
+
+from leaving import run_script
 
 
 def main() -> None:
@@ -32,8 +33,7 @@ def main() -> None:
             plugin.select(_from_accelerator_state=True)
 
     AcceleratorState.__init__ = with_deepspeed
-    sys.argv = sys.argv[1:]
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    run_script(*sys.argv[1:])
 
 
 if __name__ == "__main__":

@@ -8,9 +8,10 @@ All but the choice of FSDP2 is accelerate's own code: its plugin, its preparing,
 from __future__ import annotations
 
 import os
-import runpy
 import sys
 from typing import Any
+
+from leaving import run_script
 
 
 def main() -> None:
@@ -35,11 +36,7 @@ def main() -> None:
             self.fsdp_plugin = plugins[0]
 
     AcceleratorState.__init__ = with_fsdp2
-    import faulthandler
-
-    faulthandler.dump_traceback_later(25)
-    sys.argv = sys.argv[1:]
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    run_script(*sys.argv[1:])
 
 
 if __name__ == "__main__":

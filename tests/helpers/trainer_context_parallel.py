@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 sys.path.append(str(Path(__file__).parent))
-from context_parallel_training import DOCUMENTS, alone, batch_of, leave, model_of
+from context_parallel_training import DOCUMENTS, alone, batch_of, model_of
+from leaving import leave
 
 import hf_attn_patch
 
