@@ -32,7 +32,7 @@ def tree_mask(Sq: int, Sk: int, seed: int) -> torch.Tensor:
     return mask
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(
     Sq=st.sampled_from([17, 20, 33, 64]),
     heads=st.sampled_from([(4, 1), (4, 2), (2, 2)]),

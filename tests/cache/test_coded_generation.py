@@ -66,7 +66,6 @@ def test_tokens_are_those_of_a_rounded_cache(family: str, call: str, kind: str) 
     if call == "chunked prefill" and family == "bart":
         pytest.skip("transformers does not read an encoder's prompt in chunks")
     expected = with_rounded(model, inputs, kind, **options)
-    plain = tokens(model, inputs, **options).sequences
     enable(model, cache=kind)
     out = tokens(model, inputs, **options)
     assert torch.equal(out.sequences, expected)
@@ -75,7 +74,6 @@ def test_tokens_are_those_of_a_rounded_cache(family: str, call: str, kind: str) 
     assert sum(isinstance(layer, CodedSlidingWindowLayer) for layer in layers) == {
         "gemma2": 2, "gemma3": 2, "mistral": 4,
     }.get(family, 0)  # fmt: skip
-    assert plain.shape[0] == expected.shape[0]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -74,6 +74,7 @@ TestCodedMachine = CodedMachine.TestCase
 TestFP8Machine = FP8Machine.TestCase
 for case in (TestCodedMachine, TestFP8Machine):
     case.settings = settings(max_examples=40, stateful_step_count=20, deadline=None)
+del case  # or pytest would find it, too
 
 
 @pytest.fixture(autouse=True)

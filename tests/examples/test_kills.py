@@ -8,10 +8,13 @@ from pathlib import Path
 import pytest
 from kills import JOBS, disturb, make_world
 
+#: test_uptrain.py kills a training each time
+LONGER = [pytest.param(name, 4, marks=pytest.mark.slow) for name in ("own text", "uptrain")]
 
-@pytest.mark.parametrize("name", ["own text", "uptrain"])
-def test_killed_at_random_moments(name: str, tmp_path: Path) -> None:
+
+@pytest.mark.parametrize(("name", "kills"), [("own text", 1), *LONGER])
+def test_killed_at_random_moments(name: str, kills: int, tmp_path: Path) -> None:
     world = make_world(tmp_path / "world")
     (tmp_path / "place").mkdir()
-    kills, finished = disturb(JOBS[name], world, tmp_path / "place", 2, random.Random(f"0/{name}"))
-    assert kills == 2 and finished
+    done, finished = disturb(JOBS[name], world, tmp_path / "place", kills, random.Random(f"0/{name}"))
+    assert done == kills and finished

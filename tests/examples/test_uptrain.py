@@ -83,6 +83,7 @@ def wait_for_steps(process: subprocess.Popen[str], log: Path, more: int) -> None
         time.sleep(0.02)
 
 
+@pytest.mark.once
 def test_killed_and_stopped_runs_end_where_an_uninterrupted_one_does(world):
     whole = start_script("examples/uptrain.py", *arguments(world, "whole"))
     killed = start_script("examples/uptrain.py", *arguments(world, "parts"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from typing import Any
@@ -84,24 +85,36 @@ def test_the_mask_that_comes_with_borders_is_not_read() -> None:
     assert len(seen) >= 2 * GENERATION.max_new_tokens
 
 
-@pytest.mark.parametrize(
-    "order",
-    [
-        ("hf_attn_patch", "transformers.generation.continuous_batching.continuous_api", "transformers.modeling_utils"),
-        ("transformers.generation.continuous_batching.continuous_api", "transformers.modeling_utils", "hf_attn_patch"),
-        ("transformers.generation.continuous_batching.continuous_api", "hf_attn_patch", "transformers.modeling_utils"),
-        ("hf_attn_patch", "transformers.modeling_utils", "transformers.generation.continuous_batching.continuous_api"),
-        ("hf_attn_patch", "transformers.generation.utils"),
-    ],
-    ids=lambda order: " ".join(name.rpartition(".")[2] for name in order),
-)
-def test_whatever_is_imported_first(order: tuple[str, ...]) -> None:
-    code = "".join(f"import {name}\n" for name in order) + (
-        "import transformers.modeling_utils\n"
-        "from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager as manager\n"
-        "from hf_attn_patch.compat import batching\n"
-        "print(manager.switch_to_cb_friendly_attn.__globals__['__name__'] == batching.__name__)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["True"], done.stderr
+MANAGER, UTILS = "transformers.generation.continuous_batching.continuous_api", "transformers.modeling_utils"
+#: children of one process, which has imported what transformers itself imports
+IMPORTED = f"""
+import os, sys
+import accelerate, torch, torch._dynamo, torch.distributed.tensor
+
+for order in sys.argv[1:]:
+    if not os.fork():
+        assert not any(name.startswith(("hf_attn_patch", "{MANAGER}", "{UTILS}")) for name in sys.modules)
+        for name in order.split():
+            __import__(name)
+        import {UTILS}
+        from {MANAGER} import ContinuousBatchingManager
+        from hf_attn_patch.compat import batching
+        here = ContinuousBatchingManager.switch_to_cb_friendly_attn.__globals__["__name__"] == batching.__name__
+        print(order, here, flush=True)
+        os._exit(0)
+    os.wait()
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_whatever_is_imported_first() -> None:
+    orders = [
+        f"hf_attn_patch {MANAGER} {UTILS}",
+        f"{MANAGER} {UTILS} hf_attn_patch",
+        f"{MANAGER} hf_attn_patch {UTILS}",
+        f"hf_attn_patch {UTILS} {MANAGER}",
+        "hf_attn_patch transformers.generation.utils",
+    ]
+    done = subprocess.run([sys.executable, "-c", IMPORTED, *orders], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [f"{order} True" for order in orders], done.stderr
     assert "generate_batch does not take" not in done.stderr

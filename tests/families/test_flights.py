@@ -25,7 +25,7 @@ def test_the_same_tokens(name: str, monkeypatch: pytest.MonkeyPatch, caplog: pyt
     model: Any = build(name, IMPLEMENTATION)
     given = make_inputs(FAMILIES[name], "left", S=9).kwargs
     prompt = {key: value for key, value in given.items() if not key.startswith("decoder_")}
-    options = {"max_new_tokens": 16, "min_new_tokens": 16}
+    options = {"max_new_tokens": 12, "min_new_tokens": 12}
 
     def generate(way: dict[str, Any]) -> torch.Tensor:
         torch.manual_seed(1)

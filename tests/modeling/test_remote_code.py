@@ -72,6 +72,7 @@ def elsewhere(tmp_path_factory):
         feeds[case.stock] = case.inputs(padding="left" if case.kind == "causal" else None)
         torch.save({**feeds[case.stock], "auto": case.auto}, folder / "feed.pt")
     environment = {"HF_MODULES_CACHE": str(root / "modules"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"}
+    environment["OMP_NUM_THREADS"] = "1"  # several wait for each other more than they work on models this small
     command = [sys.executable, "-c", LOAD, *(str(root / case.stock) for case in WITH_CODE)]
     run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500, check=False)
     return root, feeds, run.stderr[-3000:]

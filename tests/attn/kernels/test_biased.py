@@ -82,7 +82,7 @@ def made(B, HKV, G, Sq, Sk, D, Dv, bias_shape, dtype, bias_dtype, seed=0):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     B=st.integers(1, 3), heads=st.sampled_from([(1, 1), (1, 3), (2, 2), (3, 1)]), Sq=st.integers(1, 24),
     Sk=st.integers(1, 34), D=st.sampled_from([(8, 8), (16, 16), (20, 12), (32, 64)]),
@@ -140,7 +140,7 @@ def test_strides():
 @pytest.mark.parametrize("bias_shape", [(False, True, True, True), (True, True, True, True)])
 def test_dropout(bias_shape):
     """The weights that a seed drops are the same ones forward and in all gradients, and as many as asked for."""
-    B, Sq, Sk = 2, 33, 64
+    B, Sq, Sk = 2, 17, 64
     q, k, _, bias = made(B, 2, 2, Sq, Sk, 16, 16, bias_shape, torch.float32, torch.float32)
     call = Biased(0.25, dropout=0.3)
     eye = torch.eye(Sk, device=DEVICE).expand(B, 2, -1, -1)

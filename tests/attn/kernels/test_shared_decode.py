@@ -90,7 +90,7 @@ def build(case: dict[str, Any]) -> tuple[Tensor, Parted, Tensor, Tensor, Tensor 
 
 
 @pytest.mark.parametrize("way", WAYS)
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(cases())
 def test_as_if_the_keys_lay_together(way: str, case: dict[str, Any]) -> None:
     q, parted, k, v, mask, sinks = build(case)

@@ -29,7 +29,7 @@ def anonymous():  # bytes that belong to no file: a mapped checkpoint's pages do
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 
 def watch():
-    while not stop.wait(0.002):
+    while not stop.wait(0.005):
         seen.append(anonymous())
 
 # as much memory as a whole fit, in less time
@@ -50,8 +50,8 @@ print(max(seen) - before)
 def allocated(first: Path, source: Path, kv_heads: int, options: dict[str, Any], out: Path) -> int:
     """Bytes on top of a process that has already converted ``first``."""
     command = [sys.executable, "-c", CONVERT, str(first), str(source), str(out), str(kv_heads), json.dumps(options)]
-    few = os.environ | {"OMP_NUM_THREADS": "2"}  # each thread has buffers of its own
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=few)
+    one = os.environ | {"OMP_NUM_THREADS": "1"}  # each thread has buffers of its own, and they wait for each other
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=one)
     assert done.returncode == 0, done.stderr
     return int(done.stdout.splitlines()[-1])
 
