@@ -49,7 +49,11 @@ def model_class_of(raw: Mapping[str, Any], config: Any) -> Any:
 
 
 def _check(raw: Mapping[str, Any], tensors: Mapping[str, tuple[str, tuple[int, ...]]], what: str) -> None:
-    config = config_object(raw)
+    try:
+        config = config_object(raw)
+    except Exception as error:  # the classes validate by many exception types of their own
+        text = " ".join(str(error).split())[:300]
+        raise ConversionError(f"config.json of {what} is no valid {raw.get('model_type')} config: {text}") from None
     model_class = model_class_of(raw, config)
     if model_class is None:
         return  # a class that is not known here: attention was checked, the rest is the owner's

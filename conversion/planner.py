@@ -73,7 +73,7 @@ def make_plan(
     plan.warnings += _left_out(model, layers) + _clipped(plan)
     changes = any(layer.changes for layer in layers)
     if drafting and changes:
-        without_drafting(part_of(new_config, model.path))
+        without_drafting(part_of(new_config, model.path), model.text_config)
         plan.warnings += (
             f"{len(drafting)} tensors of layers that draft further tokens ({min(drafting)}, ...) are left out, because "
             "their heads would not fit the result's config: speculative decoding by them is for the source alone",

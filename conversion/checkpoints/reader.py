@@ -31,14 +31,18 @@ PICKLE_SINGLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json
 INDEX_BYTES = 40_000_000
 
 #: what comes along: tokenizer, generation config, chat template, processor, licence
-COMPANION_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".vocab", ".bpe", ".spm")
+COMPANION_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".vocab", ".bpe", ".codes", ".spm")
 COMPANION_NAMES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY", "COPYING")
 #: what is often tied to the embeddings, and then need not be stored
 TIED = re.compile(r"(^|\.)(lm_head|embed_out|output_projection|embed_tokens|shared|decoder)\.weight$")
 #: and folders: more chat templates, and sentence-transformers' modules (1_Pooling, 2_Dense, ...)
 COMPANION_FOLDERS = re.compile(r"additional_chat_templates|\d+_[A-Z]\w*")
 #: what a conversion writes anew or what would be wrong beside the new weights
-NOT_COMPANIONS = ("config.json", INDEX, PICKLE_INDEX, "conversion.json", "README.md", "trainer_state.json")
+NOT_COMPANIONS = (
+    "config.json", INDEX, PICKLE_INDEX, "conversion.json", "README.md", "trainer_state.json",
+    "params.json",  # the heads as Mistral's own format says them
+    "hf_quant_config.json", "quantize_config.json", "quant_config.json",  # engines take what lies beside them for quantized
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -70,6 +70,7 @@ class LanguageModel:
             if any(layer.changes for layer in own) or self.family.becomes:
                 numbers = {layer.index: layer.new_kv_heads for layer in own}
                 stack.kv_field.write(part, self.text_config, own[0].heads, numbers)
+                _forget_other_names(part, self.text_config, stack.kv_field.name)
         if self.family.becomes:
             part["model_type"] = self.family.becomes
             part["architectures"] = [f"Grouped{n.removeprefix('Grouped')}" for n in architectures(part)]
@@ -80,6 +81,13 @@ def part_of(raw: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
     for key in path:
         raw = raw[key]
     return raw
+
+
+def _forget_other_names(raw: dict[str, Any], config: Any, name: str) -> None:
+    """Leave a number under ``name`` alone: under another one (Step 3.5: num_attention_groups) it would count as well."""
+    names = getattr(config, "attribute_map", {})
+    for other in [key for key in raw if key != name and name in raw and names.get(key, key) == names.get(name, name)]:
+        del raw[other]
 
 
 def _has(names: Collection[str], prefix: str, layers: list[LayerAttention], role: str = "") -> bool:

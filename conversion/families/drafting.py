@@ -58,8 +58,18 @@ def drafting_of(raw: dict[str, Any], names: Collection[str], model: LanguageMode
     return out
 
 
-def without_drafting(raw: dict[str, Any]) -> None:
-    """Change a config so that it counts none."""
+def without_drafting(raw: dict[str, Any], config: Any) -> None:
+    """Change a config so that it counts none.
+
+    Published configs pad their lists of layers by them (Step 3.5), which is an error where none is counted.
+
+    Args:
+        raw: the JSON, changed; ``config``: as transformers reads it, with the lists of its own layers alone.
+    """
+    count = drafting_layers(raw)
     for name in FIELDS:
         if raw.get(name):
             raw[name] = 0
+    for name, own in config.to_dict().items():
+        if isinstance(own, list) and isinstance(raw.get(name), list) and len(raw[name]) == len(own) + count:
+            raw[name] = raw[name][: len(own)]

@@ -108,6 +108,9 @@ class KVField:
         legacy = "num_global_key_value_heads"  # what Gemma 4's checkpoints on the hub have in its place
         if raw.get(legacy) is not None and "full_attention" in of_type:
             out[legacy] = min(of_type["full_attention"])
+        legacy, field = "attention_other_setting", "num_attention_groups"  # Step 3.5's: of its sliding layers
+        if isinstance(raw.get(legacy), Mapping) and field in raw[legacy] and "sliding_attention" in of_type:
+            out[legacy] = {**raw[legacy], field: min(of_type["sliding_attention"])}
         return out
 
 

@@ -37,6 +37,9 @@ def src(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_model("llama", dtype=torch.bfloat16).save_pretrained(folder)
     (folder / "tokenizer.json").write_text('{"a": 1}')
     (folder / "chat_template.jinja").write_text("{{ x }}")
+    (folder / "bpe.codes").write_text("a b 1")  # PhoBERT's merges
+    for name in ("params.json", "hf_quant_config.json"):  # what the source's weights are, in another's words
+        (folder / name).write_text("{}")
     (folder / "README.md").write_text("---\nlicense: apache-2.0\nlanguage: en\n---\n# A model\n")
     (folder / "modeling_evil.py").write_text("raise SystemExit")
     (folder / "1_Pooling").mkdir()
@@ -56,7 +59,7 @@ def test_a_conversion_from_end_to_end(src: Path, tmp_path: Path) -> None:
     names = {p.name for p in dst.iterdir()}
     assert names == {
         "config.json", "generation_config.json", "model.safetensors", "conversion.json", "README.md", "tokenizer.json",
-        "chat_template.jinja", "1_Pooling",
+        "chat_template.jinja", "bpe.codes", "1_Pooling",
     }  # fmt: skip
     before, after = json.loads((src / "config.json").read_text()), json.loads((dst / "config.json").read_text())
     assert after == {**before, "num_key_value_heads": 2}

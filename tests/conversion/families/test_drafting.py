@@ -68,3 +68,22 @@ def test_a_layer_that_no_config_counts_is_refused(tmp_path: Path) -> None:
     path.write_text(json.dumps({k: v for k, v in raw.items() if "mtp" not in k and "nextn" not in k}))
     with pytest.raises(ConversionError, match="says 2 layers"):
         convert(tmp_path / "src", tmp_path / "dst", 2, method="mean")
+
+
+@pytest.mark.skipif("step3p5" not in known_here(), reason="unknown to this transformers")
+def test_step_as_it_is_published(tmp_path: Path) -> None:
+    """Its KV heads under another name, its lists of layers padded by the drafting ones, its sliding layers apart."""
+    model = drafted(tmp_path / "src", "step3p5", "model.layers.2.", None)
+    path = tmp_path / "src" / "config.json"
+    raw = {k: v for k, v in json.loads(path.read_text()).items() if "mtp" not in k and k != "per_layer_config"}
+    sliding = {"num_attention_heads": raw.pop("num_sliding_attention_heads"), "num_attention_groups": 8}
+    raw |= {"num_attention_groups": raw.pop("num_key_value_heads"), "attention_other_setting": sliding}
+    raw |= {"num_nextn_predict_layers": 1, "layer_types": [*raw["layer_types"], "sliding_attention"]}
+    path.write_text(json.dumps({**raw, "mlp_layer_types": ["dense"] * 3}))
+    convert(tmp_path / "src", tmp_path / "dst", 2, method="mean")
+    again, info = type(model).from_pretrained(tmp_path / "dst", output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert [layer.self_attn.k_proj.out_features for layer in again.layers] == [8, 8]
+    written = json.loads((tmp_path / "dst" / "config.json").read_text())
+    assert "num_attention_groups" not in written
+    assert written["attention_other_setting"]["num_attention_groups"] == 2  # what other readers go by
