@@ -57,13 +57,17 @@ def _check(raw: Mapping[str, Any], tensors: Mapping[str, tuple[str, tuple[int, .
     model_class = model_class_of(raw, config)
     if model_class is None:
         return  # a class that is not known here: attention was checked, the rest is the owner's
+    from transformers import PreTrainedModel
+
     with quiet():
         try:
             state = {
                 name: torch.empty(shape, dtype=torch_dtype(dtype), device="meta")
                 for name, (dtype, shape) in tensors.items()
             }
-            _, info = model_class.from_pretrained(
+            # not the class's own, which may want more files than weights (Qwen2.5-Omni: speakers)
+            _, info = PreTrainedModel.from_pretrained.__func__(
+                model_class,
                 None,
                 config=config,
                 state_dict=state,

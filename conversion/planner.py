@@ -15,7 +15,7 @@ from .checkpoints.dtypes import FLOATS
 from .checkpoints.reader import Source
 from .checkpoints.shards import same_shards, split_shards
 from .families.accounts import refuse_unaccounted
-from .families.config import LanguageModel, answers, architectures, part_of, read_config, speaks
+from .families.config import LanguageModel, answers, architectures, grouped_parts, part_of, read_config, speaks
 from .families.drafting import drafting_of, without_drafting
 from .families.layer import LayerAttention, norm_tensors
 from .families.table import Norm, Projection
@@ -105,11 +105,7 @@ def _tokenizer_has_code(source: Source) -> bool:
 def _add_code(config: dict[str, Any]) -> None:
     """Say in a result's config.json where its code is."""
     model_type = str(config.get("model_type"))
-    inside = [
-        str(part["model_type"])
-        for part in config.values()
-        if isinstance(part, dict) and str(part.get("model_type")).startswith(PREFIX)
-    ]
+    inside = grouped_parts(config)
     if not model_type.startswith(PREFIX) and inside:
         raise ConversionError(
             f"--with-code cannot help here: the language model inside this {model_type} becomes {inside[0]}, and "

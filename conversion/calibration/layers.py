@@ -280,8 +280,8 @@ def layer_name(attention: str) -> str:
     return ".".join(parts[: number + 1])
 
 
-def load(plan: Plan) -> Any:
-    """The original on the CPU, in its own dtype.
+def load(plan: Plan, *, on_text: bool = True) -> Any:
+    """The original on the CPU, in its own dtype; ``on_text``: it is to read text, and must be able to.
 
     Where the result is of a class of ours, so is this: with all its heads that is the stock model, and its layers are
     called as the result's will be (GPT-Neo's stock layers, for one, know their window by themselves).
@@ -289,8 +289,9 @@ def load(plan: Plan) -> Any:
     import transformers
 
     raw = dict(plan.source.config)
-    if plan.family.becomes and raw["model_type"] != plan.family.becomes and "pictures" not in plan.family.reads:
-        raw["model_type"] = plan.family.becomes
+    becomes = plan.family.becomes if plan.text_config is plan.config else None  # the model around a part calls it as is
+    if becomes and raw["model_type"] != becomes and "pictures" not in plan.family.reads:
+        raw["model_type"] = becomes
         raw["architectures"] = [f"Grouped{name}" for name in architectures(raw)]
     config = config_object(raw)
     model_class = model_class_of(raw, config) or transformers.AutoModel
@@ -300,7 +301,7 @@ def load(plan: Plan) -> Any:
         except Exception as error:  # whatever a model's constructor refuses
             text = " ".join(str(error).split())[:300]
             raise ConversionError(f"{plan.source.name} cannot be loaded for calibration: {text}") from None
-    if model.main_input_name != "input_ids" and plan.family.reads == "text":
+    if on_text and model.main_input_name != "input_ids" and plan.family.reads == "text":
         raise ConversionError(f"{plan.model_type} reads {model.main_input_name}, no text; use --method aligned")
     model.config.use_cache = False
     return model.eval().requires_grad_(False)

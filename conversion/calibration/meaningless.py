@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from hf_attn_patch.conversion.families.layer import LayerAttention
 from hf_attn_patch.conversion.methods.aligned import Aligned
@@ -57,7 +58,7 @@ def aligned(plan: Plan, group: str | None = None) -> Aligned:
     if not plan.units:
         return merge
     try:
-        model = load(plan)
+        model = load(plan, on_text=False)
         with _reading(plan, model, merge.read):
             _run(plan, model)
     except ConversionError as error:
@@ -104,12 +105,28 @@ def _run(plan: Plan, model: Any) -> None:
     """Send inputs that mean nothing through the original."""
     body = getattr(model, model.base_model_prefix, model)  # without a head, which may want more
     given = noise(plan, model)
+    if plan.text_config is not plan.config and model.main_input_name != "input_ids":
+        body, given = _alone(plan, model, given)
     try:
         body(**given)
     except Exception as error:  # a model's own code, on inputs that it may not know
         text = " ".join(str(error).split())[:160]
         what = f"{type(model).__name__} cannot run on random inputs"
         raise ConversionError(f"{what} ({type(error).__name__}: {text})") from None
+
+
+def _alone(plan: Plan, model: Any, given: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
+    """The language model inside one that reads sound or pictures, and what it is given (BLIP-2, TrOCR's kind)."""
+    parts = (m for m in model.modules() if isinstance(m, PreTrainedModel) and m is not model)
+    body = next(m for m in parts if m.config.model_type == plan.model_type)
+    ids = given["input_ids"]
+    out = {"input_ids": ids}
+    if body.config.is_encoder_decoder:
+        out["decoder_input_ids"] = ids
+    elif crossed := [layer for layer in plan.layers if layer.stack.cross]:
+        draw = torch.Generator().manual_seed(plan.seed)
+        out["encoder_hidden_states"] = torch.randn(*ids.shape, crossed[0].kv_width, generator=draw).to(body.dtype)
+    return body, out
 
 
 def noise(plan: Plan, model: Any) -> dict[str, Tensor]:

@@ -30,9 +30,9 @@ PICKLE_SINGLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json
 #: the longest index that is read, several times what the largest models have
 INDEX_BYTES = 40_000_000
 
-#: what comes along: tokenizer, generation config, chat template, processor, licence
+#: what comes along: tokenizer, generation config, chat template, processor, licence, Qwen2.5-Omni's speakers
 COMPANION_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".vocab", ".bpe", ".codes", ".spm")
-COMPANION_NAMES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY", "COPYING")
+COMPANION_NAMES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY", "COPYING", "spk_dict.pt")
 #: what is often tied to the embeddings, and then need not be stored
 TIED = re.compile(r"(^|\.)(lm_head|embed_out|output_projection|embed_tokens|shared|decoder)\.weight$")
 #: and folders: more chat templates, and sentence-transformers' modules (1_Pooling, 2_Dense, ...)
@@ -41,7 +41,7 @@ COMPANION_FOLDERS = re.compile(r"additional_chat_templates|\d+_[A-Z]\w*")
 NOT_COMPANIONS = (
     "config.json", INDEX, PICKLE_INDEX, "conversion.json", "README.md", "trainer_state.json",
     "params.json",  # the heads as Mistral's own format says them
-    "hf_quant_config.json", "quantize_config.json", "quant_config.json",  # engines take what lies beside them for quantized
+    "hf_quant_config.json", "quantize_config.json", "quant_config.json",  # would say "quantized"
 )  # fmt: skip
 
 

@@ -14,7 +14,16 @@ from hf_attn_patch.errors import ConversionError
 from .layer import LayerAttention, norm_tensors
 
 #: how stock classes call norms that have one gain [D] for all heads
-SHARED_NORMS = ("q_norm", "k_norm", "q_layernorm", "k_layernorm", "query_layernorm", "key_layernorm")
+SHARED_NORMS = (
+    "q_norm",
+    "k_norm",
+    "q_layernorm",
+    "k_layernorm",
+    "query_layernorm",
+    "key_layernorm",
+    "norm_q",
+    "norm_k",
+)
 #: buffers that stock classes keep, or once kept, in their attentions: they say nothing that the config does not
 BUFFERS = ("masked_bias", "inv_freq", "rotary_emb.inv_freq", "embed_positions", "causal_mask")
 

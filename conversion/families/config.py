@@ -4,14 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from hf_attn_patch.documents.stranger_json import check_config_limits
 from hf_attn_patch.errors import ConversionError
+from hf_attn_patch.hf.auto_classes import PREFIX
 
-from .layer import LayerAttention, stack_layers
+from .layer import LayerAttention, attribute, stack_layers
 from .layer_config import config_object
 from .table import TEXT_PREFIXES, Family, Stack, family_of, supported
+
+Stacks = list[tuple[Stack, list[LayerAttention]]]
+
+
+class Layout(NamedTuple):
+    """A way in which checkpoints of a family may keep its attentions."""
+
+    prefixes: tuple[str, ...]
+    stacks: Stacks
 
 
 @dataclass
@@ -19,7 +29,7 @@ class LanguageModel:
     """The part of a model whose KV heads are converted.
 
     ``path``: the keys that lead from the top of config.json to this part's own config (empty: the top itself).
-    ``prefix``: what stands before the layers' names in the checkpoint; known after :meth:`locate`.
+    ``stacks``, and ``prefix``, which stands before the layers' names in the checkpoint: known after :meth:`locate`.
     """
 
     family: Family
@@ -27,25 +37,30 @@ class LanguageModel:
     config: Any
     text_config: Any
     path: tuple[str, ...]
-    prefixes: tuple[str, ...]
-    stacks: list[tuple[Stack, list[LayerAttention]]]
+    layouts: list[Layout]
     prefix: str = ""
+    stacks: Stacks = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
     def locate(self, names: Collection[str]) -> None:
-        """Find the prefix under which this checkpoint keeps its layers, and put it before every layer's names."""
-        for prefix in self.prefixes:
-            found = [_has(names, prefix, layers if stack.sparse else layers[:1]) for stack, layers in self.stacks]
-            if any(found):
-                self.prefix = prefix
-                break
-        else:
-            first = self.stacks[0][1][0]
-            wanted = first.prefix + first.stack.projections[0].module + ".weight"
-            raise ConversionError(
-                f"the checkpoint has no tensor {wanted!r} (under {', '.join(map(repr, self.prefixes))}), "
-                f"where {self.model_type} keeps it"
-            )
+        """Find the layout and the prefix of this checkpoint's layers, and put the prefix before every layer's names."""
+        for prefixes, stacks in self.layouts:
+            for prefix in prefixes:
+                found = [_has(names, prefix, layers if stack.sparse else layers[:1]) for stack, layers in stacks]
+                if any(found):
+                    self._take(names, prefix, stacks, found)
+                    return
+        prefixes, stacks = self.layouts[0]
+        first = stacks[0][1][0]
+        wanted = first.prefix + first.stack.projections[0].module + ".weight"
+        raise ConversionError(
+            f"the checkpoint has no tensor {wanted!r} (under {', '.join(map(repr, dict.fromkeys(prefixes)))}), "
+            f"where {self.model_type} keeps it; where transformers loads it from other names, "
+            "model.save_pretrained(folder, save_original_format=False) gives a checkpoint with these"
+        )
+
+    def _take(self, names: Collection[str], prefix: str, stacks: Stacks, found: list[bool]) -> None:
+        self.prefix = prefix
         self.stacks = [
             (
                 stack,
@@ -55,7 +70,7 @@ class LanguageModel:
                     if not stack.sparse or _has(names, self.prefix, [layer], "k")
                 ],
             )
-            for (stack, layers), here in zip(self.stacks, found, strict=True)
+            for (stack, layers), here in zip(stacks, found, strict=True)
             if here or not stack.optional
         ]
 
@@ -83,8 +98,14 @@ def part_of(raw: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
     return raw
 
 
+def grouped_parts(raw: Mapping[str, Any]) -> list[str]:
+    """The types of the parts of a config.json that are models of this package."""
+    types = [str(part.get("model_type")) for part in raw.values() if isinstance(part, dict)]
+    return [name for name in types if name.startswith(PREFIX)]
+
+
 def _forget_other_names(raw: dict[str, Any], config: Any, name: str) -> None:
-    """Leave a number under ``name`` alone: under another one (Step 3.5: num_attention_groups) it would count as well."""
+    """Leave a number under ``name`` alone: under another one (Step 3.5: num_attention_groups) it would count too."""
     names = getattr(config, "attribute_map", {})
     for other in [key for key in raw if key != name and name in raw and names.get(key, key) == names.get(name, name)]:
         del raw[other]
@@ -167,25 +188,57 @@ def read_config(raw: dict[str, Any], where: str) -> LanguageModel:
     check_config_limits(raw, where)
     rows = supported()  # packages that declare families may bring config classes with them
     config = _config_object(raw, model_type, where)
-    text = getattr(config, "text_config", None)
-    path: tuple[str, ...] = ()
-    text_config, text_type = config, model_type
-    if text is not None and getattr(text, "model_type", None) is not None and model_type not in rows:
-        text_config, text_type = text, text.model_type
-        if isinstance(raw.get("text_config"), dict):
-            path = ("text_config",)
-            _refuse_quantized(raw["text_config"], where)
+    text_config, path = (config, ()) if model_type in rows else _inside(config, raw, where)
+    text_type = text_config.model_type if path or text_config is not config else model_type
     try:
         family = family_of(text_type)
     except ConversionError as error:
         known = None if text_type == model_type else f"{model_type!r}, whose language model is unknown here: "
         raise ConversionError(f"{where}: {known or ''}{error}") from None
-    stacks = [(stack, stack_layers(stack, text_config, where)) for stack in family.stacks]
-    prefixes = family.prefixes if text_config is config else (*TEXT_PREFIXES, *family.prefixes)
+    layouts = [
+        Layout(
+            own.prefixes if text_config is config else _prefixes_inside(path, own.prefixes),
+            [(stack, stack_layers(stack, text_config, where)) for stack in own.stacks],
+        )
+        for own in (family, *family.other)
+    ]
     warnings = []
     if raw.get("auto_map"):
         warnings.append("config.json names code of its own (auto_map); the result uses transformers' own classes")
-    return LanguageModel(family, text_type, config, text_config, path, prefixes, stacks, warnings=warnings)
+    return LanguageModel(family, text_type, config, text_config, path, layouts, warnings=warnings)
+
+
+#: where a model of several parts has the config of its language model, and what then stands before that one's names
+_PARTS: dict[tuple[str, ...], tuple[str, ...]] = {
+    ("text_config",): TEXT_PREFIXES,
+    ("thinker_config", "text_config"): ("thinker.model.language_model.", "thinker.model.", "thinker."),  # Qwen's Omni
+    ("vlm_config", "text_config"): tuple(f"vlm.{prefix}" for prefix in TEXT_PREFIXES),  # ColPali, ColQwen2
+    ("decoder",): (),  # encoder-decoders put together of two models
+}
+
+
+def _inside(config: Any, raw: dict[str, Any], where: str) -> tuple[Any, tuple[str, ...]]:
+    """The config of the language model inside a model of several parts, and where config.json has it.
+
+    A config.json may leave the part out and have its numbers at the top, as Qwen2-VL's did: then the path is empty.
+    """
+    for path in _PARTS:
+        part = attribute(config, ".".join(path))
+        if getattr(part, "model_type", None):
+            found: Any = raw
+            for key in path:
+                found = found.get(key) if isinstance(found, dict) else None
+            if isinstance(found, dict):
+                _refuse_quantized(found, where)
+            return part, path if isinstance(found, dict) else ()
+    return config, ()
+
+
+def _prefixes_inside(path: tuple[str, ...], own: tuple[str, ...]) -> tuple[str, ...]:
+    """What may stand before the names of a language model that is a part; ``own``: before those of one by itself."""
+    if path == ("decoder",):
+        return tuple(f"decoder.{prefix}" for prefix in own)
+    return (*_PARTS[path or ("text_config",)], *(f"language_model.{prefix}" for prefix in own if prefix), *own)
 
 
 def _config_object(raw: dict[str, Any], model_type: str, where: str) -> Any:

@@ -49,13 +49,24 @@ _SHARED_BLOCK = Stack(
     sparse=True,
 )
 
+#: Diffusers' names, of a language model whose layers stand at the top (Cosmos 3)
+DIFFUSERS = Stack(
+    projections=(Projection("to_q", "q"), Projection("to_k", "k"), Projection("to_v", "v")), output="to_out"
+)
+_MOLMO = Stack(
+    projections=(Projection("att_proj", "qkv"),),
+    output="attn_out",
+    norms=(Norm("q_norm", "q", "flat", or_shared=True), Norm("k_norm", "k", "flat", or_shared=True)),
+)
+
 DECODERS = [
     Family((
-        "cohere_compass_text", "cosmos3_edge_text", "deepseek_ocr2_text", "emu3_text_model", "evolla", "falcon_h1",
+        "cohere_compass_text", "deepseek_ocr2_text", "emu3_text_model", "evolla", "falcon_h1",
         "glm4v_moe_text", "glm_image_text", "granite4_vision_text", "granite_docling_text", "internlm3",
         "iquestcoder", "paddleocr_vl_text", "qwen2_5_omni_text",
         "unlimited_ocr_text", "voxtral_realtime_text", "gradium_phonon_tts", "higgs_audio_v2",
     )),
+    Family(("cosmos3_edge_text",), other=(Family((), (DIFFUSERS,), ("",)),)),
     Family(("bamba", "granitemoehybrid", "minimax"), (_HYBRID,)),
     Family(("jamba",), (replace(_HYBRID, rope="none"),)),
     Family(("nemotron_h",), (replace(_HYBRID, layer="layers.{i}.mixer.", rope="none"),), ("backbone.", "model.", "")),
@@ -133,12 +144,10 @@ DECODERS = [
     Family(("phi4_multimodal",), (Stack(projections=(Projection("qkv_proj", "qkv"),)),)),
     Family(
         ("molmo2_text",),
-        (
-            Stack(
-                projections=(Projection("att_proj", "qkv"),),
-                output="attn_out",
-                norms=(Norm("q_norm", "q", "flat", or_shared=True), Norm("k_norm", "k", "flat", or_shared=True)),
-            ),
+        (_MOLMO,),
+        other=(
+            Family((), (replace(_MOLMO, layer="blocks.{i}.self_attn."),), ("model.transformer.", "transformer.")),
+            Family((), (Stack(norms=_MOLMO.norms),)),
         ),
     ),
     Family(("moshi", "kyutai_speech_to_text"), (_INNER_LINEAR,), ("decoder.model.", "model.", "")),
@@ -146,6 +155,7 @@ DECODERS = [
         ("exaone",),
         (Stack(layer="h.{i}.attn.attention.", output="out_proj"),),
         prefixes=("transformer.", ""),
+        other=(Family(()),),
     ),
     Family(
         ("sarvam_moe",),

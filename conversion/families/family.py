@@ -116,6 +116,8 @@ class Family:
         becomes: the ``model_type`` of the grouped model where the stock config has no field for KV heads (of
             ``hf_attn_patch.modeling``, where the stock class X is GroupedX).
         reads: what goes into the model.
+        other: other names and layouts that checkpoints of these models have (as published, as a part of another model);
+            their ``prefixes`` and ``stacks`` count where those of the row itself are not found.
     """
 
     model_types: tuple[str, ...]
@@ -123,3 +125,4 @@ class Family:
     prefixes: tuple[str, ...] = ("model.", "")
     becomes: str | None = None
     reads: Literal["text", "sound", "pictures", "pictures and text"] = "text"
+    other: tuple[Family, ...] = ()

@@ -25,6 +25,7 @@ class LayerAttention:
         width, q_width, kv_width: of what O writes, of what Q, and of what K and V read.
         fixed_heads: a query head's index means something, so heads may not be permuted.
         keys_fixed, values_fixed: something after K's (V's) projection knows its basis, so it may not be changed.
+        caches: keys and values are kept from one step to the next.
         keeps: tokens that its cache holds at most (sliding windows, chunks; 0: it reads another layer's); None: all.
     """
 
@@ -45,6 +46,7 @@ class LayerAttention:
     keeps: int | None = None
     value_dim: int = 0  # 0: head_dim
     q_width: int = 0  # 0: width
+    caches: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "value_dim", self.value_dim or self.head_dim)
@@ -160,6 +162,7 @@ def stack_layers(stack: Stack, config: Any, where: str) -> list[LayerAttention]:
                 None if stack.cross else _keeps(config, i, num_layers),
                 positive(own, stack.value_dim, where) if stack.value_dim else head_dim,
                 q_width,
+                stack.cached and (stack.causal or stack.cross or bool(getattr(config, "is_decoder", False))),
             )
         )
     return layers

@@ -48,9 +48,6 @@ REFUSED: dict[str, tuple[str, ...]] = {
     _NO_FIELD: ("pop2piano", "seamless_m4t", "seamless_m4t_v2", "speech_to_text", "speecht5"),
     _ONE_FIELD: ("cohere_asr", "moonshine", "moonshine_streaming"),
     _INSIDE: ("canary", "dia"),
-    "it is put together of two models, each with a config of its own: convert its decoder where that is by itself": (
-        "speech-encoder-decoder",
-    ),
     "its heads each have a norm of their own with gains and biases, on queries and keys": ("chameleon",),
 }  # fmt: skip
 

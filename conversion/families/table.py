@@ -7,10 +7,11 @@ To add a family, add a :class:`Family` to :data:`FAMILIES` (or call :func:`regis
 from __future__ import annotations
 
 import difflib
+from dataclasses import replace
 
 from hf_attn_patch.errors import ConversionError
 
-from .decoder_rows import DECODERS
+from .decoder_rows import DECODERS, DIFFUSERS
 from .family import Family, Norm, Projection, RopeKind, Stack
 from .grouped_rows import ZOO
 from .kv_field import FalconField, MultiQueryField
@@ -41,6 +42,8 @@ TEXT_PREFIXES = (
     "model.text_model.",
     "language_model.",
     "text_model.",
+    "llm.model.",
+    "language_model.model.encoder.",  # Qianfan-OCR as transformers saves it
     "model.",
 )
 
@@ -51,8 +54,13 @@ FAMILIES: list[Family] = [
         "ministral", "ministral3", "phimoe", "seed_oss", "solar_open", "vaultgemma", "qwen2_vl_text", "qwen2_5_vl_text",
     )),
     Family(
-        ("qwen3", "qwen3_moe", "gemma3_text", "exaone4", "exaone_moe", "apertus", "hunyuan_v1_dense", "qwen3_vl_text"),
+        ("qwen3", "qwen3_moe", "gemma3_text", "exaone4", "exaone_moe", "apertus", "hunyuan_v1_dense"),
         (Stack(shared_qk_norm=True),),
+    ),
+    Family(
+        ("qwen3_vl_text",),
+        (Stack(shared_qk_norm=True),),
+        other=(Family((), (replace(DIFFUSERS, shared_qk_norm=True),), ("",)),),  # Cosmos 3
     ),
     Family(("gpt_oss",), (Stack(sinks="sinks"),)),
     Family(("ernie4_5", "ernie4_5_moe", "helium"), (Stack(rope="interleaved"),)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from hf_attn_patch.conversion.checkpoints.sizes import human
+from hf_attn_patch.conversion.families.config import grouped_parts
 from hf_attn_patch.conversion.plan_data import Plan
 from hf_attn_patch.hf.auto_classes import PREFIX
 
@@ -89,7 +90,8 @@ def _loading(plan: Plan) -> str:
     """How to load a model whose class transformers does not have."""
     model_type = plan.new_config.get("model_type", "")
     if not model_type.startswith(PREFIX):
-        return ""
+        inner = grouped_parts(plan.new_config)
+        return f"\nIts language model is a `{inner[0]}`: `import hf_attn_patch` before loading it.\n" if inner else ""
     code = " or, without that package, with `trust_remote_code=True`" if plan.with_code else ""
     return f"\n`{model_type}` loads with transformers' Auto classes after `import hf_attn_patch`{code}.\n"
 

@@ -26,7 +26,7 @@ def kv_cache_bytes(layers: Iterable[LayerAttention], itemsize: float, *, new: bo
     """
     total = 0.0
     for layer in layers:
-        if not layer.stack.causal and not layer.stack.cross:
+        if not layer.caches:
             continue
         heads = layer.new_kv_heads if new else layer.kv_heads
         heads = layer.heads if layer.stack.caches_query_heads else heads
@@ -41,7 +41,7 @@ def kv_bytes_per_token(layers: Iterable[LayerAttention], itemsize: float, *, new
 
 def windowed(layers: Sequence[LayerAttention], tokens: int = CONTEXT) -> str | None:
     """What to say of layers that do not keep every token; None if all do."""
-    cached = [layer for layer in layers if layer.stack.causal or layer.stack.cross]
+    cached = [layer for layer in layers if layer.caches]
     short = [layer for layer in cached if layer.kept(tokens) < tokens]
     if not short:
         return None

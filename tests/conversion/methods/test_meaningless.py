@@ -56,7 +56,7 @@ def test_less_is_lost_than_by_the_weights_alone_or_by_pooling(tmp_path: Path, mo
     src = outlying(tmp_path / "src")
     for method in ("aligned", "mean"):
         convert(src, tmp_path / method, 1, method=method)
-    monkeypatch.setattr(meaningless, "load", lambda _: (_ for _ in ()).throw(meaningless.ConversionError("no")))
+    monkeypatch.setattr(meaningless, "load", lambda *_, **__: (_ for _ in ()).throw(meaningless.ConversionError("no")))
     record = convert(src, tmp_path / "weights", 1, method="aligned")
     assert any("weights alone" in note and "--method mean" in note for note in record["details"]["notes"])
     feed = {"input_ids": torch.randint(0, 512, (8, 24), generator=torch.Generator().manual_seed(3))}
@@ -107,7 +107,7 @@ def test_verified_again_and_on_a_machine_that_rounds_otherwise(tmp_path: Path, m
     found = verify(src, tmp_path / "dst")
     assert found.ok and not found.rounded
 
-    def inexact(made: Any) -> Any:
+    def inexact(made: Any, on_text: bool) -> Any:
         model = load(made)
         with torch.no_grad():
             for p in model.parameters():
