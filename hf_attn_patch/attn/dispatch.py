@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from hf_attn_patch.compat.torch import transforms
+
 from .backends import reference
 from .backends.registry import BACKENDS as BACKENDS
 from .backends.registry import backend as backend
 from .choice import asked_for, changes_between_tasks
 from .distributed_tensors import refuse_distributed
 from .ladder import order as order
-from .plan import choose, is_empty, plan_of, plans_of_kinds
+from .plan import choose, is_empty, plan_of, plan_of_operators, plans_of_kinds
 from .plan import forget as forget
 from .plan import reasons as reasons
 from .request import CallKind, Operands, kind_of, new_tuple, request_of
@@ -71,7 +73,10 @@ def attend(
             if (listener := listening.get()) is not None:
                 return listener(q, k, v, visibility, kind)
             refuse_distributed(q)
-        request, _, run = plans_of_kinds.get(kind) or plan_of(kind, visibility)
+        if transforms() is None:
+            request, _, run = plans_of_kinds.get(kind) or plan_of(kind, visibility)
+        else:
+            request, _, run = plan_of_operators(kind)
     scale = (q.shape[-1] or 1) ** -0.5 if scale is None else scale
     operands = visibility, scale, softcap, sinks, bias, dropout
     if tracing:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_attn_patch.compat.torch import transforms
 from hf_attn_patch.errors import AttentionError
 from hf_attn_patch.grouping import KVGrouping
 
@@ -67,7 +68,13 @@ def attention(
     refuse_parts("attention")
     kind: PlainKind | None = None
     sides, causal = _window(window, causal)
-    if mask is None and bias is None and type(q) is Tensor and not torch.compiler.is_compiling():
+    if (
+        mask is None
+        and bias is None
+        and type(q) is Tensor
+        and not torch.compiler.is_compiling()
+        and transforms() is None
+    ):
         backend = asked_for() if backend is None else backend
         others = (k.device, v.device, None if sinks is None else sinks.shape)
         kind = plain_kind(q, k, v, causal, sides, scale, softcap, sinks, dropout, False, False, backend, others)

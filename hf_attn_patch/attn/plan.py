@@ -11,6 +11,9 @@ from __future__ import annotations
 import logging
 from typing import NamedTuple
 
+from torch.jit import is_tracing
+
+from hf_attn_patch.compat.torch import derives_further
 from hf_attn_patch.errors import AttentionError
 
 from .backends import reference
@@ -117,6 +120,11 @@ def plan_of(kind: CallKind, visibility: Visibility) -> AttentionPlan:
     """
     known = plans_of_kinds.get(kind)
     if known is None:
+        if is_tracing():
+            raise AttentionError(
+                "torch.jit.trace writes down masks and lengths of one call as if they were those of all: use "
+                'torch.export, which takes them as they come, or trace the model with attn_implementation="sdpa"'
+            )
         known = choose(request_of(kind), kind.backend)
         shorter = getattr(backend(known.backend), "shorter", None)  # HasShorter
         if is_empty(kind):
@@ -127,6 +135,20 @@ def plan_of(kind: CallKind, visibility: Visibility) -> AttentionPlan:
             plans_of_kinds.clear()
         plans_of_kinds[kind] = known
     return known
+
+
+def plan_of_operators(kind: CallKind) -> AttentionPlan:
+    """The plan under torch.func's transforms, whose wrappers only torch's own operators take, and of whose numbers
+    nothing can be read: as in a graph, by the two backends that are made of nothing else.
+
+    Raises:
+        AttentionError: as :func:`choose` says.
+    """
+    request = request_of(kind, tracing=True)
+    if kind.backend is not None:
+        return choose(request, kind.backend)
+    fused = not (is_empty(kind) or derives_further() or backend("torch_sdpa").refuses(request))
+    return choose(request, "torch_sdpa" if fused else "reference")
 
 
 def remember_plain(kind: PlainKind, visibility: Visibility) -> None:

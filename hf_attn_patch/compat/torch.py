@@ -26,6 +26,21 @@ deterministic_algorithms: Callable[[], bool] = getattr(
 )
 
 
+#: the depth of torch.func's transforms (vmap, grad, jvp) around what runs, None outside of them: operands are wrappers
+#: then, which only torch's own operators take. torch 2.11 to 2.13; where that cannot be asked, None
+transforms: Callable[[], int | None] = getattr(
+    getattr(torch._C, "_functorch", None), "maybe_current_level", lambda: None
+)
+
+
+@known("torch", "the transforms of torch.func (torch._C._functorch.get_interpreter_stack)")
+def derives_further() -> bool:
+    """Whether the transforms around what runs derive forwards (jvp, jacfwd) or more than once (hessian), for which
+    torch's fused attention kernels have no formula."""
+    names = [level.key().name for level in torch._C._functorch.get_interpreter_stack() or ()]
+    return "Jvp" in names or names.count("Grad") > 1
+
+
 def write_count(tensor: Tensor) -> int:
     """How often a tensor was written to in place. Inference tensors have no count: RuntimeError (torch 2.11 to 2.13).
 

@@ -119,6 +119,10 @@ def take_fields(record: dict[str, Any], fields: tuple[str, ...], name: str) -> t
     for field in fields:
         if field not in record or not isinstance(record[field], (str, type(None))):
             there = ", ".join(k for k, v in record.items() if isinstance(v, str)) or "none"
+            for key, value in record.items():
+                if isinstance(value, list) and value and isinstance(value[0], dict):
+                    there += f"; {key!r} looks like a chat: make it text with the tokenizer's apply_chat_template first"
+                    break
             raise TrainingError(f"records of {name} have no text in field {field!r}; their text fields: {there}")
     return tuple(record[field] or "" for field in fields)
 

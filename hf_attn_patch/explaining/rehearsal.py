@@ -124,9 +124,10 @@ def built(config: Any, device: torch.device, dtype: torch.dtype | None) -> nn.Mo
             try:
                 made: nn.Module = auto.from_config(copy.deepcopy(config), attn_implementation="eager", **options)
                 return made
-            except ValueError as error:
+            except Exception as error:  # the family's own code on somebody's config: whatever it may raise
                 reason = reason or error
-    raise AttentionError(f"no model can be made of {type(config).__name__} ({reason}); load it, and pass the model")
+    said = ": ".join([type(reason).__name__, *str(reason).strip().splitlines()[:1]])  # a list of all models may follow
+    raise AttentionError(f"no model can be made of {type(config).__name__} ({said}); load it, and pass the model")
 
 
 def rehearse(

@@ -24,7 +24,7 @@ from hf_attn_patch.compat.context_parallel import context_parallel, own_attentio
 from hf_attn_patch.compat.ground import changed
 from hf_attn_patch.compat.later import LaterTensor
 from hf_attn_patch.compat.layer_keywords import named_by
-from hf_attn_patch.compat.torch import any_autocast, has_forward_hooks
+from hf_attn_patch.compat.torch import any_autocast, has_forward_hooks, transforms
 from hf_attn_patch.compat.transformers import output_collector
 from hf_attn_patch.errors import AttentionError
 
@@ -94,7 +94,7 @@ def attention_forward(
     if attention_mask is None:  # a module that doesn't say is an encoder's, and sees all
         causal = bool(getattr(module, "is_causal", False) if is_causal is None else is_causal)
         window = (sliding_window - 1, None) if sliding_window is not None and causal else NO_WINDOW
-        plain = position_bias is None and cu_seq_lens_q is None and not tracing and type(query) is Tensor
+        plain = position_bias is given[0] is None and not tracing and type(query) is Tensor and transforms() is None
         if plain and (position_ids is None or not causal or query.shape[2] == 1) and not any_autocast():
             name = asked_for() if name is None else name  # nothing but numbers: decoding, and such encoders
             kind = plain_kind(

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hf_attn_patch.attn.devices import device_of
 from hf_attn_patch.attn.visibility import Dense, Full, Packed, Padded, Visibility
+from hf_attn_patch.compat.torch import transforms
 
 from ._common import cut_bias
 
@@ -81,7 +82,7 @@ class Unseen:
         self.low, self.blind = low, blind
         self._asked: Any = None
         self._flags: dict[int, Tensor] = {}
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or transforms() is not None:
             return
         self._said = torch.stack([dead.any() if t is None else t.any() for t in (dead, low, blind)])
         if dead.device.type == "cpu":
@@ -146,7 +147,13 @@ class Unseen:
 
 def _by_kernel(k: Tensor) -> bool:
     """Whether one kernel can do it: torch takes a dozen, of all keys and values each."""
-    return type(k) is Tensor and k.is_cuda and not torch.compiler.is_compiling() and _has_kernel(k.device)
+    return (
+        type(k) is Tensor
+        and k.is_cuda
+        and not torch.compiler.is_compiling()
+        and transforms() is None
+        and _has_kernel(k.device)
+    )
 
 
 @functools.cache

@@ -104,6 +104,8 @@ class TrainingData:
         wanted = max(1, o.eval_tokens // o.sequence_length)
         examples = list(itertools.islice(self.framing.examples(stream, None), wanted))
         if not examples:
+            if o.eval_dataset is None:  # what is wrong with the documents themselves is said first
+                next(self.steps(Position(), 0, 1))
             way = "give --eval-dataset or a smaller --held-out-every" if o.eval_dataset is None else "give a longer one"
             raise TrainingError(
                 f"{stream.name} has less held-out text than one sequence of {o.sequence_length} tokens; {way}, or "

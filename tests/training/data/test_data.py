@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -17,6 +18,8 @@ from hf_attn_patch.training.data import packing, stream
 from hf_attn_patch.training.data.packing import collate, pack
 from hf_attn_patch.training.data.steps import ahead, steps
 from hf_attn_patch.training.data.stream import Position, TokenStream
+from hf_attn_patch.training.data.training_data import TrainingData, framing_for
+from hf_attn_patch.training.options import parse_options
 
 
 class Letters:
@@ -287,6 +290,24 @@ def test_what_is_not_there_is_named(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"body": "x"}\n')
     with pytest.raises(TrainingError, match="no text in field 'text'; their text fields: body"):
         next(pack(TokenStream(lambda: open_documents(str(tmp_path / "a.jsonl")), Letters(), name="a.jsonl"), 4))
+    (tmp_path / "a.jsonl").write_text('{"talk": [{"role": "user", "content": "x"}], "id": 3}\n')
+    with pytest.raises(TrainingError, match=r"text fields: none; 'talk' looks like a chat.*apply_chat_template"):
+        next(pack(TokenStream(lambda: open_documents(str(tmp_path / "a.jsonl")), Letters(), name="a.jsonl"), 4))
+
+
+def test_what_is_wrong_with_the_documents_is_said_before_there_are_too_few_to_hold_out(tmp_path):
+    def held_out(text: str) -> list[Any]:
+        (tmp_path / "a.jsonl").write_text(text)
+        arguments = ["--model", "m", "--dataset", str(tmp_path / "a.jsonl"), "--tokens", "8", "--batch-size", "1"]
+        options = parse_options([*arguments, "--sequence-length", "8"])
+        return TrainingData(options, Letters(), framing_for("causal", options, Letters())).held_out()
+
+    with pytest.raises(TrainingError, match="no text in field 'text'; their text fields: body"):
+        held_out('{"body": "x"}\n' * 5)
+    with pytest.raises(TrainingError, match="shorter than one sequence"):
+        held_out('{"text": "x"}\n')
+    with pytest.raises(TrainingError, match="less held-out text"):
+        held_out('{"text": "abcdefghijkl"}\n' * 5)
 
 
 def texts_of(path, **options) -> list[str]:
