@@ -308,7 +308,8 @@ def test_a_device_that_is_not_here() -> None:
 
 def test_what_is_no_model() -> None:
     for config in (transformers.LlamaConfig(hidden_act="none such"), transformers.AlignTextConfig()):
-        with pytest.raises(AttentionError, match=f"^no model can be made of {type(config).__name__} \\(.*Error: .+") as no:
+        said = f"^no model can be made of {type(config).__name__} \\(.*Error: .+"
+        with pytest.raises(AttentionError, match=said) as no:
             explain(config)
         assert len(str(no.value).splitlines()) == 1
     with pytest.raises(AttentionError, match="neither a transformers model nor a config"):
