@@ -224,7 +224,9 @@ class _Call:
     def fly(self, inputs: dict[str, Any], criteria: Any) -> bool:
         """As many steps as may be in a row; False if none, and the next one is an ordinary one."""
         left = self.how.last - self.ids.shape[1]
-        if self.grounded or left < SHORT or (self.steps < WARM and not self._may_fly_at_once()):
+        if self.grounded or left < SHORT or self.ids.shape[1] <= self.how.first:
+            return False
+        if self.steps < WARM and not self._may_fly_at_once():
             return False
         recorder, state = recorder_of(self.model), state_of(self.model)
         if recorder is None:

@@ -34,10 +34,9 @@ _OF_SCORES = frozenset(
         "SuppressTokensLogitsProcessor",
     )
 )
-#: these act on the first token alone, which is not chosen here
-_OF_THE_FIRST = frozenset(
-    {transformers.ForcedBOSTokenLogitsProcessor, transformers.SuppressTokensAtBeginLogitsProcessor}
-)
+#: these act at one length alone: of one id, and of ``begin_index``
+_FIRST = transformers.ForcedBOSTokenLogitsProcessor
+_BEGIN = transformers.SuppressTokensAtBeginLogitsProcessor
 _PENALTY = transformers.RepetitionPenaltyLogitsProcessor
 _MINIMA = frozenset({transformers.MinLengthLogitsProcessor, transformers.MinNewTokensLengthLogitsProcessor})
 
@@ -52,6 +51,8 @@ class NextToken:
 
     Attributes:
         max_length: ids of a row at which the call ends.
+        first: ids of a row up to which tokens are not chosen here (some are suppressed at the beginning, or not
+            penalized when they come again).
         last: ids of a row from which on tokens are not chosen here (a token that is forced at the end).
         eos: the tokens that end a row, int64 [N], or None.
         pad: what a finished row goes on with, int64 []; None without ``eos``.
@@ -62,7 +63,7 @@ class NextToken:
 
     def __init__(self, processors: Any, criteria: Any, config: Any) -> None:
         self.sampling = bool(config.do_sample)
-        self.processors = [p for p in processors if type(p) not in _OF_THE_FIRST]
+        self.processors = list(processors)
         self.times = [c for c in criteria if type(c) is MaxTimeCriteria]
         ends = [c for c in criteria if type(c) is EosTokenCriteria]
         limits = [c.max_length for c in criteria if type(c) is MaxLengthCriteria]
@@ -72,12 +73,21 @@ class NextToken:
         self.last = self.max_length = min(limits)
         self.eos: Tensor | None = ends[0].eos_token_id if ends else None
         self.pad: Tensor | None = pad_token(config) if ends else None
-        for processor in list(self.processors):
+        self.first = 0
+        for processor in processors:
             kind = type(processor)
-            if kind is transformers.ForcedEOSTokenLogitsProcessor:
+            if kind is _FIRST:
+                self.processors.remove(processor)
+                self.first = max(self.first, 1)  # no ids are before it where a prompt is embeddings
+            elif kind is _BEGIN:
+                self.processors.remove(processor)
+                self.first = max(self.first, int(processor.begin_index))
+            elif kind is transformers.ForcedEOSTokenLogitsProcessor:
                 self.processors.remove(processor)
                 self.last = min(self.last, processor.max_length - 1)
-            elif kind not in _OF_SCORES and kind not in _MINIMA and kind is not _PENALTY:
+            elif kind is _PENALTY:
+                self.first = max(self.first, _ignored(processor) - 1)
+            elif kind not in _OF_SCORES and kind not in _MINIMA:
                 raise UnfitError(f"{kind.__name__} looks at each token")
 
     def out_of_time(self) -> bool:
@@ -164,6 +174,12 @@ class Choosing:
             else:
                 scores = processor(None, scores)
         return scores
+
+
+def _ignored(penalty: Any) -> int:
+    """Ids at a row's beginning that a repetition penalty does not see, at most; transformers counts padding so."""
+    ignored = penalty.prompt_ignore_length
+    return int(ignored.max()) if isinstance(ignored, Tensor) else ignored or 0
 
 
 def _minimum(processor: Any) -> int:

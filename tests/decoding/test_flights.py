@@ -77,6 +77,19 @@ def test_the_same_tokens(family: str, how: dict[str, Any], landings: list[flight
     assert not any(landing.error for landing in landings)
 
 
+LATE: dict[str, Any] = {
+    "suppressed": transformers.SuppressTokensAtBeginLogitsProcessor([*range(2, 127)], begin_index=45),
+    "not penalized": transformers.RepetitionPenaltyLogitsProcessor(1.5, prompt_ignore_length=50),
+}
+
+
+@pytest.mark.parametrize("late", LATE.values(), ids=LATE.keys())
+def test_what_depends_on_the_number_of_tokens_is_over_before(late: Any, landings: list[flight.Landing]) -> None:
+    *_, expected, found = both("llama", batch("cpu"), max_new_tokens=30, logits_processor=[late])
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert landings
+
+
 @pytest.mark.parametrize(
     ("family", "padded"), [("llama", False), ("llama", True), ("mistral", True), ("gemma2", True), ("bart", True)]
 )
