@@ -74,6 +74,13 @@ def forward_hooks(module: torch.nn.Module) -> list[Any]:
     return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
 
 
+@known("torch", "the hooks of all modules (_global_forward_hooks, _global_forward_pre_hooks)")
+def forward_hooks_of_all() -> bool:
+    """Whether hooks run before or after the forward of every module of the process."""
+    of_modules: Any = torch.nn.modules.module
+    return bool(of_modules._global_forward_hooks or of_modules._global_forward_pre_hooks)
+
+
 def has_forward_hooks(module: torch.nn.Module) -> bool:
     """Whether hooks run after a module's forward; may be traced by torch.compile (torch 2.11 to 2.13)."""
     return bool(module._forward_hooks)

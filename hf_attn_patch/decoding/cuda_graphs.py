@@ -26,7 +26,7 @@ import torch
 from transformers import GenerationMixin
 
 from hf_attn_patch.compat.calls import Arguments
-from hf_attn_patch.compat.torch import forward_hooks
+from hf_attn_patch.compat.torch import forward_hooks, forward_hooks_of_all
 from hf_attn_patch.compat.transformers import captures_outputs, has_accelerate_hook
 from hf_attn_patch.handle import Handle, of_each
 
@@ -54,6 +54,8 @@ def why_not(model: Any) -> str | None:
         return "its quantization cannot be recorded"
     if kinds := _rope_types(model.config) & {"dynamic", "longrope"}:
         return f"its {kinds.pop()} position embedding changes with the length"
+    if forward_hooks_of_all():
+        return "all modules have hooks"
     for name, module in model.named_modules():
         if has_accelerate_hook(module) or (module is not model and _hooked(module)):
             return f"it has hooks ({name})"

@@ -11,6 +11,7 @@ from transformers.utils import ModelOutput
 
 from hf_attn_patch.attn.choice import asked_for
 from hf_attn_patch.cache.growing_cache import GrowingCache
+from hf_attn_patch.compat.torch import operators_are_watched
 
 from .outputs import UnfitError
 
@@ -72,6 +73,8 @@ class StepCall:
         device = self.device.type
         if torch.is_autocast_enabled(device) or (device == "cuda" and torch.cuda.is_current_stream_capturing()):
             raise UnfitError("autocast keeps copies of weights, and a recording does not go into another")
+        if operators_are_watched():
+            raise UnfitError("a mode looks at each operator (a counter of FLOPs, say), which a recording does not run")
         signature += [
             torch.is_inference_mode_enabled(),
             torch.are_deterministic_algorithms_enabled(),

@@ -72,6 +72,12 @@ def test_hooks_and_collector(model: Any) -> None:
     assert of_torch.has_forward_hooks(layer)
     before.remove()
     after.remove()
+    assert not of_torch.forward_hooks_of_all()
+    of_all: Any = torch.nn.modules.module
+    for register in (of_all.register_module_forward_pre_hook, of_all.register_module_forward_hook):
+        with register(print):
+            assert of_torch.forward_hooks_of_all()
+    assert not of_torch.forward_hooks_of_all()
     seen: list[Any] = []
     collector = of_transformers.output_collector()
     attention = model.model.layers[0].self_attn

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import pickle
 from typing import Any
@@ -11,6 +12,8 @@ import pytest
 import torch
 import transformers
 from decoding import batch, build, generate
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 from transformers.generation import BaseStreamer
 
@@ -327,4 +330,32 @@ def test_hooks_of_the_model_see_each_token(landings: list[flight.Landing]) -> No
     hook.remove()
     generate(model, inputs)
     assert len(seen) == 60
+    assert landings
+
+
+class Watch(TorchDispatchMode):
+    """Sees how often a word is looked up."""
+
+    def __init__(self, seen: list[int]) -> None:
+        super().__init__()
+        self.seen = seen
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(int(func is torch.ops.aten.embedding.default))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("watch", ["modules", "operators"])
+def test_who_watches_all_modules_or_operators_sees_those_of_each_token(
+    watch: str, landings: list[flight.Landing]
+) -> None:
+    model, inputs = build("llama", "cpu"), batch("cpu")
+    seen: list[int] = []
+    hf_attn_patch.enable(model)
+    of_all = functools.partial(register_module_forward_pre_hook, lambda module, _: seen.append(int(module is model)))
+    with of_all() if watch == "modules" else Watch(seen):
+        generate(model, inputs, max_new_tokens=12)
+    assert sum(seen) == 12
+    assert not landings
+    generate(model, inputs, max_new_tokens=12)
     assert landings
