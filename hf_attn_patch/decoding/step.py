@@ -130,6 +130,7 @@ class Step:
 
     def launch(self, cache: Any) -> Any:
         """Start the step: unrecorded at first, then recorded. What it gives is overwritten by the next one."""
+        where = self.place.leave()
         if self.recording is None:
             if self.runs < self.unwatched + REHEARSALS and not self.remembered:
                 result = self._rehearsed(cache)
@@ -138,7 +139,7 @@ class Step:
         if self.recording is not None:
             result = self.recording.replay()
         self.runs += 1
-        self.place.advanced()
+        self.place.arrive(where)
         return result
 
     def _rehearsed(self, cache: Any) -> Any:

@@ -52,12 +52,18 @@ class TokenPlace:
         self.host = where  # type: ignore[assignment]
 
     def advance(self) -> None:
-        """Inside the step, on the device alone; :meth:`advanced` follows on the host."""
+        """Inside the step, on the device alone; on the host :meth:`leave` comes before and :meth:`arrive` behind."""
         self.tensor.add_(1)
 
-    def advanced(self) -> None:
+    def leave(self) -> tuple[int, int, int]:
+        """Where the device is, which is not known until :meth:`arrive`: an interrupt may come between."""
         assert self.host is not None
-        self.host = self.host[0] + 1, self.host[1] + 1, self.host[2] + 1
+        host, self.host = self.host, None
+        return host
+
+    def arrive(self, host: tuple[int, int, int]) -> None:
+        """The device is one further than :meth:`leave` said."""
+        self.host = host[0] + 1, host[1] + 1, host[2] + 1
 
 
 class StepLayer(CacheLayerMixin):

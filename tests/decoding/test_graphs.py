@@ -13,7 +13,9 @@ from transformers import BertConfig, BertModel, DynamicCache
 
 import hf_attn_patch
 from hf_attn_patch.compat.calls import cache_of as cache_of_output
+from hf_attn_patch.compat.calls import generate_keyword
 from hf_attn_patch.decoding import cuda_graphs as graphs
+from hf_attn_patch.decoding import step
 from hf_attn_patch.errors import AttentionError
 
 
@@ -193,3 +195,50 @@ def test_models_that_do_not_generate_are_switched_all_the_same() -> None:
     for explicit in ({"cache": "growing"}, {"cuda_graphs": True}, {"cuda_graphs": "compiled"}):
         with pytest.raises(AttentionError, match="BertModel cannot generate"):
             hf_attn_patch.enable(model, **explicit)
+
+
+def failing(method: Any, at: int, error: BaseException, behind: bool = False) -> Any:
+    """A method that raises at one of its calls: instead of the work, or behind it."""
+    calls: list[int] = []
+
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) != at:
+            return method(*args, **kwargs)
+        if behind:
+            method(*args, **kwargs)
+        raise error
+
+    return fails
+
+
+def test_an_error_of_the_model_is_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ordinary step that others are compared with has written to the cache: it is not done again."""
+    model, inputs = build("llama", "cpu"), batch("cpu", 2, 9, padded=False)
+    hf_attn_patch.enable(model)
+    layers = len(model.model.layers)
+    mlp = type(model.model.layers[0].mlp)
+    monkeypatch.setattr(mlp, "forward", failing(mlp.forward, 3 * layers, torch.OutOfMemoryError("no room")))
+    cache = hf_attn_patch.GrowingCache(config=model.config)
+    with pytest.raises(torch.OutOfMemoryError, match="no room"):
+        generate(model, inputs, **{generate_keyword(): cache})
+    assert [layer.get_seq_length() for layer in cache.layers] == [9 + 2] * layers
+
+
+@pytest.mark.parametrize("behind", [False, True], ids=["instead", "behind"])
+def test_a_loop_goes_on_after_an_interrupt(behind: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = build("llama", "cpu"), batch("cpu", 2, 14, padded=False)["input_ids"]
+    hf_attn_patch.enable(model)
+    monkeypatch.setattr(step.Step, "work", failing(step.Step.work, 3, KeyboardInterrupt(), behind))
+    cache, found, interrupted = hf_attn_patch.GrowingCache(config=model.config), [], 0
+    with torch.no_grad():
+        expected = model(ids).logits[:, 4:]
+        model(ids[:, :4], use_cache=True, **{generate_keyword(): cache})
+        while len(found) < 10:
+            token = ids[:, 4 + len(found)][:, None]
+            try:
+                found.append(model(token, **{generate_keyword(): cache}).logits)
+            except KeyboardInterrupt:
+                interrupted += 1
+    assert interrupted == 1
+    torch.testing.assert_close(torch.cat(found, 1), expected, rtol=1e-4, atol=1e-4)
