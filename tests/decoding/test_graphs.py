@@ -230,7 +230,8 @@ def test_a_loop_goes_on_after_an_interrupt(behind: bool, monkeypatch: pytest.Mon
     model, ids = build("llama", "cpu"), batch("cpu", 2, 14, padded=False)["input_ids"]
     hf_attn_patch.enable(model)
     monkeypatch.setattr(step.Step, "work", failing(step.Step.work, 3, KeyboardInterrupt(), behind))
-    cache, found, interrupted = hf_attn_patch.GrowingCache(config=model.config), [], 0
+    cache, interrupted = hf_attn_patch.GrowingCache(config=model.config), 0
+    found: list[torch.Tensor] = []
     with torch.no_grad():
         expected = model(ids).logits[:, 4:]
         model(ids[:, :4], use_cache=True, **{generate_keyword(): cache})
