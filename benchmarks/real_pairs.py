@@ -5,10 +5,10 @@
     python benchmarks/real_pairs.py --data real-data --model whisper-tiny.en --kv-heads 3
     python benchmarks/real_pairs.py --data real-data --model flan-t5-small --kv-heads 2
 
-Speech: 12 sentences of our own in one voice are the test; calibration hears sentences of WikiText-2 in other voices.
-The columns are cross-entropy of the transcript and word error rate of greedy decoding. Text: the test is what the
-source itself says of paragraphs (temperature 1), so that its cross-entropy is its entropy; nothing calibrated reads
-their domains.
+Speech: 12 sentences of our own in one voice are the test, and ``--test N`` of WikiText-2's test part in the same voice,
+which tell more rows apart; calibration hears sentences of its validation part in other voices. The columns are
+cross-entropy of the transcript and word error rate of greedy decoding. Text: the test is what the source itself says
+of paragraphs (temperature 1), so that its cross-entropy is its entropy; nothing calibrated reads their domains.
 Every row is written to ``real_pairs.json`` as soon as it is there and not done again; ``--report`` prints the table.
 """
 
@@ -32,6 +32,8 @@ from transformers import AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq, AutoT
 
 import hf_attn_patch  # noqa: F401  (the grouped families)
 from benchmarks.real_sources import PAIRS, run
+from hf_attn_patch.compat.cache_keyword import keyword_of
+from hf_attn_patch.compat.calls import cache_of
 from hf_attn_patch.conversion import convert, plan
 from hf_attn_patch.conversion.calibration.answers import Answerer, losses
 from hf_attn_patch.conversion.calibration.layers import load
@@ -59,7 +61,10 @@ VOICES = (
     "en-gb", "en-gb-scotland", "en-gb-x-rp", "en-us+f2", "en-us+f4", "en-gb+f3", "en-us+m2", "en-gb+m4", "en-us+m7",
     "en-029", "en-gb+f5",
 )  # fmt: skip
-SENTENCES = 704
+#: sentences of calibration, and of WikiText-2's test part, that are spoken
+SENTENCES, MORE = 704, 240
+#: transcripts that are decoded at a time
+ROWS_AT_ONCE = 16
 #: paragraphs of a domain, and tokens of each and of what is said of it
 PARAGRAPHS, TOKENS = 256, 48
 
@@ -124,15 +129,23 @@ def speak(folder: Path, text: str, voice: str, name: str, speed: int = 175) -> N
 
 
 def prepare(data: Path) -> None:
-    """The test's sentences, and sentences of WikiText-2 in other voices and speeds."""
+    """The tests' sentences, and those of calibration in other voices and speeds."""
     for i, text in enumerate(TEST):
         speak(data / "speech" / "test", text, "en-us", f"{i:02d}")
-    lines = (data / "texts" / "wikitext-valid.txt").read_text().split("\n")
-    found = [s.strip() for line in lines if line[:1] != "=" for s in re.split(r"(?<=[.!?]) ", line)]
+    for i, text in enumerate(sentences(data / "texts" / "wikitext.test.txt")[:MORE]):
+        speak(data / "speech" / "wikitext", text, "en-us", f"{i:03d}")
+    for i, text in enumerate(sentences(data / "texts" / "wikitext-valid.txt")[:SENTENCES]):
+        speak(data / "speech" / "calibration", text, VOICES[i % len(VOICES)], f"{i:04d}", 130 + 10 * (i % 6))
+
+
+def sentences(file: Path) -> list[str]:
+    """Sentences of 6 to 18 plain words, in an order drawn once for all."""
+    found = [
+        s.strip() for line in file.read_text().split("\n") if line[:1] != "=" for s in re.split(r"(?<=[.!?]) ", line)
+    ]
     plain = [s for s in found if 6 <= len(s.split()) <= 18 and re.fullmatch(r"[A-Z][A-Za-z ,.'-]+[.!?]", s)]
     random.Random(0).shuffle(plain)
-    for i, text in enumerate(plain[:SENTENCES]):
-        speak(data / "speech" / "calibration", text, VOICES[i % len(VOICES)], f"{i:04d}", 130 + 10 * (i % 6))
+    return plain
 
 
 class Bench:
@@ -153,11 +166,13 @@ class Bench:
         return self.kind.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).to(self.device).eval()
 
     def speech(self) -> dict[str, Samples]:
-        made = plan(self.source, {}, method="mean")
-        folder = str(self.options.data / "speech" / "test")
-        found = sound_samples(made, load(made), folder, count=len(TEST), length=None, device=self.device)
-        self.said = [self.tokenizer.decode(row[row >= 0], skip_special_tokens=True) for row in found.labels]  # type: ignore[union-attr]
-        return {"speech": found}
+        made, found = plan(self.source, {}, method="mean"), {}
+        original = load(made)
+        for name, folder, count in (("speech", "test", len(TEST)), ("WikiText", "wikitext", self.options.test)):
+            if count:
+                source = str(self.options.data / "speech" / folder)
+                found[name] = sound_samples(made, original, source, count=count, length=None, device=self.device)
+        return found
 
     def text(self, domain: str) -> Samples:
         text = (self.options.data / "texts" / f"{domain}.test.txt").read_text()[: 40 * PARAGRAPHS * TOKENS]
@@ -178,34 +193,23 @@ class Bench:
             assert samples.memory is not None
             theirs, ours = (Answerer(m, samples.memory, samples) for m in (self.original, model))
             found[name] = losses(theirs, ours, samples, torch.arange(len(samples)))
-        if self.hears:
-            found["wer"] = self.wer(model, self.tests["speech"])
+            if self.hears:
+                found[name]["wer"] = self.wer(model, samples)
         return found
 
-    @torch.no_grad()
     def wer(self, model: Any, samples: Samples) -> float:
         """Words wrong over words meant, of greedy decoding."""
-        assert samples.memory is not None
-        first = int((samples.labels[0] >= 0).float().argmax())  # type: ignore[index]  # padding has no labels either
-        prefix = samples.inputs[-1][:, : first + 1]
-        wrong = meant = 0
-        for row, memory, text in zip(prefix, samples.memory, self.said, strict=True):
-            said = self.tokenizer.decode(self.greedy(model, memory[None].float(), row[None]), skip_special_tokens=True)
-            wrong, meant = wrong + edits(words(said), words(text)), meant + len(words(text))
+        assert samples.memory is not None and samples.labels is not None
+        first = int((samples.labels[0] >= 0).float().argmax())  # padding has no labels either
+        begun, wrong, meant = samples.inputs[-1][:, : first + 1], 0, 0
+        for rows in torch.arange(len(samples)).split(ROWS_AT_ONCE):
+            said = greedy(model, samples.memory[rows].to(self.device, torch.float32), begun[rows].to(self.device))
+            for ids, labels in zip(said, samples.labels[rows], strict=True):
+                ours, text = (
+                    words(self.tokenizer.decode(some, skip_special_tokens=True)) for some in (ids, labels[labels >= 0])
+                )
+                wrong, meant = wrong + edits(ours, text), meant + len(text)
         return wrong / meant
-
-    def greedy(self, model: Any, memory: Tensor, ids: Tensor, most: int = 40) -> list[int]:
-        from transformers.modeling_outputs import BaseModelOutput
-
-        ids, out = ids.to(self.device), BaseModelOutput(last_hidden_state=memory.to(self.device))
-        begin, end = ids.shape[1], int(model.config.eos_token_id)
-        while ids.shape[1] < begin + most and int(ids[0, -1]) != end:
-            logits = model(encoder_outputs=out, decoder_input_ids=ids, use_cache=False).logits[0, -1]
-            if ids.shape[1] == begin:
-                logits[model.config.begin_suppress_tokens or []] = -torch.inf
-            logits[end + 1 :] = -torch.inf  # what is no word
-            ids = torch.cat([ids, logits.argmax()[None, None]], 1)
-        return [int(i) for i in ids[0, begin:]]
 
     def run(self, row: str, options: dict[str, Any]) -> None:
         began = time.perf_counter()
@@ -231,13 +235,38 @@ class Bench:
         print(lines([self.records[-1]])[-1], flush=True)
 
 
+@torch.no_grad()
+def greedy(model: Any, memory: Tensor, ids: Tensor, most: int = 40) -> list[list[int]]:
+    """What a model that hears writes, at most ``most`` tokens: the likeliest word each time, and no mark.
+
+    Args:
+        memory: its encoder's output [B, S', E].
+        ids: what each transcript begins with [B, P].
+    """
+    from transformers.modeling_outputs import BaseModelOutput
+
+    heard, end = BaseModelOutput(last_hidden_state=memory), int(model.config.eos_token_id)
+    known: dict[str, Any] = {}
+    new, said = ids, ids[:, :0]
+    while said.shape[1] < most and not bool((said == end).any(1).all()):
+        out = model(encoder_outputs=heard, decoder_input_ids=new, use_cache=True, **known)
+        known, logits = {keyword_of(type(model).forward): cache_of(out)}, out.logits[:, -1]
+        if not said.shape[1]:
+            logits[:, model.config.begin_suppress_tokens or []] = -torch.inf
+        logits[:, end + 1 :] = -torch.inf  # what is no word
+        new = logits.argmax(-1, keepdim=True)
+        said = torch.cat([said, new], 1)
+    return [row[: row.index(end)] if end in row else row for row in said.tolist()]
+
+
 def lines(records: list[dict[str, Any]]) -> list[str]:
     """A markdown table for each model and number of KV heads: differences from the source, in nats a token."""
     out: list[str] = []
     for model, kv_heads in dict.fromkeys((r["model"], r["kv_heads"]) for r in records):
         mine = [r for r in records if (r["model"], r["kv_heads"]) == (model, kv_heads)]
         tests = [k for k, v in mine[0].items() if isinstance(v, dict) and "kl" in v]
-        header = [*(f"{t}: loss | KL" for t in tests), *(["WER"] if "wer" in mine[0] else []), "s"]
+        rates = {t for t in tests if "wer" in mine[0][t]}
+        header = [*(f"{t}: loss | KL" + " | WER" * (t in rates) for t in tests), "s"]
         count = sum(cell.count("|") + 1 for cell in header)
         out += [
             "", f"### {model}, {kv_heads} KV heads ({mine[0]['device']})", "",
@@ -246,11 +275,11 @@ def lines(records: list[dict[str, Any]]) -> list[str]:
         for r in mine:
             source = r["row"] == "source"
             cells = [
-                f"{r[t]['loss_after']:.3f} | 0" if source
-                else f"{r[t]['loss_after'] - r[t]['loss_before']:+.3f} | {r[t]['kl']:.3f}"
+                (f"{r[t]['loss_after']:.3f} | 0" if source
+                 else f"{r[t]['loss_after'] - r[t]['loss_before']:+.3f} | {r[t]['kl']:.3f}")
+                + (f" | {r[t]['wer']:.3f}" if t in rates else "")
                 for t in tests
             ]  # fmt: skip
-            cells += [f"{r['wer']:.3f}"] if "wer" in r else []
             out.append(f"| {r['row']} | {' | '.join(cells)} | {r['seconds']:.0f} |")
     return out
 
@@ -264,6 +293,7 @@ def main() -> None:
     parser.add_argument("--kv-heads", type=int, default=3)
     parser.add_argument("--rows", help="names with semicolons; default: all of the model's kind")
     parser.add_argument("--recordings", type=int, help="calibration recordings, if not the default")
+    parser.add_argument("--test", type=int, default=100, help=f"sentences of WikiText-2's test, {MORE} at most")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no row after so long")
     parser.add_argument("--report", action="store_true", help="only the tables, from real_pairs.json")
     options = parser.parse_args()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from hf_attn_patch.losses.output_head import head_matches, head_of
 from .calibrated import Calibrated
 from .joined import heads_of, joined
 from .layers import as_read
-from .polish import PolishRecipe
+from .polish import KEPT_BYTES, KEPT_SHARE, PolishRecipe
 from .samples import IGNORE, Samples
 
 #: samples held out, on which what was lost is measured (of many, more), and samples that are measured at a time
@@ -197,14 +197,43 @@ def losses(original: Answerer, converted: Answerer, samples: Samples, rows: Tens
     return {"tokens": count, "loss_before": loss_before, "loss_after": loss_after, "kl": kl}
 
 
-def _paired(original: Answerer, converted: Answerer, samples: Samples, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What both have to say at the tokens that have a label: hidden states [n, E] each, and labels [n]."""
+def _paired(
+    original: Answerer, converted: Answerer, samples: Samples, rows: Tensor, known: Mapping[int, Tensor] | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What both have to say at the tokens that have a label: hidden states [n, E] each, and labels [n].
+
+    Args:
+        known: the original's, by sample, see :func:`asked`.
+    """
     assert samples.labels is not None
-    with torch.no_grad():
-        told = original.hidden(rows)
-    labels = samples.labels[rows][:, : told.shape[1]].to(told.device)
+    said = converted.hidden(rows)
+    labels = samples.labels[rows][:, : said.shape[1]].to(said.device)
     there = labels != IGNORE
-    return told[there], converted.hidden(rows)[there], labels[there]
+    if known is None:
+        with torch.no_grad():
+            told = original.hidden(rows)[there]
+    else:
+        told = torch.cat([known[i] for i in rows.tolist()])
+    return told, said[there], labels[there]
+
+
+@torch.no_grad()
+def asked(original: Answerer, samples: Samples, parts: Sequence[Tensor]) -> dict[int, Tensor] | None:
+    """What the original has to say of the samples in ``parts``, a part at a time: by sample, hidden states [n, E] at
+    the tokens that have a label. None where there is no room for them, or several processes share every part."""
+    assert samples.labels is not None
+    if current().count > 1:
+        return None
+    device, there = original.model.device, samples.labels != IGNORE
+    room = KEPT_SHARE * torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else KEPT_BYTES
+    found: dict[int, Tensor] = {}
+    for rows in progress_bar(parts, desc="asking the original", unit="batch", leave=False):
+        hidden = original.hidden(rows)
+        if not found and int(there.sum()) * hidden[0, 0].nbytes > room:
+            return None
+        told = hidden[there[rows][:, : hidden.shape[1]].to(device)].split(there[rows].sum(1).tolist())
+        found.update(zip(rows.tolist(), told, strict=True))
+    return found
 
 
 def batches(lengths: Tensor, heard: int, words: int, draw: torch.Generator) -> list[Tensor]:
@@ -235,14 +264,14 @@ def batches(lengths: Tensor, heard: int, words: int, draw: torch.Generator) -> l
 
 def _gradients(
     original: Answerer, converted: Answerer, parameters: Sequence[nn.Parameter], samples: Samples, rows: Tensor,
-    words: float,
+    words: float, known: Mapping[int, Tensor] | None,
 ) -> Sequence[Tensor | None]:  # fmt: skip
     """Of the KL over ``words``, summed over the samples ``rows``, of which each process reads its share."""
     processes = current()
     gradients: list[Tensor | None] = [None for _ in parameters]
     mine = rows[processes.share(len(rows))]
     if len(mine):
-        told, said, labels = _paired(original, converted, samples, mine)
+        told, said, labels = _paired(original, converted, samples, mine, known)
         found = linear_loss(
             said, converted.head.detach(), labels, teacher_hidden=told, teacher_head=original.head, ce_weight=0.0,
             kl_weight=1.0,
@@ -262,6 +291,7 @@ def teach(
     """Train ``parameters`` of the converted decoder in place on the KL to the original's words.
 
     They are stepped in fp32 and rounded to their own dtype for each pass. ``recipe`` counts the words that are said.
+    Samples that are gone through several times are sent through the original once, where there is room for that.
     """
     assert samples.labels is not None
     lengths = (samples.labels[rows] != IGNORE).sum(1)
@@ -273,6 +303,7 @@ def teach(
     lr, warmup = recipe.lr * min(1.0, 512 / width), max(1, round(recipe.warmup * steps))
     masters = [p.detach().float().clone() for p in parameters]
     optimizer = torch.optim.Adam(masters, lr=lr, betas=recipe.betas, fused=masters[0].is_cuda)
+    known = asked(original, samples, [rows[part] for part in left]) if steps >= 2 * len(left) else None
     for p in parameters:
         p.requires_grad_(True)
     for step in progress_bar(range(steps), desc="polishing", unit="step"):
@@ -280,7 +311,7 @@ def teach(
             left = batches(lengths, heard, recipe.batch_tokens, draw)
         done = max(0.0, (step - warmup) / max(1, steps - warmup))
         optimizer.param_groups[0]["lr"] = lr * min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * done))
-        gradients = _gradients(original, converted, parameters, samples, rows[left.pop()], words)
+        gradients = _gradients(original, converted, parameters, samples, rows[left.pop()], words, known)
         with torch.no_grad():
             for master, gradient in zip(masters, gradients, strict=True):
                 master.grad = None if gradient is None else gradient.float()

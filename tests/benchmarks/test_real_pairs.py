@@ -19,18 +19,22 @@ def test_a_table_of_differences() -> None:
     source = {"loss_before": 0.3, "loss_after": 0.3, "kl": 0.0}
     known: dict[str, Any] = {"model": "m", "kv_heads": 3, "device": "CPU", "seconds": 1.0}
     records = [
-        known | {"row": "source", "speech": source, "wer": 0.1},
-        known | {"row": "mean", "speech": source | {"loss_after": 1.5, "kl": 1.25}, "wer": 0.5},
+        known | {"row": "source", "speech": source | {"wer": 0.1}, "text": source},
+        known | {"row": "mean", "speech": source | {"loss_after": 1.5, "kl": 1.25, "wer": 0.5}, "text": source},
     ]
     table = real_pairs.lines(records)
-    assert table[-2:] == ["| source | 0.300 | 0 | 0.100 | 1 |", "| mean | +1.200 | 1.250 | 0.500 | 1 |"]
+    assert table[-2:] == [
+        "| source | 0.300 | 0 | 0.100 | 0.300 | 0 | 1 |",
+        "| mean | +1.200 | 1.250 | 0.500 | +0.000 | 0.000 | 1 |",
+    ]
     assert len({line.count("|") for line in table[-4:]}) == 1
 
 
-def test_the_text_columns_are_the_models_own_words(tmp_path: Path) -> None:
+def test_the_text_columns_are_the_models_own_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against transformers' loss of the same words; the source loses nothing to itself."""
     from tiny import trained_tokenizer
 
+    monkeypatch.setattr(real_pairs, "PARAGRAPHS", 8)
     source = tmp_path / "data" / "models" / "flan-tiny"
     BY_NAME["t5"].make(None, vocab_size=512, eos_token_id=1).save_pretrained(source)
     trained_tokenizer().save_pretrained(source)
@@ -108,19 +112,37 @@ def test_the_prefix_is_what_stands_before_the_first_word(monkeypatch: pytest.Mon
     labels = torch.tensor([[-100, 1, 2, 9, -100, -100, -100], [-100, 1, 2, 3, 4, 9, -100]])
     samples = Samples([torch.zeros(2, 3), ids], {}, [], ids != 9, labels, torch.zeros(2, 3, 4))
     bench = real_pairs.Bench.__new__(real_pairs.Bench)
-    bench.said = ["one two", "one two three four"]
     begun: list[list[int]] = []
 
     class Words:
-        def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
-            return "one two"
+        def decode(self, ids: Any, skip_special_tokens: bool) -> str:
+            return " ".join(["one", "two", "three", "four"][int(i) - 1] for i in ids if int(i) != 9)
 
-    bench.tokenizer = Words()
+    def greedy(model: Any, memory: torch.Tensor, given: torch.Tensor) -> list[list[int]]:
+        begun.extend(given.tolist())
+        return [[1, 2]] * len(given)
 
-    def greedy(model: Any, memory: torch.Tensor, given: torch.Tensor) -> list[int]:
-        begun.append(given[0].tolist())
-        return [1]
-
-    monkeypatch.setattr(bench, "greedy", greedy)
+    bench.tokenizer, bench.device = Words(), torch.device("cpu")
+    monkeypatch.setattr(real_pairs, "greedy", greedy)
     assert bench.wer(None, samples) == 2 / 6
     assert begun == [[5, 6], [5, 6]]
+
+
+def test_greedy_writes_what_each_row_alone_would_without_a_cache() -> None:
+    model: Any = BY_NAME["whisper"].make(None, eos_token_id=30, begin_suppress_tokens=[3, 4]).eval()
+    draw = torch.Generator().manual_seed(1)
+    memory = torch.randn(3, 5, model.config.d_model, generator=draw)
+    begun = torch.randint(1, model.config.eos_token_id, (3, 2), generator=draw)
+    found = real_pairs.greedy(model, memory, begun, most=4)
+    for row, heard, ids in zip(found, memory, begun, strict=True):
+        want = ids[None]
+        while len(want[0]) < 6:
+            hidden = model.get_decoder()(input_ids=want, encoder_hidden_states=heard[None])[0][0, -1]
+            scores = model.proj_out(hidden)
+            if len(want[0]) == 2:
+                scores[model.config.begin_suppress_tokens] = -torch.inf
+            best = int(scores[: model.config.eos_token_id + 1].argmax())
+            if best == model.config.eos_token_id:
+                break
+            want = torch.cat([want, torch.tensor([[best]])], 1)
+        assert row == want[0, 2:].tolist()

@@ -16,10 +16,13 @@ from zoo_cases import BY_NAME, output
 
 from hf_attn_patch.cli import main
 from hf_attn_patch.conversion import ConversionError, convert, plan
+from hf_attn_patch.conversion.calibration import answers
 from hf_attn_patch.conversion.calibration.answers import Answerer, Heard, losses
 from hf_attn_patch.conversion.calibration.babble import babble
 from hf_attn_patch.conversion.calibration.layers import load
 from hf_attn_patch.conversion.calibration.own_pairs import heard, own_pairs, read_by_encoder
+from hf_attn_patch.conversion.calibration.polish import PolishRecipe
+from hf_attn_patch.conversion.calibration.samples import Samples, ended
 from hf_attn_patch.conversion.calibration.written_pairs import written
 from hf_attn_patch.conversion.methods import registry
 
@@ -133,6 +136,32 @@ def test_an_encoder_is_read_again_where_its_output_is_not_kept(tmp_path: Path) -
             ).logits  # fmt: skip
             want = torch.nn.functional.cross_entropy(logits.flatten(0, 1), samples.labels.flatten())
             assert found[0][key] == pytest.approx(float(want), rel=1e-5)
+
+
+def test_teaching_on_what_the_original_said_before_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Samples of unequal length, gone through twice: the original reads each once, or without room each time."""
+    draw = torch.Generator().manual_seed(0)
+    rows = [[1, *torch.randint(3, 60, (n,), generator=draw).tolist(), 2] for n in (5, 2, 7, 3, 6, 4, 2, 5)]
+    ids, kept, labels = ended(rows, 8, 1, 2)
+    memory = torch.randn(8, 6, 32, generator=draw)
+    done, calls = [], []
+    for room in (answers.KEPT_BYTES, 0):
+        monkeypatch.setattr(answers, "KEPT_BYTES", room)
+        original: Any = BY_NAME["bart"].make(None, eos_token_id=2).eval().requires_grad_(False)
+        converted: Any = BY_NAME["bart"].make(None, eos_token_id=2).eval().requires_grad_(False)
+        trained = list(converted.get_decoder().layers[0].encoder_attn.parameters())
+        for i, p in enumerate(trained):
+            p.data += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i))
+        samples = Samples([torch.zeros(8, 6), ids], {}, [], kept, labels, memory[..., : original.config.d_model])
+        pair = Answerer(original, samples.memory, samples), Answerer(converted, samples.memory, samples)
+        read: list[int] = []
+        original.get_decoder().register_forward_hook(lambda m, args, out, read=read: read.append(len(out[0])))
+        answers.teach(*pair, trained, samples, torch.arange(8), PolishRecipe(2 * int((labels >= 0).sum())))
+        done.append([p.clone() for p in trained])
+        calls.append(sum(read))
+    assert calls == [8, 1 + 2 * 8]  # the first shows how much room it takes
+    for one, other in zip(*done, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("stock", ["t5", "bart", "marian", "whisper"])
