@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from types import MethodType
 from typing import Any
 
 import torch
@@ -32,7 +31,7 @@ from hf_attn_patch.handle import Handle, of_each
 
 from . import fusing, remembered
 from .generating import leave_generate, stand_before_generate
-from .recorded_forward import RecordedForward, Wish, _states, state_of
+from .recorded_forward import RecordedForward, Wish, _states, recorder_of, stand_before, state_of
 
 DEVICES = {"cuda"}
 
@@ -118,19 +117,19 @@ def ask_for_cuda_graphs(model: torch.nn.Module, owner: Any, wish: Wish) -> Handl
 def withdraw_cuda_graphs(model: torch.nn.Module, owner: Any) -> None:
     """Undo :func:`ask_for_cuda_graphs`."""
     for module in model.modules():
-        if _recorded(module.__dict__.get("forward")):
+        if recorder_of(module) is not None:
             _withdraw(module, owner)
 
 
 def leave_cuda_graphs(model: torch.nn.Module) -> None:
     """Undo every :func:`use_cuda_graphs`, and free what was recorded."""
     for module in model.modules():
-        if _recorded(module.__dict__.get("forward")):
+        if recorder_of(module) is not None:
             _change(module, lambda asked: {})
 
 
 def _withdraw(module: torch.nn.Module, owner: Any) -> None:
-    if _recorded(module.__dict__.get("forward")):
+    if recorder_of(module) is not None:
         _change(module, lambda asked: {k: v for k, v in asked.items() if k != owner})
     else:  # something else stands before ours, which lets everything through from now on
         state_of(module).off = True
@@ -138,12 +137,12 @@ def _withdraw(module: torch.nn.Module, owner: Any) -> None:
 
 def recording_of(model: torch.nn.Module) -> str | None:
     """What becomes of a model's decoding steps, in a few words; None if nobody asks for recordings."""
-    asked = [module for module in model.modules() if _recorded(module.__dict__.get("forward"))]
+    asked = [(module, recorder) for module in model.modules() if (recorder := recorder_of(module)) is not None]
     if not asked:
         return None
-    module: Any = asked[0]
+    module, recorder = asked[0]
     reason = state_of(module).refused or why_not(module)
-    compiled = module.__dict__["forward"].__func__.compiles and not state_of(module).uncompiled
+    compiled = recorder.compiles and not state_of(module).uncompiled
     how = "compiled and recorded as CUDA graphs" if compiled else f"recorded as CUDA graphs{_fused(module)}"
     return how if reason is None else f"not recorded as CUDA graphs: {reason}"
 
@@ -160,12 +159,13 @@ def _fused(module: Any) -> str:
 
 def _change(module: Any, change: Callable[[dict[Any, Wish]], dict[Any, Wish]]) -> None:
     """Other wishes, and with them another wrapper (copies of the model share the old one); none: its own forward."""
-    own = module.__dict__.get("forward")
-    if _recorded(own):
-        inner, arguments, before = own.__func__.inner, own.__func__.arguments, own.__func__.asked
+    own, recorder = module.__dict__.get("forward"), recorder_of(module)
+    if recorder is not None:
+        inner, arguments, before = recorder.inner, recorder.arguments, recorder.asked
     else:
         arguments = Arguments(module)
-        inner = type(module).forward if own is None else functools.partial(_without_self, own)
+        of_class = own is None or getattr(own, "__func__", None) is type(module).forward  # the latter in pickles
+        inner = type(module).forward if of_class else functools.partial(_without_self, own)
         before = {}
     asked = change(before)
     fusing.told.pop(module, None)
@@ -178,13 +178,8 @@ def _change(module: Any, change: Callable[[dict[Any, Wish]], dict[Any, Wish]]) -
     else:
         leave_generate(module)
     if asked:
-        # a method of the instance: a deep copy of the model takes it along, bound to the copy
-        module.__dict__["forward"] = MethodType(RecordedForward(inner, arguments, asked, why_not), module)
+        stand_before(module, RecordedForward(inner, arguments, asked, why_not))
     elif isinstance(inner, functools.partial):
         module.__dict__["forward"] = inner.args[0]
     else:
         del module.__dict__["forward"]
-
-
-def _recorded(forward: Any) -> bool:
-    return isinstance(getattr(forward, "__func__", None), RecordedForward)

@@ -7,6 +7,7 @@ import logging
 import threading
 import weakref
 from collections.abc import Callable
+from types import MethodType
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -107,7 +108,6 @@ class RecordedForward:
         self.loud = any(wish.loud for wish in asked.values())
         self.compiles, _, self.fuses = [*asked.values()][-1]
         self._compiled: dict[bool, Callable[..., Any]] = {}
-        functools.update_wrapper(self, inner)
 
     def __call__(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         if self.arguments.renames(kwargs):
@@ -234,7 +234,19 @@ def _distance(a: Tensor, b: Tensor) -> Tensor:
     return (a.float() - b.float()).norm() / b.float().norm().clamp(min=1e-30)
 
 
+def stand_before(model: torch.nn.Module, recorder: RecordedForward) -> None:
+    """Put a recorder before a model's ``forward``: as a method of the instance, which a deep copy of the model takes
+    along, bound to the copy; and as a function, which torch.compile of the model asks for."""
+
+    @functools.wraps(recorder.inner)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return recorder(self, *args, **kwargs)
+
+    forward.recorder = recorder  # type: ignore[attr-defined]
+    model.__dict__["forward"] = MethodType(forward, model)
+
+
 def recorder_of(model: torch.nn.Module) -> RecordedForward | None:
     """What records a model's steps, if somebody asks for it."""
-    recorder = getattr(model.__dict__.get("forward"), "__func__", None)
+    recorder = getattr(getattr(model.__dict__.get("forward"), "__func__", None), "recorder", None)
     return recorder if isinstance(recorder, RecordedForward) else None

@@ -154,10 +154,13 @@ def recall(model: torch.nn.Module, key: Any, tensors: Sequence[Tensor | None]) -
     if known is None or key not in known.programs:
         return None
     if known.code != code_of(model):
-        del _known[model]
+        _known.pop(model, None)
         return None
-    fused, slots = known.programs[key]
-    known.programs[key] = known.programs.pop(key)  # the last to be forgotten
+    program = known.programs.pop(key, None)  # None: another thread has it in its hands just now
+    if program is None:
+        return None
+    known.programs[key] = program  # the last to be forgotten
+    fused, slots = program
     return fused.on({slot: tensor for slot, tensor in zip(slots, tensors, strict=True) if slot is not None})
 
 
@@ -188,5 +191,5 @@ def keep(
     if known is None or known.code != code:
         known = _known[model] = _Known(code, {})
     if len(known.programs) >= MOST:
-        known.programs.pop(next(iter(known.programs)))
+        known.programs.pop(next(iter(known.programs)), None)
     known.programs[key] = fused.on(dict.fromkeys(of_call)), slots

@@ -21,6 +21,7 @@ import hf_attn_patch
 from hf_attn_patch.compat.calls import cache_of, generate_keyword
 from hf_attn_patch.decoding import cuda_graphs as graphs
 from hf_attn_patch.decoding import flight, step
+from hf_attn_patch.decoding.recorded_forward import recorder_of
 
 MANY = list(range(5, 40))  # a third of the words end a row
 
@@ -295,12 +296,28 @@ def test_a_way_to_generate_that_somebody_put_in_place_stays(landings: list[fligh
     assert not landings
 
 
-def test_its_signature_is_that_of_generate() -> None:
-
+def test_signatures_are_those_of_the_model() -> None:
     model = build("llama", "cpu")
-    before = inspect.signature(model.generate)
+    before = inspect.signature(model.generate), inspect.signature(model.forward)
     hf_attn_patch.enable(model)
-    assert inspect.signature(model.generate) == before
+    assert (inspect.signature(model.generate), inspect.signature(model.forward)) == before
+
+
+def test_a_model_is_compiled_and_loaded_with_its_steps(landings: list[flight.Landing]) -> None:
+    model, inputs = build("llama", "cpu"), batch("cpu")
+    hf_attn_patch.enable(model)
+    expected = generate(model, inputs, max_new_tokens=12)
+    compiled: Any = torch.compile(model, backend="eager")
+    again = pickle.loads(pickle.dumps(model))
+    hf_attn_patch.enable(again)
+    recorder = recorder_of(again)
+    assert recorder is not None
+    assert recorder.inner is type(model).forward
+    for other in (compiled, again):
+        torch.testing.assert_close(generate(other, inputs, max_new_tokens=12), expected, rtol=0, atol=0)
+    assert [landing.steps > 0 for landing in landings] == [True] * 3
+    hf_attn_patch.enable(again, cache=None, cuda_graphs=False)
+    assert "forward" not in vars(again)
 
 
 def test_a_model_in_training_is_not_recorded(landings: list[flight.Landing]) -> None:
