@@ -142,20 +142,22 @@ def test_every_public_name_is_there() -> None:
 
 IMPORTED = """
 import sys, time
+start = time.process_time()
 import transformers.modeling_utils
+theirs = time.process_time() - start
 before = set(sys.modules)
 start = time.process_time()
 import hf_attn_patch
-print(time.process_time() - start)
+print((time.process_time() - start) / theirs)
 print(*sorted({name.split(".")[0] for name in set(sys.modules) - before}))
 """
 
 
 def test_the_import_is_cheap_and_brings_no_kernels() -> None:
-    seconds, packages = run(IMPORTED).split("\n", 1)
+    share, packages = run(IMPORTED).split("\n", 1)
     new = set(packages.split())
     assert "hf_attn_patch" in new
     assert not new & KERNEL_PACKAGES
-    assert float(seconds) < 0.2
+    assert float(share) < 0.06  # of what transformers and torch take to import, on whatever machine
     alone = run("import sys, hf_attn_patch; print(*{n.split('.')[0] for n in sys.modules})").split()
     assert not {"torch", "transformers", *KERNEL_PACKAGES} & set(alone)  # `hf-attn --help` goes through it

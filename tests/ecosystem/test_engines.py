@@ -8,10 +8,12 @@ package `gguf`.
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import inspect
 import json
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +29,27 @@ HQ, HKV = 8, 2
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "olmo2", "phi3")
 
 
-def converted(family: str, tmp_path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    tiny_model(family).save_pretrained(tmp_path / "source")
-    convert(tmp_path / "source", tmp_path / "result", HKV)
-    config = json.loads((tmp_path / "result/config.json").read_text())
-    return config, load_file(tmp_path / "result/model.safetensors")
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Any, dict[str, torch.Tensor]]]:
+    """Family -> its config and its tensors, converted once."""
+
+    @functools.cache
+    def made(family: str) -> tuple[Any, dict[str, torch.Tensor]]:
+        folder = tmp_path_factory.mktemp(family)
+        tiny_model(family).save_pretrained(folder / "source")
+        convert(folder / "source", folder / "result", HKV)
+        config = json.loads((folder / "result/config.json").read_text())
+        return config, load_file(folder / "result/model.safetensors")
+
+    return made
 
 
 @works_with("vLLM", "names, shapes and config that its loaders read (rules)", "vllm serve llama-2-7b-gqa8")
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_vllm_can_shard_it(family: str, ranks: int, tmp_path: Path) -> None:
+def test_vllm_can_shard_it(family: str, ranks: int, converted: Any) -> None:
     """Each rank takes its rows of q, k and v; with fewer KV heads than ranks, ranks share a head."""
-    config, tensors = converted(family, tmp_path)
+    config, tensors = converted(family)
     heads, kv_heads, width = config["num_attention_heads"], config["num_key_value_heads"], config["hidden_size"]
     head_dim = config.get("head_dim") or width // heads
     assert config["architectures"][0].endswith("ForCausalLM") and config["model_type"] == family
@@ -81,9 +91,9 @@ def test_vllm_finds_the_call_of_the_interface(name: str) -> None:
 
 @works_with("llama.cpp", "names and head counts that its converter reads (its own name table)", "convert_hf_to_gguf.py")
 @pytest.mark.parametrize("family", FAMILIES)
-def test_llama_cpp_knows_every_tensor(family: str, tmp_path: Path) -> None:
+def test_llama_cpp_knows_every_tensor(family: str, converted: Any) -> None:
     gguf = pytest.importorskip("gguf")
-    config, tensors = converted(family, tmp_path)
+    config, tensors = converted(family)
     architecture = {"mistral": "LLAMA", "llama": "LLAMA"}.get(family, family.upper())
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture], config["num_hidden_layers"])
     unknown = [name for name in tensors if names.get_name(name, try_suffixes=(".weight", ".bias")) is None]
@@ -106,9 +116,9 @@ def rope(x: torch.Tensor, theta: float, interleaved: bool) -> torch.Tensor:
 
 
 @works_with("llama.cpp", "RoPE's order of rows, turned KV head by KV head", "convert_hf_to_gguf.py")
-def test_llama_cpp_turns_the_grouped_heads_right(tmp_path: Path) -> None:
+def test_llama_cpp_turns_the_grouped_heads_right(converted: Any) -> None:
     """It permutes k_proj by num_key_value_heads of the config; its RoPE on that gives the scores of transformers'."""
-    config, tensors = converted("llama", tmp_path)
+    config, tensors = converted("llama")
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     theta = config["rope_parameters"]["rope_theta"]
     q, k = (tensors[f"model.layers.0.self_attn.{name}_proj.weight"].float() for name in "qk")

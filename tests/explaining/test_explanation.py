@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import Counter
 from collections.abc import Iterator
@@ -62,13 +63,18 @@ def forward(model: Any, training: bool, **inputs: Any) -> Any:
         return model(**inputs)
 
 
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("padding", ["none", "left", "right"])
-@pytest.mark.parametrize("name", list(FAMILIES))
+def calls() -> Iterator[Any]:
+    """(family, padding, training): each padding and each mode of every family once, all pairs with -m slow."""
+    for name, family in FAMILIES.items():
+        padded = [padding for padding in ("left", "right") if takes_padding(family, padding)]
+        for padding, training in itertools.product(("none", *padded), (False, True)):
+            often = training == (padding == "left") or not padded
+            yield pytest.param(name, padding, training, marks=[] if often else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("name", "padding", "training"), calls())
 def test_it_says_what_a_call_runs(name: str, padding: str, training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     family = FAMILIES[name]
-    if not takes_padding(family, padding):
-        pytest.skip("takes no padding")
     model = build(name, "hf_attn_patch").train(training)
     inputs = make_inputs(family, padding).kwargs
     said = explain(model, inputs=inputs, training=training)
@@ -113,7 +119,7 @@ def test_it_says_what_a_step_of_decoding_runs(name: str, padded: bool, monkeypat
 
 
 @pytest.mark.parametrize("situation", ["prefill", "training"])
-@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("padded", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("name", families("decoder", "encoder"))
 def test_it_says_what_a_whole_row_runs(
     name: str, padded: bool, situation: str, monkeypatch: pytest.MonkeyPatch
@@ -206,12 +212,12 @@ def test_nothing_is_changed_and_nothing_is_left() -> None:
 
 def test_a_model_that_no_memory_holds() -> None:
     config = transformers.LlamaConfig(
-        vocab_size=128256, hidden_size=16384, intermediate_size=53248, num_hidden_layers=126, num_attention_heads=128,
+        vocab_size=128256, hidden_size=16384, intermediate_size=53248, num_hidden_layers=40, num_attention_heads=128,
         num_key_value_heads=8, max_position_embeddings=131072, dtype=torch.bfloat16,
     )  # fmt: skip
     said = explain(config, batch=16, kv_len=131072, padded=True, device="cuda", capability=90)
     (kind,) = said.kinds
-    assert (len(kind.paths), kind.chosen) == (126, "triton_decode")
+    assert (len(kind.paths), kind.chosen) == (40, "triton_decode")
     assert (kind.request.heads, kind.request.kv_heads, kind.request.head_dim) == (128, 8, 128)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config)

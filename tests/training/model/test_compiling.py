@@ -125,7 +125,7 @@ def tiny_families():
     }
 
 
-@pytest.mark.parametrize("family", ["gpt2", "t5", "bert"])
+@pytest.mark.parametrize("family", ["gpt2", *(pytest.param(f, marks=pytest.mark.once) for f in ("t5", "bert"))])
 def test_other_families_stay_as_they_are(family, quick):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
