@@ -123,10 +123,12 @@ class TrainingRun:
             what, numbers = f"gradient's norm is {float(last[0, 1])}", [n for part in step.numbers for n in part]
         if what:
             documents = f"documents {min(n[0] for n in numbers)} to {max(n[1] for n in numbers)}"
+            advice = "lower --lr, or use --precision bf16 or no; --resume goes on from the last checkpoint"
+            if not progress.step:
+                advice = "at the weights of --model and --teacher, or use --precision no: nothing has been trained yet"
             raise TrainingError(
                 f"the {what} at step {progress.step + 1}{where} ({documents} of epoch {step.position.epoch}); nothing "
-                "of this step is kept. Look at these documents, lower --lr, or use --precision bf16 or no; "
-                "--resume goes on from the last checkpoint"
+                f"of this step is kept. Look at these documents, {advice}"
             )
         loss, ce, kl = (losses.sum((0, 1)) / step.targets).tolist()
         return StepResult(loss, ce, kl, float(last[0, 1]), int(last[:, 0].max()))

@@ -113,6 +113,8 @@ def test_what_a_family_needs_is_said(tmp_path):
         uptrain(tmp_path, t5)
     with pytest.raises(SystemExit, match="encoders are uptrained by distilling embeddings: give the --teacher"):
         uptrain(tmp_path, bert, teacher=None)
+    with pytest.raises(SystemExit, match=r"S \(BertLMHeadModel\) sees the words after a token"):
+        uptrain(tmp_path, bert, "--objective", "causal", teacher=None)
 
 
 def test_a_padded_causal_run_equals_a_packed_one(tmp_path):

@@ -115,6 +115,15 @@ def test_a_gradient_that_is_not_finite_is_never_applied(world: Path, tmp_path: P
     assert not (tmp_path / "out" / "config.json").exists()
 
 
+def test_a_first_loss_that_is_not_finite_is_not_the_rates_fault(world: Path, tmp_path: Path, uptrain) -> None:
+    teacher = tiny_llama(4)
+    with torch.no_grad():
+        teacher.model.norm.weight[0] = math.nan
+    save_tiny(tmp_path / "T", teacher)
+    with pytest.raises(SystemExit, match=r"nan at step 1.*at the weights of --model and --teacher"):
+        uptrain(arguments(world, tmp_path / "out", teacher=tmp_path / "T", eval_tokens=0))
+
+
 def test_weights_that_are_not_finite_are_never_written(world: Path, tmp_path: Path, uptrain, monkeypatch) -> None:
     step, count = torch.optim.AdamW.step, [0]
 

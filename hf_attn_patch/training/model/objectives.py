@@ -154,25 +154,27 @@ class CausalObjective(Objective):
         return PackedBatch(ids, ids.roll(-1, 1), positions, torch.tensor([0, 7, 16], dtype=torch.int32), 9).to(device)
 
     def check(self, batch: PackedBatch) -> None:
-        """That documents don't see each other, and that the head makes the model's own logits.
+        """That no token sees a later one or another document, and that the head makes the model's own logits.
 
         Raises:
-            TrainingError: documents of a packed row see each other.
+            TrainingError: tokens see what they are to predict, or documents of a packed row each other.
         """
         training, self.own_logits = self.model.training, False
         self.model.eval()
         with torch.no_grad():
             hidden = self.hidden(batch)
+            half = hidden.dtype is not torch.float32 or torch.is_autocast_enabled(hidden.device.type)
+            rounding = 1e-2 if half else 1e-4  # experts sum in another order; a NaN is for the loss to report
+            if self._moved(batch, hidden, slice(-1, None), slice(0, -1)) > rounding:
+                raise TrainingError(
+                    f"{self.model.config.name_or_path} ({type(self.model).__name__}) sees the words after a token, so "
+                    "it cannot learn or teach to predict them: it is an encoder, or a decoder whose config.json does "
+                    "not say is_decoder"
+                )
             if self.packed:
                 own = self.model(**self.arguments(batch))[0].flatten(0, 1)
                 border = int(batch.cu_seqlens[1])
-                changed = batch.ids.clone()
-                changed[:, :border] = (changed[:, :border] + 1) % self.model.config.get_text_config().vocab_size
-                again = self.hidden(
-                    PackedBatch(changed, batch.labels, batch.positions, batch.cu_seqlens, batch.longest)
-                )
-                apart = (hidden[border:] - again[border:]).abs().max() / hidden[border:].abs().max()
-                if float(apart) > 1e-3:  # a NaN is for the loss to report
+                if self._moved(batch, hidden, slice(0, border), slice(border, None)) > 1e-3:
                     raise TrainingError(
                         f"{type(self.model).__name__} with attn_implementation "
                         f"{attention_name(self.model.config)!r} lets packed documents see each other; "
@@ -183,6 +185,13 @@ class CausalObjective(Objective):
                 own = self.model(input_ids=ids, attention_mask=mask.long(), use_cache=False)[0][mask]
             self.own_logits = not head_matches(hidden, head_of(self.model), own)
         self.model.train(training)
+
+    def _moved(self, batch: PackedBatch, hidden: Tensor, changed: slice, seen: slice) -> float:
+        """How far the hidden states of ``seen`` tokens move, for their size, where ``changed`` ones are others."""
+        ids = batch.ids.clone()
+        ids[:, changed] = (ids[:, changed] + 1) % self.model.config.get_text_config().vocab_size
+        again = self.hidden(PackedBatch(ids, batch.labels, batch.positions, batch.cu_seqlens, batch.longest))
+        return float((hidden[seen] - again[seen]).abs().max() / hidden[seen].abs().max())
 
 
 def as_rows(batch: PackedBatch) -> tuple[Tensor, Tensor]:
