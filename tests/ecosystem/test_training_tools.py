@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from scripts import on_two
+from tiny import python_sources, trained_tokenizer
 from torch import distributed
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from works_with import works_with
@@ -72,7 +74,6 @@ def test_sft_trainer_packs_without_leaks(load: Any, tmp_path: Path) -> None:
     """The loss of packed documents is the mean over their tokens of the losses that each has alone, with eager."""
     trl = pytest.importorskip("trl")
     from datasets import Dataset
-    from tiny import trained_tokenizer
 
     generator = torch.Generator().manual_seed(2)
     documents = [torch.randint(2, 512, (n,), generator=generator).tolist() for n in (7, 20, 12, 9)]
@@ -93,6 +94,63 @@ def test_sft_trainer_packs_without_leaks(load: Any, tmp_path: Path) -> None:
             total += float(eager(ids, labels=ids).loss) * (len(document) - 1)
             tokens += len(document) - 1
     assert loss == pytest.approx(total / tokens, abs=2e-4)
+
+
+def history(trainer: Any, *names: str) -> list[float]:
+    """What a trainer of trl logs under these names, step by step."""
+    trainer.train()
+    return [entry[name] for entry in trainer.state.log_history if "loss" in entry for name in names]
+
+
+def texts(*lengths: int) -> list[str]:
+    return [python_sources()[1].read_text(encoding="utf-8")[: 3 * n] for n in lengths]
+
+
+QUIET: dict[str, Any] = {
+    "max_steps": 2, "logging_steps": 1, "report_to": [], "use_cpu": True, "bf16": False, "save_strategy": "no",
+    "disable_tqdm": True, "gradient_checkpointing": False, "learning_rate": 1e-3, "per_device_train_batch_size": 4,
+}  # fmt: skip
+
+
+@works_with("trl", "DPOTrainer, padding-free", "DPOTrainer(..., args=DPOConfig(padding_free=True))")
+def test_dpo_trainer_without_padding(load: Any, tmp_path: Path) -> None:
+    """The losses of padded batches with eager attention."""
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+
+    data = {"prompt": texts(7, 20, 12, 9), "chosen": texts(9, 4, 6, 13), "rejected": texts(5, 11, 8, 3)}
+    losses = []
+    for implementation, free in (("hf_attn_patch", True), ("eager", False)):
+        trainer = trl.DPOTrainer(
+            load(implementation), load(implementation), args=trl.DPOConfig(str(tmp_path), padding_free=free, **QUIET),
+            train_dataset=Dataset.from_dict(data), processing_class=trained_tokenizer(),
+        )  # fmt: skip
+        losses.append(history(trainer, "loss"))
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    assert losses[0][0] == pytest.approx(math.log(2)) and losses[0][1] < 0.69
+
+
+@works_with("trl", "GRPOTrainer, growing cache", 'GRPOTrainer(model=enable(model, cache="growing"), ...)')
+def test_grpo_trainer_samples_and_trains_the_same(load: Any, tmp_path: Path) -> None:
+    """Rewards and losses of sdpa with transformers' cache: the same tokens from the same seed, the same gradients."""
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+
+    found = []
+    for implementation in ("hf_attn_patch", "sdpa"):
+        model = load(implementation)
+        if implementation == "hf_attn_patch":
+            hf_attn_patch.enable(model, cache="growing")
+        torch.manual_seed(0)
+        arguments = trl.GRPOConfig(str(tmp_path), num_generations=4, max_completion_length=8, beta=0.04, **QUIET)
+        trainer = trl.GRPOTrainer(
+            model, reward_funcs=lambda completions, **_: [float(len(set(text))) for text in completions],
+            args=arguments, train_dataset=Dataset.from_dict({"prompt": texts(7, 20, 12, 9)}),
+            processing_class=trained_tokenizer(),
+        )  # fmt: skip
+        found.append(history(trainer, "reward", "kl", "loss"))
+    assert found[0] == pytest.approx(found[1], abs=1e-5)
+    assert found[0][0] > 1 and found[0][4] > 0  # answers were sampled; the second step is off the reference
 
 
 @pytest.fixture(scope="module")
