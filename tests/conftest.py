@@ -1,6 +1,15 @@
-"""Kernels run in Triton's interpreter where there is no GPU; that is decided before the first of them is imported."""
+"""Kernels run in Triton's interpreter where there is no GPU; that is decided before the first of them is imported.
 
+Nothing is read from the user's home or left there: what Hugging Face's libraries keep, and a GPU's own crossovers.
+"""
+
+import os
+import tempfile
 from pathlib import Path
+
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers have it from whoever started them
+    _kept = tempfile.TemporaryDirectory(prefix="hf-attn-tests-", ignore_cleanup_errors=True)
+    os.environ |= {"HF_HOME": _kept.name, "HF_ATTN_TUNING": os.path.join(_kept.name, "crossovers.json")}
 
 import interpreter  # noqa: F401
 import pytest
