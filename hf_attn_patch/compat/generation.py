@@ -6,6 +6,8 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
+
 from .ground import known
 
 #: the way of decoding that chooses one token a row and step: greedy search and sampling (transformers 5.17 to 5.24)
@@ -25,6 +27,18 @@ def decodes_like_all(model: Any) -> bool:
 
     theirs, all_have = type(model), GenerationMixin
     return theirs.generate is all_have.generate and one_by_one(model) is getattr(all_have, _ONE_BY_ONE)
+
+
+@known("transformers", "is_fsdp_managed_module and is_deepspeed_zero3_enabled of generation.utils")
+def processes_step_together(model: Any) -> bool:
+    """Whether ``generate`` has every process of a group take as many steps as the slowest, if it is not told
+    (``synced_gpus``): their weights are in parts, which all of them must ask for."""
+    distributed = torch.distributed
+    if not distributed.is_available() or not distributed.is_initialized() or distributed.get_world_size() == 1:
+        return False
+    from transformers.generation import utils
+
+    return bool(utils.is_deepspeed_zero3_enabled() or utils.is_fsdp_managed_module(model))
 
 
 @known("transformers", "GenerationMixin._prefill")

@@ -32,6 +32,7 @@ from hf_attn_patch.compat.generation import (
     next_arguments_of,
     one_by_one,
     prefill_of,
+    processes_step_together,
 )
 from hf_attn_patch.compat.torch import forward_hooks
 from hf_attn_patch.compat.transformers import captures_outputs
@@ -64,7 +65,7 @@ class GenerateAhead:
         if not self._may_fly(given):
             return generate(self.model, *args, **kwargs)
         decode = functools.partial(generate_ahead, streamer=given.get("streamer"))
-        return generate(self.model, *args, **kwargs, custom_generate=decode)
+        return generate(self.model, *args, **{**kwargs, "custom_generate": decode})
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -75,6 +76,10 @@ class GenerateAhead:
         if recorder is None or model.training or any(given.get(name) is not None for name in _NOT_HANDED_ON):
             return False
         if not all(map(captures_outputs, forward_hooks(model))):  # of the model itself: they see each token's call
+            return False
+        if given.get("synced_gpus") is None and processes_step_together(
+            model
+        ):  # not said to a loop that replaces theirs
             return False
         state = state_of(model)
         if state.chooses_outside or state.off or state.why_not(model, recorder.why_not, anew=True) is not None:

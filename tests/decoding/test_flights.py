@@ -362,6 +362,30 @@ class Watch(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def test_processes_that_step_together_are_left_to_transformers(
+    monkeypatch: pytest.MonkeyPatch, landings: list[flight.Landing]
+) -> None:
+    """Who replaces its loop is not told that every process takes as many steps as the slowest."""
+    model, inputs = build("llama", "cpu"), batch("cpu")
+    hf_attn_patch.enable(model)
+    monkeypatch.setattr(transformers.generation.utils, "is_fsdp_managed_module", lambda module: module is model)
+    generate(model, inputs, max_new_tokens=12, custom_generate=None, assistant_model=None)
+    assert landings.pop().steps
+    for asked in ("is_initialized", "get_world_size"):
+        monkeypatch.setattr(torch.distributed, asked, lambda *_: 2)
+    synced: list[bool] = []
+    loop = type(model)._sample
+
+    def sample(*args: Any, synced_gpus: bool = False, **kwargs: Any) -> Any:
+        synced.append(synced_gpus)
+        return loop(*args, **kwargs)
+
+    monkeypatch.setattr(transformers.GenerationMixin, "_sample", sample)
+    generate(model, inputs, max_new_tokens=12)
+    assert synced == [True]
+    assert not landings
+
+
 @pytest.mark.parametrize("watch", ["modules", "operators"])
 def test_who_watches_all_modules_or_operators_sees_those_of_each_token(
     watch: str, landings: list[flight.Landing]
