@@ -1,7 +1,7 @@
 """Rows of a batch that repeat a prompt (``num_return_sequences``, beams, several answers in RL): computed once.
 
 ``generate`` repeats the inputs before the prompt is computed. What stands before its prefill here looks for rows that
-follow their like, computes one of each, and lets the others begin with what the cache then holds.
+are alike, wherever they are, computes one of each, and lets the others begin with what the cache then holds.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def prefill_once(inner: Callable[..., Any], model: Any, *args: Any, **kwargs: An
         return inner(*args, **kwargs)
     held = rows_of(cache.layers)
     of = _repeats([ids, *inputs.values()])
-    first = [of.index(row) for row in range(of[-1] + 1)]
+    first = [of.index(row) for row in range(max(of) + 1)]
     if held not in (0, len(first)):
         if held == 1:  # a prefix that all prompts begin with
             cache.begin_rows([0] * len(first))
@@ -85,15 +85,32 @@ def _inputs_by_row(model: Any, ids: Tensor, model_kwargs: dict[str, Any], cache:
 
 
 def _repeats(inputs: list[Tensor]) -> list[int]:
-    """For each row, how many rows before it differ from the one before them: equal numbers are rows that are alike.
+    """For each row, how many kinds of rows there were before the first one of its own: equal numbers are rows that are
+    alike.
 
-    Read from the device, once.
+    Read from the device once, and once more where some rows seem alike.
     """
-    new = torch.zeros(inputs[0].shape[0] - 1, dtype=torch.bool, device=inputs[0].device)
-    for value in inputs:
-        if value.shape[1]:
-            new |= (value[1:] != value[:-1]).flatten(1).any(1).to(new.device)
-    return [0, *new.cumsum(0).tolist()]
+    device = inputs[0].device
+    sums = torch.stack([_checksum(value).to(device) for value in inputs], 1).tolist()
+    seen: dict[tuple[int, ...], int] = {}
+    first = [seen.setdefault(tuple(sums[row]), row) for row in range(len(sums))]
+    if len(seen) < len(first):
+        differ = torch.zeros(len(first), dtype=torch.bool, device=device)
+        for value in inputs:
+            where = torch.tensor(first, device=value.device)
+            differ |= (value != value.index_select(0, where)).flatten(1).any(1).to(device)
+        first = [row if wrong else like for row, (like, wrong) in enumerate(zip(first, differ.tolist(), strict=True))]
+    kinds = sorted(set(first))
+    return [kinds.index(like) for like in first]
+
+
+def _checksum(value: Tensor) -> Tensor:
+    """Int64 [B] that is equal for equal rows of [B, S] or [B, S, E] (of which one number of each E is looked at)."""
+    numbers = value if value.dim() == 2 else value[..., 0]
+    if numbers.is_floating_point():
+        numbers = numbers.float().contiguous().view(torch.int32)
+    factors = torch.arange(1, numbers.shape[1] + 1, device=value.device) * 0x9E3779B97F4A7C1
+    return (numbers.long() * (factors ^ (factors >> 29))).sum(1)
 
 
 def _begin_alike(layers: Any, of: list[int]) -> bool:
@@ -107,7 +124,7 @@ def _begin_alike(layers: Any, of: list[int]) -> bool:
         if layer.own.get_seq_length():
             return False
         for part in shared:
-            if len({*zip(of, part.rows.of, strict=True)}) != of[-1] + 1:
+            if len({*zip(of, part.rows.of, strict=True)}) != max(of) + 1:
                 return False
     return True
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 from typing import Any
 
 import pytest
@@ -79,6 +78,7 @@ CALLS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "repeated rows": ((0, 0, 0, 2, 2, 2), {"do_sample": True}),
     "repeated rows, padded": ((1, 1, 1, 1, 3, 3, 3, 3), {"do_sample": True}),
     "rows repeated unevenly": ((0, 1, 1, 1, 1, 2, 2, 0), {"do_sample": True}),
+    "rows repeated in turn": ((0, 1, 2, 0, 1, 2, 0, 1, 2), {"do_sample": True}),
     "greedy": ((1, 1, 3, 3), {}),
     "chunked prefill": ((0, 1), {"do_sample": True, "num_return_sequences": 3, "prefill_chunk_size": 4}),
 }
@@ -90,8 +90,7 @@ def test_same_tokens(family: str, call: str, parts: list[tuple[int, ...]]) -> No
     rows, options = CALLS[call]
     expected, out = both(build(family), prompts(*rows), **options)
     torch.testing.assert_close(out.sequences, expected.sequences, rtol=0, atol=0)
-    different = 1 + sum(a != b for a, b in itertools.pairwise(rows))
-    assert {*parts} == ({(different,)} if family in WITH_FULL_LAYERS else set())
+    assert {*parts} == ({(len({*rows}),)} if family in WITH_FULL_LAYERS else set())
 
 
 @pytest.mark.parametrize("call", ["sampled answers to two", "beams of three prompts", "rows repeated unevenly"])
@@ -250,7 +249,30 @@ def test_inputs_that_differ_elsewhere_are_not_taken_for_alike() -> None:
     seen.clear()
     model.generate(**inputs, token_type_ids=kinds[:1].expand(2, -1), max_new_tokens=2)
     assert (1, 11) in seen
-    assert repeated_prompts._repeats([torch.tensor([[1], [1], [2], [1]])]) == [0, 0, 1, 2]
+
+
+@pytest.mark.parametrize("kind", [torch.int64, torch.int32, torch.bool, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("checksum", [None, 0], ids=["checksum", "all the same"])
+def test_which_rows_are_alike(kind: torch.dtype, checksum: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checksums only say where to look."""
+    rows = torch.tensor([[1, 2], [1, 2], [0, 2], [1, 2], [2, 1], [0, 2]])
+    more = torch.tensor([[[8, 1]], [[8, 1]], [[8, 1]], [[8, 3]], [[8, 1]], [[8, 1]]])
+    if checksum is not None:
+        monkeypatch.setattr(repeated_prompts, "_checksum", lambda value: torch.zeros(len(value), dtype=torch.int64))
+    values = rows.to(kind)
+    kinds: dict[tuple[float, ...], int] = {}
+    expected = [kinds.setdefault(tuple(row), len(kinds)) for row in values.tolist()]
+    found = repeated_prompts._repeats([values])
+    if checksum is None:
+        assert found == expected
+    alike = [(i, j) for i in range(6) for j in range(6) if found[i] == found[j]]
+    assert (0, 1) in alike
+    assert (0, 3) in alike
+    assert all(torch.equal(values[i], values[j]) for i, j in alike)
+    assert sorted({*found}) == list(range(len({*found})))
+    apart = repeated_prompts._repeats([values, more.float(), torch.empty(6, 0, dtype=torch.int64)])
+    assert apart[3] not in apart[:3]
+    assert apart[0] == apart[1]
 
 
 def test_what_looks_at_shared_states_sees_a_tensor() -> None:
