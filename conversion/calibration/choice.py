@@ -52,6 +52,8 @@ def calibrated(
     their own; layer by layer (:class:`~.calibrated.Calibrated`) everything else, and what ``refit`` asks for.
     """
     where = device_named(device)
+    if not plan.units:  # every layer has that many heads already
+        return aligned(plan, group)
     if "pictures" in plan.family.reads and calibrate is not None:
         return _by_pictures(plan, calibrate, calibration_samples, refit, polish, group, where)
     refuse(plan)

@@ -72,6 +72,11 @@ class OutputFolder:
         if isinstance(error, OSError):
             if error.errno in _NO_SPACE:
                 raise ConversionError(f"the disk of {self.dst.parent} is full; nothing was left behind") from None
+            if error.errno == errno.EFBIG:
+                raise ConversionError(
+                    f"a file of the result is larger than {self.dst.parent} or a limit (ulimit -f) allows; nothing was "
+                    "left behind: --max-shard-size makes smaller ones"
+                ) from None
             raise ConversionError(f"{error.filename or self.dst} cannot be used: {error.strerror or error}") from None
 
     def _make_parents(self) -> None:

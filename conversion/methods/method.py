@@ -17,12 +17,13 @@ Merge = Callable[["AttentionWeights"], "AttentionWeights"]
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """An option of a method: ``--name`` on the command line, ``name=`` in Python."""
+    """An option of a method: ``--name`` on the command line, ``name=`` in Python; ``least``: of a number."""
 
     name: str
     help: str
     type: type = str
     default: Any = None
+    least: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,13 +55,16 @@ class Method:
         return merge
 
     def resolve(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """The options in full; :class:`ConversionError` for one that this method does not have."""
+        """The options in full; :class:`ConversionError` for one that is none of them, or too small a number."""
         known = {option.name: option.default for option in self.options}
+        least = {option.name: option.least for option in self.options if option.least is not None}
         for name, value in options.items():
             if name not in known:
                 raise ConversionError(
                     f"method {self.name!r} has no option --{name.replace('_', '-')} ({value!r})"
                     + ("; a calibration text is for method calibrated" if name.startswith("calibrat") else "")
                 )
+            if value is not None and name in least and value < least[name]:
+                raise ConversionError(f"--{name.replace('_', '-')} {value}: give {least[name]} or more")
             known[name] = value
         return known

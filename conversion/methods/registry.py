@@ -47,16 +47,19 @@ METHODS: dict[str, Method] = {
                     "calibration_tokens",
                     "tokens of calibration text  (default 500000, on a GPU 1048576, own text without one 4096)",
                     int,
+                    least=1,
                 ),
                 Option(
                     "calibration_length",
                     "tokens of a calibration sequence  (default 1024, encoder-decoders 512, encoders: a paragraph)",
                     int,
+                    least=2,
                 ),
                 Option(
                     "calibration_samples",
                     "recordings or pictures, for models that read them  (default 256)",
                     int,
+                    least=1,
                 ),
                 Option(
                     "refit",
@@ -69,6 +72,7 @@ METHODS: dict[str, Method] = {
                     "train the attentions together on so many tokens to say what the original says, at last; models "
                     "that write  (default: 4000000 on a GPU, 0 without)",
                     int,
+                    least=0,
                 ),
                 GROUP,
                 Option("device", "where layers are fitted, such as cuda or cpu  (default: a GPU if there is one)"),

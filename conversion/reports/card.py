@@ -18,13 +18,13 @@ _TEXT = """\
 
 # {title}
 
-{base}, converted with [hf-attn-patch](https://pypi.org/project/hf-attn-patch/) to fewer KV heads.
+{base}, {done}.
 {loading}
 | attention | layers | query heads | KV heads before | KV heads now |
 |---|---|---|---|---|
 {rows}
 
-- Method `{method}`: {summary}{options}; seed {seed}.
+- {how}
 - KV cache per token: {before} before, {after} now.
 - Everything that is not attention is the source's, byte for byte. `conversion.json` records versions, source hashes
   and the command; `hf-attn verify SOURCE THIS` {check}.
@@ -36,6 +36,8 @@ _TEXT = """\
 _UNTRAINED = """\
 The merged heads have not been trained together. Mean-pooling in particular changes what the model says until it is
 uptrained (Ainslie et al. 2023, [arXiv 2305.13245](https://arxiv.org/abs/2305.13245))."""
+_DONE = "converted with [hf-attn-patch](https://pypi.org/project/hf-attn-patch/)"
+_NOTHING = "No heads were merged: every layer has as many as it had."
 _CALIBRATED = """\
 Heads were merged by what the layers read on a calibration text{fitted}. See with `hf-attn evaluate` what was lost."""
 
@@ -60,30 +62,35 @@ def model_card(plan: Plan, record: dict[str, Any]) -> str:
         kv = f"{numbers(r['kv_heads_before'])} | {numbers(r['kv_heads_after'])}"
         rows.append(f"| {r['attention']} | {r['layers']} | {r['heads']} | {kv} |")
     itemsize = cache_itemsize(plan)
-    options = ", ".join(f"{k}={v}" for k, v in plan.options.items() if v is not None)
-    exact = plan.method.exact
-    details = record["details"] or {}
-    fitted = ", and layers were fitted to the source's on it" if details.get("refit") else ""
-    if "polish" in details:
-        fitted += f"; all attentions were then trained together on {details['polish']['tokens']:,} tokens of it"
+    given = ", ".join(f"{k}={v}" for k, v in plan.options.items() if v is not None)
+    with_options = f" with {given}" if given else ""
+    how = f"Method `{plan.method.name}`: {plan.method.summary}{with_options}; seed {plan.seed}."
     name = source.name.rsplit("/", 1)[-1] if is_hub else source.folder.resolve().name
     text = _TEXT.format(
         metadata=data.to_yaml(),
-        title=f"{name} with fewer KV heads",
+        title=f"{name} with fewer KV heads" if plan.units else name,
         base=f"[{source.name}](https://huggingface.co/{source.name})" if is_hub else f"`{name}`",
+        done=_DONE + " to fewer KV heads" * bool(plan.units),
         loading=_loading(plan),
         rows="\n".join(rows),
-        method=plan.method.name,
-        summary=plan.method.summary,
-        options=f" with {options}" if options else "",
-        seed=plan.seed,
+        how=how if plan.units else _NOTHING,
         before=human(kv_bytes_per_token(plan.layers, itemsize, new=False)),
         after=human(kv_bytes_per_token(plan.layers, itemsize, new=True)),
-        check="recomputes and compares" if exact else "checks what does not depend on the calibration text",
-        caution=_UNTRAINED if exact else _CALIBRATED.format(fitted=fitted),
+        check="recomputes and compares" if plan.method.exact else "checks what does not depend on the calibration text",
+        caution=_caution(plan, record["details"] or {}) if plan.units else "",
         command=f"\n```\n{record['command']}\n```\n" if record["command"] else "",
     )
     return str(ModelCard(text))
+
+
+def _caution(plan: Plan, details: dict[str, Any]) -> str:
+    """What was done to the heads, and what is to be expected of them."""
+    if plan.method.exact or "random inputs" in " ".join(details.get("notes", ())):  # where no sample could be made
+        return _UNTRAINED
+    fitted = ", and layers were fitted to the source's on it" if details.get("refit") else ""
+    if "polish" in details:
+        fitted += f"; all attentions were then trained together on {details['polish']['tokens']:,} tokens of it"
+    return _CALIBRATED.format(fitted=fitted)
 
 
 def _loading(plan: Plan) -> str:

@@ -90,6 +90,23 @@ def test_without_a_text_a_model_writes_its_own(src: Path, tmp_path: Path) -> Non
     assert verify(src, tmp_path / "own").ok
 
 
+def test_nothing_is_sampled_where_nothing_is_merged(src: Path, tmp_path: Path) -> None:
+    record = convert(src, tmp_path / "dst", 4)
+    assert record["method"] == "calibrated" and record["details"]["notes"] == []
+    card = (tmp_path / "dst" / "README.md").read_text()
+    assert "No heads were merged" in card and "fewer KV heads" not in card
+    assert "calibrat" not in card.partition("No heads")[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [("calibration_tokens", 0), ("calibration_length", 1), ("calibration_samples", 0), ("polish", -1)],
+)
+def test_numbers_that_give_no_text_are_refused(name: str, number: int, src: Path) -> None:
+    with pytest.raises(ConversionError, match=f"--{name.replace('_', '-')} {number}: give {number + 1} or more"):
+        plan(src, 2, **{name: number})
+
+
 def test_equal_heads_lose_nothing_without_a_text(src: Path, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(src)
     with torch.no_grad():

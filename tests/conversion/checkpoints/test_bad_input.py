@@ -154,12 +154,13 @@ def test_a_full_disk_says_so_before_it_starts(src: Path, monkeypatch: pytest.Mon
         check_space(src, 10_000_000)
 
 
-def test_a_disk_that_fills_up_meanwhile(src: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("number", "words"), [(errno.ENOSPC, "is full"), (errno.EFBIG, "--max-shard-size")])
+def test_a_disk_that_fills_up_meanwhile(number: int, words: str, src: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(descriptor: int, data: memoryview, offset: int) -> int:
-        raise OSError(28, "No space left on device")
+        raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, "pwrite", full)
-    convert(src, words="is full")
+    convert(src, words=words)
 
 
 values = st.one_of(
