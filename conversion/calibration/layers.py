@@ -190,9 +190,8 @@ def attention_name(model: nn.Module, layer: Any) -> str:
         inside = {id(module) for module in decoder().modules()}  # not the towers beside the language model
         exact = [n for n in exact if id(model.get_submodule(n)) in inside]
     if len(exact) != 1:
-        raise ConversionError(
-            f"{type(model).__name__} has {len(exact)} modules {local!r}; use --method aligned, which needs no text"
-        )
+        has = f"has {len(exact)} modules" if exact else "has another name than its checkpoint for"
+        raise ConversionError(f"{type(model).__name__} {has} {local!r}; use --method aligned, which needs no text")
     return exact[0]
 
 
@@ -231,7 +230,8 @@ def called(model: nn.Module, plan: Plan) -> dict[str, str]:
 def readers(model: nn.Module, plan: Plan, layer: LayerAttention) -> list[nn.Module]:
     """The modules that read an attention's inputs: what makes Q, and in cross-attention also what makes K.
 
-    Found by the checkpoint's names, or where the model has others (ViT, in some versions) by the weights in them.
+    Found by the checkpoint's names, or where the model has others (ViT, in some versions) by the weights in them: all of
+    what makes Q, or its first rows where only the checkpoint keeps Q, K and V as one (Sarvam, Molmo 2).
     """
     roles = ("q", "k") if layer.stack.cross else ("q",)
     names = [next(p.module for p in layer.stack.projections if role in p.holds) for role in roles]
@@ -243,6 +243,8 @@ def readers(model: nn.Module, plan: Plan, layer: LayerAttention) -> list[nn.Modu
         for name in names:
             weight = plan.source.read(layer.name(name))
             same = [m for m in model.modules() if _holds(m, weight)]
+            if not same and name == names[0]:
+                same = [m for m in model.modules() if _holds(m, weight[: layer.heads * layer.head_dim])]
             if len(same) != 1:
                 raise ConversionError(f"no module of {type(model).__name__} holds {layer.name(name)} alone") from error
             found += same

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from every_family import known_here, model_of, with_kv_heads
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny, tiny_llama
 from zoo_cases import BY_NAME, output
@@ -99,6 +100,16 @@ def test_every_kind_of_model_reads_its_own_kind_of_noise(stock: str, tmp_path: P
         assert shapes == [unit.layer.width] * (2 if unit.layer.stack.cross else 1)
     assert not [note for note in merge.record["notes"] if "alone" in note]
     assert set(meaningless.noise(made, load(made))) <= set(case.inputs()) | {"decoder_input_ids"}
+
+
+@pytest.mark.parametrize("model_type", [name for name in ("sarvam_moe", "molmo2_text") if name in known_here()])
+def test_inputs_are_found_where_the_checkpoint_alone_keeps_projections_as_one(model_type: str, tmp_path: Path) -> None:
+    model_of(with_kv_heads(model_type, 8)).save_pretrained(tmp_path / "src")
+    made = plan(tmp_path / "src", 2, method="aligned")
+    assert made.units[0].layer.stack.projections[0].holds == "qkv"
+    merge: Any = made.method.build(made, made.options)
+    assert [[x.shape[1] for x in rows] for rows in merge.read.values()] == [[32]] * len(made.units)
+    assert not [note for note in merge.record["notes"] if "alone" in note]
 
 
 def test_verified_again_and_on_a_machine_that_rounds_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
