@@ -154,6 +154,8 @@ def _expect(source: Source, name: str, shape: tuple[int, ...], why: str) -> None
     tensor = source.tensors.get(name)
     if tensor is None:
         module = name.rpartition(".")[0]
+        if f"{module}.base_layer.weight" in source.tensors:
+            raise ConversionError(f"{module} carries a PEFT adapter: save the model after merge_and_unload()")
         if any(other.startswith(module + ".") for other in source.tensors if other != f"{module}.bias"):
             raise ConversionError(f"{module} is quantized (it has no plain weight); convert the unquantized checkpoint")
         raise ConversionError(f"tensor {name!r} is missing from {source.name}, though config.json asks for it")

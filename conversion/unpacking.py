@@ -150,9 +150,11 @@ def _unpacking(raw: dict[str, Any], where: Path) -> tuple[str, Any]:
     if not how:
         raise ConversionError(f"{where} describes no quantized checkpoint: leave --dequantize out")
     method = str(how.get("quant_method") if isinstance(how, dict) else None)
+    if method == "None":
+        raise ConversionError(f"{where} does not say how its weights are quantized; convert the unquantized checkpoint")
     if method not in (*WHILE_LOADING, *AFTERWARDS):
         raise ConversionError(
-            f"{where} describes a {method} checkpoint, and transformers cannot unpack that on a CPU "
+            f"{where} names the format {method}, and transformers cannot unpack that on a CPU "
             f"(it unpacks {', '.join(('GGUF', *WHILE_LOADING, *AFTERWARDS))}); convert the unquantized checkpoint"
         )
     if method in AFTERWARDS:

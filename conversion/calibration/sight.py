@@ -94,8 +94,6 @@ def pictured(plan: Plan, model: Any, calibrate: str, count: int | None) -> Sampl
 def _found(plan: Plan, calibrate: str, count: int | None) -> tuple[list[Picture], dict[str, int]]:
     """The pictures of all sources, and how many are of each."""
     wanted = COUNT if count is None else count
-    if wanted < 1:
-        raise ConversionError(f"--calibration-samples {wanted}: give at least 1")
     found, parts = [], {}
     for name, share in parse_sources(calibrate):
         some = list(_taken(name, plan.seed, max(1, round(share * wanted))))

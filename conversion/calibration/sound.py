@@ -44,8 +44,6 @@ def sound_samples(
         ConversionError: there are none, or they cannot be read.
     """
     wanted = COUNT if count is None else count
-    if wanted < 1:
-        raise ConversionError(f"--calibration-samples {wanted}: give at least 1")
     limit = int(plan.config.max_target_positions)
     if length is not None and not 4 <= length <= limit:
         raise ConversionError(f"--calibration-length {length}: give 4 to {limit} tokens")

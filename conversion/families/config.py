@@ -53,6 +53,12 @@ class LanguageModel:
         prefixes, stacks = self.layouts[0]
         first = stacks[0][1][0]
         wanted = first.prefix + first.stack.projections[0].module + ".weight"
+        near = next((name.removesuffix(wanted) for name in names if name.endswith(f".{wanted}")), None)
+        if near and self.text_config is self.config:
+            raise ConversionError(
+                f"{self.model_type} keeps its tensors under {' or '.join(map(repr, prefixes))}, this checkpoint under"
+                f" {near!r}: rename them, or save the model from inside what it was wrapped in"
+            )
         raise ConversionError(
             f"the checkpoint has no tensor {wanted!r} (under {', '.join(map(repr, dict.fromkeys(prefixes)))}), "
             f"where {self.model_type} keeps it; where transformers loads it from other names, "

@@ -65,6 +65,6 @@ class Method:
                     + ("; a calibration text is for method calibrated" if name.startswith("calibrat") else "")
                 )
             if value is not None and name in least and value < least[name]:
-                raise ConversionError(f"--{name.replace('_', '-')} {value}: give {least[name]} or more")
+                raise ConversionError(f"--{name.replace('_', '-')} {value}: give at least {least[name]}")
             known[name] = value
         return known

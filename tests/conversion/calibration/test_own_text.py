@@ -103,7 +103,7 @@ def test_nothing_is_sampled_where_nothing_is_merged(src: Path, tmp_path: Path) -
     [("calibration_tokens", 0), ("calibration_length", 1), ("calibration_samples", 0), ("polish", -1)],
 )
 def test_numbers_that_give_no_text_are_refused(name: str, number: int, src: Path) -> None:
-    with pytest.raises(ConversionError, match=f"--{name.replace('_', '-')} {number}: give {number + 1} or more"):
+    with pytest.raises(ConversionError, match=f"--{name.replace('_', '-')} {number}: give at least {number + 1}"):
         plan(src, 2, **{name: number})
 
 

@@ -192,3 +192,23 @@ def test_a_pooler_that_a_head_reads_is_missed(tmp_path: Path) -> None:
     small("BertForSequenceClassification").save_pretrained(src)
     change_tensors(src, lambda tensors: tensors.pop("bert.pooler.dense.bias"))
     convert(src, words="bert.pooler.dense.bias")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        (
+            "model.",
+            "module.model.",
+            "under 'module.model.': rename them",
+        ),
+        ("q_proj.", "q_proj.base_layer.", "carries a PEFT adapter: save the model after merge_and_unload()"),
+    ],
+)
+def test_names_that_a_wrapper_left_are_told(old: str, new: str, words: str, src: Path) -> None:
+    def rename(tensors: dict[str, torch.Tensor]) -> None:
+        for name in list(tensors):
+            tensors[name.replace(old, new)] = tensors.pop(name)
+
+    change_tensors(src, rename)
+    convert(src, words=words)
