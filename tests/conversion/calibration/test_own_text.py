@@ -104,7 +104,7 @@ def test_nothing_is_sampled_where_nothing_is_merged(src: Path, tmp_path: Path) -
 )
 def test_numbers_that_give_no_text_are_refused(name: str, number: int, src: Path) -> None:
     with pytest.raises(ConversionError, match=f"--{name.replace('_', '-')} {number}: give at least {number + 1}"):
-        plan(src, 2, **{name: number})
+        plan(src, 2, **dict[str, Any]({name: number}))
 
 
 def test_equal_heads_lose_nothing_without_a_text(src: Path, tmp_path: Path) -> None:
