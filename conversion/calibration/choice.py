@@ -57,8 +57,7 @@ def calibrated(
     if "pictures" in plan.family.reads and calibrate is not None:
         return _by_pictures(plan, calibrate, calibration_samples, refit, polish, group, where)
     refuse(plan)
-    gpu, alone = where.type == "cuda", plan.speaks
-    asked = calibrate is not None
+    gpu, alone, asked = where.type == "cuda", plan.speaks, calibrate is not None
     pairs = plan.answers and plan.family.reads == "text"
     if calibrate is None:
         calibrate = _without_text(plan, gpu) if alone or pairs else OWN
