@@ -50,6 +50,11 @@ class RefitRecipe:
     seed: int = 0
 
 
+#: an attempt is given up whose error after a quarter of its steps is so many times what it was before: the rest of the
+#: steps took it down by 1.9 at most (Whisper tiny.en, layer by layer: benchmarks/results/real_models.md)
+HOPELESS = 2.0
+
+
 class StopForwardError(Exception):
     """Ends a forward once the first layer's inputs are known."""
 
@@ -212,11 +217,12 @@ class TwoStreams:
         if not self.unseen or not size or before <= self.noise:
             return before, before
         start = [p.detach().clone() for p in parameters]
-        for attempt in range(3):  # a learning rate that is too high shows at once
-            self._train(layer, parameters, size, self.lr / 4**attempt)
-            after = self.error(layer, size)
-            if after < before:
-                return before, after
+        for attempt in range(3):  # a learning rate that is too high shows early
+            most = HOPELESS * before if attempt < 2 else math.inf
+            if self._train(layer, parameters, size, self.lr / 4**attempt, most):
+                after = self.error(layer, size)
+                if after < before:
+                    return before, after
             with torch.no_grad():
                 for p, value in zip(parameters, start, strict=True):
                     p.copy_(value)
@@ -236,14 +242,18 @@ class TwoStreams:
         count = max(1, self.numbers(slice(0, last)))
         return self.processes.total(total)[0] / count / max(size, torch.finfo(torch.float32).tiny)
 
-    def _train(self, layer: LayerFunction, parameters: Sequence[nn.Parameter], size: float, lr: float) -> None:
-        """Adam on the relative squared error."""
+    def _train(
+        self, layer: LayerFunction, parameters: Sequence[nn.Parameter], size: float, lr: float, most: float
+    ) -> bool:
+        """Adam on the relative squared error; whether it went to the end: after a quarter of the steps it is given up
+        where the error on unseen sequences is above ``most``."""
         recipe = self.recipe
         known = len(self.ours) - self.unseen
         steps = max(1, round(recipe.epochs * known / self.batch))
         warmup = max(1, round(recipe.warmup * steps))
         optimizer = torch.optim.Adam(parameters, lr=lr, betas=recipe.betas, fused=self.device.type == "cuda")
         order: list[Tensor] = []
+        hopeless = False
         for step in range(steps):
             if not order:
                 order = list((self.unseen + torch.randperm(known, generator=self.generator)).split(self.batch))
@@ -263,8 +273,12 @@ class TwoStreams:
             for p, gradient in zip(parameters, self.processes.summed(gradients), strict=True):
                 p.grad = gradient
             optimizer.step()
+            hopeless = step + 1 == steps // 4 and not self.error(layer, size) <= most
+            if hopeless:
+                break
         for p in parameters:
             p.grad = None
+        return not hopeless
 
 
 def refit(

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from hf_attn_patch.cli import main
 from hf_attn_patch.conversion import ConversionError, convert, evaluate, plan, verify
 from hf_attn_patch.conversion.calibration.moments import Moments
-from hf_attn_patch.conversion.calibration.refit import RefitRecipe, refit
+from hf_attn_patch.conversion.calibration.refit import RefitRecipe, TwoStreams, refit
 from hf_attn_patch.conversion.families.layer import stack_layers
 from hf_attn_patch.conversion.families.table import Stack
 from hf_attn_patch.conversion.methods import registry as methods
@@ -115,6 +115,26 @@ def test_fitting_in_memory_is_reproducible_and_leaves_the_rest_alone(folder: Pat
     assert all(after < before for before, after in found[0][0])
     assert all(torch.equal(found[0][1][n], t) for n, t in found[1][1].items())
     assert torch.equal(student.model.layers[0].mlp.up_proj.weight, teacher.model.layers[0].mlp.up_proj.weight)
+
+
+@pytest.mark.parametrize(("rate", "quarters"), [(0.02, 4), (0.3, 1 + 4), (1.0, 1 + 1 + 4)])
+def test_an_attempt_that_leads_nowhere_is_given_up_early(rate: float, quarters: int) -> None:
+    """A linear layer near the one that it is fitted to: rates that throw it far off are left after a quarter of the
+    steps, and the next is four times smaller. 56 of 64 sequences are taught, 4 at a time, 8 times."""
+    draw = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(64, 4, 8, generator=draw), torch.randn(8, 8, generator=draw)
+    streams = TwoStreams(hidden, RefitRecipe(lr=rate), device=torch.device("cpu"))
+    size = streams.original(lambda x, _: x @ weight)
+    parameter = torch.nn.Parameter(weight + 0.02 * torch.randn(8, 8, generator=draw))
+    taught: list[bool] = []
+
+    def layer(x: torch.Tensor, _: object) -> torch.Tensor:
+        taught.append(torch.is_grad_enabled())
+        return x @ parameter
+
+    before, after = streams.fit(layer, [parameter], size)
+    assert sum(taught) == quarters * 8 * (56 // 4) // 4
+    assert after < 0.01 * before and parameter.grad is None
 
 
 def test_moments_in_parts_are_moments_at_once() -> None:
