@@ -152,8 +152,9 @@ def test_teaching_on_what_the_original_said_before_is_the_same(monkeypatch: pyte
         trained = list(converted.get_decoder().layers[0].encoder_attn.parameters())
         for i, p in enumerate(trained):
             p.data += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i))
-        samples = Samples([torch.zeros(8, 6), ids], {}, [], kept, labels, memory[..., : original.config.d_model])
-        pair = Answerer(original, samples.memory, samples), Answerer(converted, samples.memory, samples)
+        states = memory[..., : original.config.d_model]
+        samples = Samples([torch.zeros(8, 6), ids], {}, [], kept, labels, states)
+        pair = Answerer(original, states, samples), Answerer(converted, states, samples)
         read: list[int] = []
         original.get_decoder().register_forward_hook(lambda m, args, out, read=read: read.append(len(out[0])))
         answers.teach(*pair, trained, samples, torch.arange(8), PolishRecipe(2 * int((labels >= 0).sum())))
