@@ -41,7 +41,7 @@ from . import remembered
 from .flight import ChoosingStep, Flight, Landing, moving_names
 from .next_token import NextToken
 from .outputs import UnfitError
-from .recorded_forward import recorder_of, state_of
+from .recorded_forward import forget_steps, recorder_of, state_of
 from .step import SHORT, WARM
 from .step_call import growing_of
 
@@ -62,6 +62,9 @@ class GenerateAhead:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         generate = type(self.model).generate
         given = {**dict(zip(_positional(generate), args, strict=False)), **kwargs}
+        if not getattr(given.get("generation_config"), "is_assistant", False):  # which goes on in the same call
+            for name in NAMES:
+                forget_steps(self.model, given.get(name))
         if not self._may_fly(given):
             return generate(self.model, *args, **kwargs)
         decode = functools.partial(generate_ahead, streamer=given.get("streamer"))

@@ -93,6 +93,12 @@ def state_of(model: torch.nn.Module) -> ModelState:
     return _states[model]
 
 
+def forget_steps(model: torch.nn.Module, cache: Any) -> None:
+    """A new run with a cache that an earlier one may have left: the model's weights and code may be others since."""
+    if isinstance(cache, Cache) and (steps := state_of(model).caches.get(cache)) is not None:
+        steps.forget()
+
+
 class RecordedForward:
     """Stands before a model's ``forward``: decoding steps are recorded and run again, everything else goes through."""
 
@@ -181,11 +187,9 @@ class RecordedForward:
         cache, state = kwargs[self.arguments.cache], state_of(model)
         if state.off:
             return self.inner(model, **kwargs)
-        steps = state.caches.get(cache) if isinstance(cache, Cache) else None
         if is_prompt(kwargs, cache):  # whatever else changed with it: what follows is recorded anew
             state.hooks = -1
-            if steps is not None:
-                steps.forget()
+            forget_steps(model, cache)
             return self.inner(model, **kwargs)
         found = self.fitting(model, state, kwargs)
         if found is None:

@@ -18,6 +18,7 @@ from transformers.models.llama import modeling_llama
 import hf_attn_patch
 from hf_attn_patch.attn import dispatch, ladder
 from hf_attn_patch.cache import beginnings
+from hf_attn_patch.compat.calls import generate_keyword
 from hf_attn_patch.decoding import cuda_graphs as graphs
 from hf_attn_patch.decoding import fusing, remembered, step
 
@@ -144,6 +145,22 @@ def test_what_changes_between_calls_is_seen(change: Any, written: Written, monke
 
 
 @pytest.mark.once
+def test_what_changes_while_a_cache_is_kept_is_seen(written: Written, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second call brings one token, as a step of the first one did."""
+    model, inputs = llama(), batch("cpu", 1, 8)
+    cache = hf_attn_patch.GrowingCache(config=model.config)
+    with torch.no_grad():
+        model(inputs["input_ids"][:, :7], **{generate_keyword(): cache})
+    generate(model, inputs, max_new_tokens=TOKENS, **{generate_keyword(): cache})
+    cache.crop(7 - cache.get_seq_length())
+    weight(model, monkeypatch)
+    kept = copy.deepcopy(cache)
+    other = hf_attn_patch.enable(copy.deepcopy(model), cuda_graphs=False)
+    found = generate(model, inputs, max_new_tokens=TOKENS, **{generate_keyword(): cache})
+    expected = generate(other, inputs, max_new_tokens=TOKENS, **{generate_keyword(): kept})
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
 def test_weights_written_in_place_are_read(written: Written) -> None:
     model, inputs = llama(), batch("cpu", 2, 7)
     same(model, inputs)
