@@ -69,8 +69,7 @@ class _Kept:
         self.others = [(weakref.ref(other), _version(other)) for other in others]
         self.counted = (made or self.version is not None) and all(version is not None for _, version in self.others)
         self.captured = captured(tensor)
-        compiling = torch.compiler.is_compiling()  # which asks no layer and cannot trace a thread
-        self.who, self.thread = (_NOBODY, 0) if compiling else (_asking.who, threading.get_ident())
+        self.who, self.thread = _asking.who, threading.get_ident()
 
     def still_true(self, tensor: Tensor, others: tuple[Tensor, ...]) -> bool:
         """In every layer, so what can be known once is not asked again."""
@@ -91,8 +90,6 @@ class _Kept:
 
     def _same_forward(self) -> bool:
         """Whether this call is the one that asked last, or a later layer of the same model in the same thread."""
-        if torch.compiler.is_compiling():
-            return False
         who, last = _asking.who, self.who
         if last is _NOBODY or self.thread != threading.get_ident():
             return False
@@ -114,6 +111,8 @@ def keep(tensor: Tensor, key: Any, value: Any, *others: Tensor, made: bool = Fal
         made: ``tensor`` was made here, and nobody but us writes to it.
         in_any_mode: ``value`` holds nothing that was made in inference mode.
     """
+    if torch.compiler.is_compiling():  # which has one copy of what is computed twice, and cannot ask for the mode
+        return
     attribute = _ATTRIBUTES[not in_any_mode and torch.is_inference_mode_enabled()]
     kept: dict[Any, _Kept] | None = getattr(tensor, attribute, None)
     if kept is None or len(kept) >= _MOST:
@@ -124,6 +123,8 @@ def keep(tensor: Tensor, key: Any, value: Any, *others: Tensor, made: bool = Fal
 
 def recall(tensor: Tensor, key: Any, *others: Tensor, in_any_mode: bool = False) -> Any:
     """What :func:`keep` kept under ``key`` for the same tensors, if it is still true; else None."""
+    if torch.compiler.is_compiling():
+        return None
     attribute = _ATTRIBUTES[not in_any_mode and torch.is_inference_mode_enabled()]
     kept: dict[Any, _Kept] | None = getattr(tensor, attribute, None)
     if kept is None or (found := kept.get(key)) is None:

@@ -55,6 +55,22 @@ def test_padding_inside_a_row_begins_no_document() -> None:
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("positions", [False, True])
+def test_documents_by_their_borders_in_one_graph(positions: bool) -> None:
+    """Each document's logits are those that it has alone."""
+    documents = [torch.arange(n)[None] + 3 * n for n in (3, 4, 5)]
+    borders = torch.tensor([0, 3, 7, 12], dtype=torch.int32)
+    inputs: dict[str, Any] = {"input_ids": torch.cat(documents, 1), "use_cache": False}
+    inputs |= {"cu_seq_lens_q": borders, "cu_seq_lens_k": borders, "max_length_q": 5, "max_length_k": 5}
+    if positions:
+        inputs["position_ids"] = torch.cat([torch.arange(n)[None] for n in (3, 4, 5)], 1)
+    model, eager = build("mistral", IMPLEMENTATION), pair("mistral")[1]
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        wanted = torch.cat([eager(document, use_cache=False).logits for document in documents], 1)
+        torch.testing.assert_close(compiled(**inputs).logits, wanted, atol=1e-5, rtol=1e-5)
+
+
 def test_layers_compiled_one_by_one() -> None:
     """No layer breaks its graph to look for somebody who collects weights; and who asks for them still gets them."""
     inputs = {"input_ids": torch.arange(12).reshape(2, 6) + 3, "use_cache": False}
