@@ -65,7 +65,7 @@ def calibrated(
     if calibration_samples is not None and plan.family.reads == "text":
         raise ConversionError(f"--calibration-samples counts recordings and pictures, and {plan.model_type} reads text")
     if polish and not (alone or plan.answers):
-        raise ConversionError(f"--polish is for models that write, and {plan.model_type} does not")
+        raise ConversionError(f"--polish is for models that write by themselves, as {plan.model_type} does not here")
     if polish is None:
         polish = POLISH if gpu and (alone or pairs) else 0
     if refit is None:
