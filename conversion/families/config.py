@@ -10,6 +10,7 @@ from hf_attn_patch.documents.stranger_json import check_config_limits
 from hf_attn_patch.errors import ConversionError
 from hf_attn_patch.hf.auto_classes import PREFIX
 
+from .kv_field import KVField
 from .layer import LayerAttention, attribute, stack_layers
 from .layer_config import config_object
 from .table import TEXT_PREFIXES, Family, Stack, family_of, supported
@@ -86,6 +87,7 @@ class LanguageModel:
         if not any(layer.changes for layer in layers):
             return
         part = part_of(raw, self.path)
+        self._refuse_one_field_for_two(layers)
         for stack, _ in self.stacks:
             own = [layer for layer in layers if layer.stack is stack]
             if any(layer.changes for layer in own) or self.family.becomes:
@@ -95,6 +97,17 @@ class LanguageModel:
         if self.family.becomes:
             part["model_type"] = self.family.becomes
             part["architectures"] = [f"Grouped{n.removeprefix('Grouped')}" for n in architectures(part)]
+
+    def _refuse_one_field_for_two(self, layers: list[LayerAttention]) -> None:
+        """Raise where attentions that share a field of the config (Llama 3.2 Vision's) would have different numbers."""
+        shared: dict[KVField, dict[str, set[int]]] = {}
+        for layer in layers:
+            shared.setdefault(layer.stack.kv_field, {}).setdefault(layer.stack.name, set()).add(layer.new_kv_heads)
+        for kv_field, numbers in shared.items():
+            if len(numbers) > 1 and len(set.union(*numbers.values())) > 1:
+                raise ConversionError(
+                    f"{self.model_type} has one {kv_field.name} for {' and '.join(numbers)}: give them the same number"
+                )
 
 
 def part_of(raw: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:

@@ -122,6 +122,14 @@ def test_repeated_heads_come_back_bit_by_bit(model_type: str, tmp_path: Path) ->
     torch.testing.assert_close(out(reloaded(small, tmp_path / "dst")), want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.skipif("mllama_text_model" not in known_here(), reason="unknown to this transformers")
+def test_attentions_that_share_a_field_have_one_number(tmp_path: Path) -> None:
+    model_of(with_kv_heads("mllama_text_model", 8)).save_pretrained(tmp_path / "src")
+    with pytest.raises(ConversionError, match="one num_key_value_heads for self and cross: give them the same number"):
+        plan(tmp_path / "src", {"self": 2})
+    assert {layer.new_kv_heads for layer in plan(tmp_path / "src", {"self": 2, "cross": 2}).layers} == {2}
+
+
 #: families in whose forward something stands after the keys, or after the values, that knows their basis
 KEYS_KNOWN = {
     "afmoe", "apertus1p5_text", "beam", "diffusion_gemma_text", "dory", "dots1", "flint", "gemma3n_text", "gemma4_text",
