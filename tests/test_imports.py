@@ -158,6 +158,6 @@ def test_the_import_is_cheap_and_brings_no_kernels() -> None:
     new = set(packages.split())
     assert "hf_attn_patch" in new
     assert not new & KERNEL_PACKAGES
-    assert float(share) < 0.06  # of what transformers and torch take to import, on whatever machine
+    assert float(share) < 0.12  # of what transformers and torch take to import, on whatever machine
     alone = run("import sys, hf_attn_patch; print(*{n.split('.')[0] for n in sys.modules})").split()
     assert not {"torch", "transformers", *KERNEL_PACKAGES} & set(alone)  # `hf-attn --help` goes through it
