@@ -53,15 +53,15 @@ lint: $(VENV)/.ready  ## ruff and mypy --strict
 		examples benchmarks tests
 
 unit: $(VENV)/.tools  ## the tests that need no GPU
-	$(WITH_TOOLS) $(VENV)/bin/python -m pytest -n $(JOBS) -m 'not gpu and not slow'
+	$(WITH_TOOLS) $(VENV)/bin/python -m pytest -n $(JOBS) --dist worksteal -m 'not gpu and not slow'
 
 slow: $(VENV)/.tools  ## the long tests: the demo, distillation, torch.compile of every family
-	$(WITH_TOOLS) $(VENV)/bin/python -m pytest -n $(JOBS) -m 'slow and not gpu'
+	$(WITH_TOOLS) $(VENV)/bin/python -m pytest -n $(JOBS) --dist worksteal -m 'slow and not gpu'
 
 test: lint docs unit test-oldest  ## everything: lint, types, docs, tests, tests with the oldest transformers
 
 test-oldest: $(OLDEST)/.ready  ## the tests with the oldest supported transformers
-	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n $(JOBS) -m 'not gpu and not slow and not once'
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n $(JOBS) --dist worksteal -m 'not gpu and not slow and not once'
 
 newest:  # the newest releases of everything, whatever requirements/ says; again brings what is newer by then
 	$(PYTHON) -m venv $(NEWEST)
@@ -73,7 +73,7 @@ newest:  # the newest releases of everything, whatever requirements/ says; again
 	$(NEWEST)/bin/hf-attn env
 
 test-newest: newest  ## the tests with the newest releases of everything, installed without pins
-	PYTHONPATH=$(CURDIR)/$(NEWEST)/tools OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -n $(JOBS) -m 'not gpu and not slow'
+	PYTHONPATH=$(CURDIR)/$(NEWEST)/tools OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -n $(JOBS) --dist worksteal -m 'not gpu and not slow'
 
 docs: $(VENV)/.ready  ## build the documentation, warnings as errors
 	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -c requirements/tested.txt -e '.[docs]'
