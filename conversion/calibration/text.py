@@ -238,10 +238,9 @@ def longest(plan: Plan, at_most: int, asked: int | None = None) -> int:
     """Tokens of a calibration sequence: what the model can read, and no more than ``at_most``.
 
     Raises:
-        ConversionError: ``asked`` is more than that, or nothing.
+        ConversionError: ``asked`` is more than that.
     """
     limit = positions_of(plan.text_config)
-    if asked is not None and (asked < 2 or (limit and asked > limit)):
-        most = f", at most the {limit} positions of {plan.source.name}" * bool(limit)
-        raise ConversionError(f"--calibration-length {asked}: give 2 or more{most}")
+    if asked is not None and limit and asked > limit:
+        raise ConversionError(f"--calibration-length {asked}: give at most the {limit} positions of {plan.source.name}")
     return min(at_most, max(2, int(limit or at_most) - 2))

@@ -258,7 +258,8 @@ def test_tokenizers_that_are_not_the_models(tmp_path: Path) -> None:
 def test_sequences_that_the_model_cannot_read(length: int, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("\n".join(DOCUMENTS))
     src = save_tiny(tmp_path / "src", tiny_llama(4))
-    with pytest.raises(ConversionError, match="give 2 or more, at most the 256 positions of "):
+    said = "give at least 2" if length < 2 else "give at most the 256 positions of "
+    with pytest.raises(ConversionError, match=f"--calibration-length {length}: {said}"):
         convert(src, tmp_path / "dst", 2, calibrate=str(tmp_path / "text.txt"), calibration_length=length)
 
 
