@@ -20,7 +20,7 @@ from .checkpoints.shards import Shard
 from .checkpoints.writer import CHUNK, OutputFolder, check_apart, check_destination, check_space, write_at
 from .families.accounts import is_buffer
 from .methods.apply import compute_unit, raw_bytes, refuse_nonfinite
-from .methods.method import Merge
+from .methods.method import Merge, ended
 from .plan_data import Plan
 from .processes import current
 
@@ -82,7 +82,8 @@ def execute(
         about = getattr(merge, "record", None)
         if processes.count > 1 and plan.method.ordered and about is not None:
             about["processes"] = processes.count
-        _Work(plan, folder, merge, allow_nonfinite, progress).run(workers)
+        with ended(merge):
+            _Work(plan, folder, merge, allow_nonfinite, progress).run(workers)
         digests = {
             name: digest for job in folder.done if job.startswith("unit ") for name, digest in folder.done[job].items()
         }
@@ -115,8 +116,9 @@ def follow(plan: Plan, allow_nonfinite: bool) -> dict[str, Any]:
     (left, *_) = processes.everybody(None)
     if left and plan.method.ordered:
         merge = plan.method.build(plan, plan.options)
-        for unit in plan.units:
-            compute_unit(plan, unit, merge, allow_nonfinite=allow_nonfinite, digests={})
+        with ended(merge):
+            for unit in plan.units:
+                compute_unit(plan, unit, merge, allow_nonfinite=allow_nonfinite, digests={})
     record: dict[str, Any] = processes.everybody(None)[0]
     return record
 

@@ -122,12 +122,21 @@ class Calibrated:
         if self.bar is None:  # an encoder that is the original's is behind us
             passed = sum(len(side.blocks) for side in self.sides[: self.side])
             self.bar = progress_bar(total=self._count(), desc="calibrating", unit="layer", initial=passed)
-        if self.number == len(self._current.blocks):
-            self._finish()
-            self._begin()
-        self._pass()
+        try:
+            if self.number == len(self._current.blocks):
+                self._finish()
+                self._begin()
+            self._pass()
+        except BaseException:
+            self.close()
+            raise
         self.number += 1
         self.bar.update()
+
+    def close(self) -> None:
+        """No layer will be passed any more: say nothing more of it."""
+        if self.bar is not None:
+            self.bar.close()
 
     def _count(self) -> int:
         """How many layers have to be passed: those above the last one that changes need not be."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,6 +14,16 @@ if TYPE_CHECKING:
     from hf_attn_patch.conversion.families.head_layouts import AttentionWeights
 
 Merge = Callable[["AttentionWeights"], "AttentionWeights"]
+
+
+@contextlib.contextmanager
+def ended(merge: Merge) -> Iterator[None]:
+    """What a merge begins for all layers together, such as a bar, ends with the work, by an error too."""
+    try:
+        yield
+    finally:
+        if close := getattr(merge, "close", None):
+            close()
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny import python_sources, save_tiny, tiny_llama, trained_tokenizer
 
-from hf_attn_patch.conversion import ConversionError, plan
+from hf_attn_patch.conversion import ConversionError, convert, execute, plan
 from hf_attn_patch.conversion.calibration import calibrated
 from hf_attn_patch.conversion.calibration.calibrated import Calibrated
 from hf_attn_patch.conversion.calibration.collect import text_samples
@@ -80,3 +80,29 @@ def test_what_cannot_be_calibrated_is_known_before_it_runs(tmp_path: Path, monke
     with pytest.raises(ConversionError, match="not finite"):
         steps.prepare()
     assert recorded.bars == []
+
+
+def test_an_error_ends_the_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else its thread would write lines for as long as the process lives."""
+    recorded = Recorded(monkeypatch)
+    steps = made(tmp_path)
+    steps.step()
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    first = execute.compute_unit
+
+    def once(*args: Any, **how: Any) -> Any:  # and then the disk is full, say
+        monkeypatch.setattr(execute, "compute_unit", fails)
+        return first(*args, **how)
+
+    monkeypatch.setattr(execute, "compute_unit", once)
+    options: dict[str, Any] = {"calibrate": str(tmp_path / "text.txt"), "calibration_tokens": 600, "refit": False}
+    with pytest.raises(KeyboardInterrupt):
+        convert(tmp_path / "src", tmp_path / "dst", 2, calibration_length=16, **options)
+    monkeypatch.setattr(Calibrated, "_pass", fails)
+    with pytest.raises(KeyboardInterrupt):
+        steps.step()
+    assert len(recorded.bars) == 2
+    assert [(bar._over.is_set(), bar.n, bar.total) for bar in recorded.bars] == [(True, 1, 2)] * 2
