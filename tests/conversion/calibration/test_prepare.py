@@ -9,11 +9,12 @@ import pytest
 import torch
 from tiny import python_sources, save_tiny, tiny_llama, trained_tokenizer
 
-from hf_attn_patch.conversion import ConversionError, convert, execute, plan
+from hf_attn_patch.conversion import ConversionError, plan
 from hf_attn_patch.conversion.calibration import calibrated
 from hf_attn_patch.conversion.calibration.calibrated import Calibrated
 from hf_attn_patch.conversion.calibration.collect import text_samples
 from hf_attn_patch.conversion.calibration.layers import LayerStack, load
+from hf_attn_patch.conversion.methods.method import ended
 
 CPU = torch.device("cpu")
 
@@ -86,23 +87,17 @@ def test_an_error_ends_the_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     """Else its thread would write lines for as long as the process lives."""
     recorded = Recorded(monkeypatch)
     steps = made(tmp_path)
+
+    def full() -> None:
+        with ended(steps):
+            steps.step()
+            raise OSError("the disk is full")
+
+    with pytest.raises(OSError, match="full"):
+        full()
+    steps = made(tmp_path)
     steps.step()
-
-    def fails(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt
-
-    first = execute.compute_unit
-
-    def once(*args: Any, **how: Any) -> Any:  # and then the disk is full, say
-        monkeypatch.setattr(execute, "compute_unit", fails)
-        return first(*args, **how)
-
-    monkeypatch.setattr(execute, "compute_unit", once)
-    options: dict[str, Any] = {"calibrate": str(tmp_path / "text.txt"), "calibration_tokens": 600, "refit": False}
-    with pytest.raises(KeyboardInterrupt):
-        convert(tmp_path / "src", tmp_path / "dst", 2, calibration_length=16, **options)
-    monkeypatch.setattr(Calibrated, "_pass", fails)
-    with pytest.raises(KeyboardInterrupt):
+    monkeypatch.setattr(Calibrated, "_pass", full)  # of the next layer
+    with pytest.raises(TypeError):
         steps.step()
-    assert len(recorded.bars) == 2
     assert [(bar._over.is_set(), bar.n, bar.total) for bar in recorded.bars] == [(True, 1, 2)] * 2
