@@ -1,6 +1,6 @@
 """N answers to one prompt: the kernel over shared keys, and ``generate`` with a prompt that is kept once.
 
-    python benchmarks/shared_prompt.py [--quick] [--kernels-only] [--out FOLDER]
+    python benchmarks/shared_prompt.py [--quick] [--parts kernels,tokens,generate] [--out FOLDER]
 
 First everything that is timed is checked: the kernel against fp64 by the rule that kernels are held to, and the tokens
 of ``generate`` in fp32 against transformers' own. Then kernel times (one layer of a decoding step, cold L2, by CUDA
@@ -218,20 +218,18 @@ def generate_rows(quick: bool) -> Iterator[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--kernels-only", action="store_true")
+    parser.add_argument("--parts", default="kernels,tokens,generate", help="what is run; comma-separated")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     with torch.inference_mode(False), torch.no_grad():
-        check_kernel()
-        result: dict[str, Any] = {
-            **environment(),
-            "limits": limits(),
-            "kernels": kernel_rows(args.quick),
-            "generate": [],
-        }
-        write_json(result, args.out, "shared_prompt")
-        if not args.kernels_only:
+        result: dict[str, Any] = {**environment(), "limits": limits(), "kernels": [], "generate": []}
+        if "kernels" in args.parts:
+            check_kernel()
+            result["kernels"] = kernel_rows(args.quick)
+            write_json(result, args.out, "shared_prompt")
+        if "tokens" in args.parts:
             check_tokens(args.quick)
+        if "generate" in args.parts:
             for row in generate_rows(args.quick):
                 result["generate"].append(row)
                 write_json(result, args.out, "shared_prompt")  # as far as it came
@@ -251,7 +249,7 @@ def report(result: dict[str, Any]) -> str:
         for r in result["kernels"]
     ]  # fmt: skip
     header = ["prompts x answers", "prompt", "own", "shared, us", "each its own, us", "faster", "of copy"]
-    text = [headline(result["limits"], result), "", table(header, kernels)]
+    text = [headline(result["limits"], result), "", table(header, kernels)] if kernels else []
     if result["generate"]:
         header = [
             "prompts x answers",

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from hf_attn_patch.attn.codes import as_codes
@@ -59,18 +61,33 @@ def refuses(request: AttentionRequest) -> str | None:
     return None if _FOUND else "triton is not installed"
 
 
-def _bounds(seen: Visibility, tracing: bool) -> tuple[Tensor | None, Tensor | None]:
-    """First and last + 1 key that a row can see at all, worked out once a forward."""
-    if isinstance(seen, Padded):
-        return seen.bounds
-    if isinstance(seen, Dense) and not tracing and not seen.facts.per_head_mask:
-        from hf_attn_patch.attn.kernels import decode
+class _Narrow(NamedTuple):
+    """What the kernel is told of who sees what: where a row's keys begin and end, int32 [B] each, and a mask."""
 
-        mask = seen.mask
-        if seen.keys > decode.SHORT:
-            whole = mask.expand(seen.batch, -1, -1, -1)
-            return seen.form("bounds", lambda: decode.mask_bounds(whole), mask.device)
-    return None, None
+    first: Tensor | None
+    end: Tensor | None
+    mask: Tensor | None
+
+
+def _narrow(seen: Visibility, device: torch.device, tracing: bool) -> _Narrow:
+    """Worked out once a forward."""
+    first, end = seen.bounds if isinstance(seen, Padded) else (None, None)
+    # the kernel aligns queries at each row's last valid key, a padded batch at the last key of all
+    if isinstance(seen, Full) or (isinstance(seen, Padded) and not seen.restrict_queries):
+        return _Narrow(first, end, None)
+    from hf_attn_patch.attn.kernels import decode
+
+    mask = seen.dense(device)
+    assert mask is not None
+    if tracing or seen.keys <= decode.SHORT:
+        return _Narrow(first, end, mask)
+    if decode.has_words(mask, seen.q_len):
+        whole = mask
+        mask = seen.form(("words", device), lambda: decode.mask_words(whole), device)
+    if isinstance(seen, Dense) and not seen.facts.per_head_mask:
+        every = mask.expand(seen.batch, -1, -1, -1)
+        first, end = seen.form(("bounds", device), lambda: decode.mask_bounds(every), device)
+    return _Narrow(first, end, mask)
 
 
 def shorter(request: AttentionRequest, seen: Visibility) -> Callable[..., tuple[Tensor, None]] | None:
@@ -96,7 +113,7 @@ def shorter(request: AttentionRequest, seen: Visibility) -> Callable[..., tuple[
 def run(q: Tensor, k: Tensor, v: Tensor, request: AttentionRequest, operands: Operands) -> tuple[Tensor, None]:
     """q [B, HQ, Sq, D], k [B, HKV, Sk, D], v [B, HKV, Sk, Dv] -> (out [B, HQ, Sq, Dv], None)."""
     k, v = cut(operands.visibility, k, v)
-    return _over(q, k, v, operands, _bounds(operands.visibility, request.tracing)), None
+    return _over(q, k, v, operands, _narrow(operands.visibility, q.device, request.tracing)), None
 
 
 def over_codes(q: Tensor, parted: Parted, operands: Operands) -> Tensor:
@@ -106,7 +123,7 @@ def over_codes(q: Tensor, parted: Parted, operands: Operands) -> Tensor:
     assert scales is not None
     k, v = cut(seen, as_codes(parted.keys, coded.kind.keys), as_codes(parted.values, coded.kind.values))
     k_scale, v_scale = (t.squeeze(-1) for t in cut(seen, *scales))
-    return _over(q, k, v, operands, _bounds(seen, False), k_scale, v_scale)
+    return _over(q, k, v, operands, _narrow(seen, q.device, False), k_scale, v_scale)
 
 
 def _over(
@@ -114,16 +131,13 @@ def _over(
     k: Tensor,
     v: Tensor,
     operands: Operands,
-    bounds: tuple[Tensor | None, Tensor | None],
+    narrow: _Narrow,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
 ) -> Tensor:
     from hf_attn_patch.attn.kernels import decode  # needs triton
 
-    seen, (first, end) = operands.visibility, bounds
-    # the kernel aligns queries at each row's last valid key, a padded batch at the last key of all
-    aligned = isinstance(seen, Full) or (isinstance(seen, Padded) and not seen.restrict_queries)
-    mask = None if aligned else seen.dense(q.device)
+    seen, (first, end, mask) = operands.visibility, narrow
     left = seen.window[0] if mask is None else None
     out = decode.grouped_decode(
         q,

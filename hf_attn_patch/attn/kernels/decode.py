@@ -14,7 +14,7 @@ from hf_attn_patch.compat.torch import operators_are_watched
 
 from .decode_launch import SHORT, launch
 from .decode_operands import DTYPES, MAX_HEAD_DIM, MAX_QUERIES, SCHEMA, DecodeOperands
-from .mask_bounds import mask_bounds
+from .mask_bounds import has_words, mask_bounds, mask_words
 
 __all__ = [
     "DTYPES",
@@ -24,8 +24,10 @@ __all__ = [
     "DecodeOperands",
     "grouped_decode",
     "grouped_decode_paged",
+    "has_words",
     "launch",
     "mask_bounds",
+    "mask_words",
 ]
 
 
@@ -58,7 +60,7 @@ def grouped_decode(
             the row's last valid key, wherever the padding is. Right-padded queries that sit beside their own keys
             (token i at key i) are not that: give ``causal=False`` and a ``mask``.
         first, end: [B] integers on the device: keys ``first <= j < end`` are valid. None: 0 and Sk.
-        mask: bool, broadcastable to [B, HQ, Sq, Sk]: True where a query may look.
+        mask: bool, broadcastable to [B, HQ, Sq, Sk]: True where a query may look; or :func:`mask_words` of one.
         bias: float, broadcastable to [B, HQ, Sq, Sk], added to the scaled (and capped) scores; -inf hides a key.
         window: with ``causal``: a query sees at most this many keys, itself included.
         softcap: scores become ``softcap * tanh(scores / softcap)``.

@@ -64,7 +64,8 @@ def decode_kernel(
 ):  # fmt: skip
     """Attention of a query tile over a worker's tiles of keys.
 
-    MASK and BIAS: 0 none, 1 one row of Sk for all rows of a query tile, 2 a row of Sk for each.
+    MASK and BIAS: 0 none, 1 one row of Sk for all rows of a query tile, 2 a row of Sk for each; MASK also 3: one row of
+    words, whose bit i says whether query i may look.
     PAGED: 0 no, 1 a tile's keys lie on several pages, 2 on one.
     CODES, V_CODES: 0 none, else K and V are codes (``decode_codes.py``), whose products are made in DOTS; FAST: by
     assembly; WORDS: values lie in words of four.
@@ -139,7 +140,7 @@ def decode_kernel(
         else:
             k_base = K + b64 * k_b + h.to(tl.int64) * k_h
             v_base = V + b64 * v_b + h.to(tl.int64) * v_h
-        if MASK == 1:
+        if MASK == 1 or MASK == 3:
             mask_row = Mask + b64 * m_b + (h * G).to(tl.int64) * m_h
         if MASK == 2:
             mask_rows = Mask + b64 * m_b + head.to(tl.int64) * m_h + position.to(tl.int64) * m_s
@@ -168,6 +169,10 @@ def decode_kernel(
             # A key that no row of the tile may see is not read: no bytes, and what lies there cannot leak.
             if MASK == 1:
                 key_ok = key_ok & (tl.load(mask_row + keys * m_k, mask=key_ok, other=0) != 0)
+            if MASK == 3:
+                word = tl.load(mask_row + keys * m_k, mask=key_ok, other=0)
+                key_ok = key_ok & (word != 0)
+                seen = (word[None, :] >> position[:, None].to(tl.int64)) & 1
             if MASK == 2:
                 seen = tl.load(
                     mask_rows[:, None] + (keys * m_k)[None, :], mask=row_ok[:, None] & key_ok[None, :], other=0
@@ -182,14 +187,16 @@ def decode_kernel(
                     mask=row_ok[:, None] & key_ok[None, :],
                     other=float("-inf"),
                 ).to(tl.float32)
-            if MASK == 2 or BIAS == 2:  # what one row may not see for one reason, and another for another, nobody sees
+            if MASK > 1 or BIAS == 2:
                 visible = key_ok[None, :]
-                if MASK == 2:
+                if MASK > 1:
                     visible = visible & (seen != 0)
                 if BIAS == 2:
                     visible = visible & (bias > float("-inf"))
                 if CAUSAL:
                     visible = visible & _in_band(keys, last, window, WINDOW)
+            if MASK == 2 or BIAS == 2 or (MASK == 3 and CAUSAL):
+                # what one row may not see for one reason, and another for another, nobody sees
                 key_ok = key_ok & (tl.max(visible.to(tl.int32), 0) > 0)
             if PAGED:
                 if PAGED == 1:
@@ -216,7 +223,7 @@ def decode_kernel(
             if BIAS:
                 # under the lowest number a key counts only where its row has no other: what is finite stays
                 low = bias <= (-32752.0 if Bias.dtype.element_ty == tl.float16 else -1.69e38)
-                if MASK == 2 or BIAS == 2:
+                if MASK > 1 or BIAS == 2:
                     low = low | (visible == 0)
                 low = tl.min(low.to(tl.int32), 0) > 0
                 if CODES:
@@ -230,7 +237,7 @@ def decode_kernel(
                 s = _tanh(s) * softcap_log2
             if BIAS:
                 s += tl.maximum(bias, -2.0e38) * LOG2E  # the lowest number stays one; what is -inf is not visible
-            if MASK != 2 and BIAS != 2:
+            if MASK < 2 and BIAS != 2:
                 visible = key_ok[None, :]
                 if CAUSAL:
                     visible = visible & _in_band(keys, last, window, WINDOW)

@@ -18,7 +18,7 @@ from .decode_line import LOG2E
 from .decode_operands import DecodeOperands, Sizes, check
 from .decode_plan import Tuning, choose, merge_shape, overlaps, plan, power_of_two, sm_count
 from .launcher import Launch
-from .mask_bounds import mask_bounds
+from .mask_bounds import has_words, mask_bounds, mask_words
 
 SHORT = 1024  # keys: for no more, finding where a mask begins and ends costs more than it saves
 _LOG2E = float(LOG2E.value)
@@ -57,9 +57,13 @@ def launch(
         wide: the output in fp32, for results that are merged with others.
     """
     mask = o.mask
-    if mask is not None and mask.shape[-1] > SHORT and o.end is None and o.first is None and not o.causal:
-        first, end = mask_bounds(mask.expand(*o.q.shape[:3], -1))  # so that the split counts only keys that are seen
-        o = o._replace(first=first, end=end)
+    if mask is not None and mask.shape[-1] > SHORT:
+        if has_words(mask, o.q.shape[2]):
+            mask = mask_words(mask)
+            o = o._replace(mask=mask)
+        if o.end is None and o.first is None and not o.causal:  # so that the split counts only keys that are seen
+            first, end = mask_bounds(mask.expand(*o.q.shape[:3], -1))
+            o = o._replace(first=first, end=end)
     tensors: Any = o[:TENSORS]
     present = [t for t in tensors if t is not None]
     kinds = [(t.shape, t.stride(), t.dtype, t.get_device()) for t in present]
@@ -146,10 +150,12 @@ def _contiguous_rows(t: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def _scores_like(t: torch.Tensor | None, n: Sizes) -> tuple[int, tuple[int, ...]]:
-    """How a mask or a bias is read: 0 not at all, 1 once for all queries of a KV head, 2 for each; and its strides."""
+    """How a mask or a bias is read, as the kernel calls it, and its strides."""
     if t is None:
         return 0, (0, 0, 0, 0)
     strides = t.expand(n.B, n.HQ, n.Sq, n.Sk).stride()
+    if t.dtype == torch.int64:
+        return 3, strides
     return (1 if (n.HQ == n.HKV or strides[1] == 0) and (n.Sq == 1 or strides[2] == 0) else 2), strides
 
 

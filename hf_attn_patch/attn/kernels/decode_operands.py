@@ -11,6 +11,7 @@ from hf_attn_patch.grouping import KVGrouping
 MAX_QUERIES = 1024
 MAX_HEAD_DIM = 512
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+WORD = 64  # queries that a word of a mask has a bit for
 CODES = (torch.int8, torch.float8_e4m3fn)
 #: of an operator with the operands below
 SCHEMA = (
@@ -93,7 +94,13 @@ def check(o: DecodeOperands) -> Sizes:
     others |= {"k_scale": o.k_scale, "v_scale": o.v_scale}
     if elsewhere := [name for name, t in others.items() if t is not None and t.device != q.device]:
         raise ValueError(f"q is on {q.device}, but {', '.join(elsewhere)} is not: they must share one device")
-    if o.mask is not None and o.mask.dtype != torch.bool:
+    if o.mask is not None and o.mask.dtype == torch.int64:
+        if o.mask.shape not in ((B, 1, 1, Sk), (1, 1, 1, Sk)) or Sq > WORD:
+            raise ValueError(
+                f"words of a mask are [{B} or 1, 1, 1, {Sk}] for up to {WORD} queries, not {list(o.mask.shape)} for "
+                f"{Sq}"
+            )
+    elif o.mask is not None and o.mask.dtype != torch.bool:
         raise ValueError(f"mask must be bool, not {o.mask.dtype}; additive masks are given as bias")
     return Sizes(B, HQ, HKV, Sq, Sk, D, DV, page)
 

@@ -13,8 +13,8 @@ pytest.importorskip("triton")
 
 from decode_checks import DEVICE, check, inputs, ints, run
 
-from hf_attn_patch.attn.kernels import decode
-from hf_attn_patch.attn.kernels.decode import grouped_decode_paged
+from hf_attn_patch.attn.kernels import decode_launch
+from hf_attn_patch.attn.kernels.decode import grouped_decode_paged, mask_words
 from hf_attn_patch.attn.kernels.decode_plan import Tuning
 from hf_attn_patch.attn.kernels.decode_reference import grouped_decode_paged_reference, grouped_decode_reference
 
@@ -71,10 +71,10 @@ def test_window_reads_nothing_else() -> None:
 
 
 @pytest.mark.parametrize("Sq", [1, 3])
-@pytest.mark.parametrize("kind", ["keys", "rows", "heads", "all false", "broadcast"])
+@pytest.mark.parametrize("kind", ["keys", "rows", "short rows", "heads", "all false", "broadcast"])
 def test_bool_mask(Sq: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if kind != "rows":
-        monkeypatch.setattr(decode, "SHORT", 16)  # look for the mask's bounds first
+    if kind != "short rows":
+        monkeypatch.setattr(decode_launch, "SHORT", 16)  # make words of it, and look for its bounds first
     B, HQ, Sk = 2, 4, 70
     q, k, v = inputs(B, HQ, 2, Sq, Sk, 32)
     shape = {"keys": (B, 1, 1, Sk), "heads": (B, HQ, Sq, Sk), "broadcast": (1, 1, Sq, 1)}.get(kind, (B, 1, Sq, Sk))
@@ -86,6 +86,24 @@ def test_bool_mask(Sq: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     out, _ = check(q, k.masked_fill(hidden, float("nan")), v.masked_fill(hidden, float("nan")), mask=mask, causal=False)
     if kind == "all false":
         assert torch.equal(out[1], torch.zeros_like(out[1]))
+
+
+@pytest.mark.parametrize(("Sq", "causal", "batch"), [(20, False, 1), (64, True, 2)])
+def test_mask_in_words(Sq: int, causal: bool, batch: int) -> None:
+    """A tree's mask: every query its own keys, told by a number a key; what nobody sees is not read."""
+    q, k, v = inputs(2, 4, 2, Sq, 130, 16)
+    mask = torch.rand(batch, 1, Sq, 130, generator=torch.Generator().manual_seed(5)).to(DEVICE) > 0.7
+    mask[0, :, :, 30:90] = False
+    words = mask_words(mask)
+    told = [[[bool(w >> i & 1) for w in row] for i in range(Sq)] for row in words[:, 0, 0].tolist()]
+    assert torch.equal(torch.tensor(told)[:, None], mask.cpu())
+    seen = mask & mask.new_ones(Sq, 130).tril(130 - Sq) if causal else mask
+    hidden = ~seen.expand(2, 1, Sq, 130).any(2)[..., None]
+    k, v = (t.masked_fill(hidden, float("nan")) for t in (k, v))
+    by_mask, _ = check(q, k, v, mask=mask, causal=causal)
+    assert torch.equal(run(q, k, v, mask=words, causal=causal)[0], by_mask)
+    with pytest.raises(ValueError, match="words of a mask are"):
+        run(q, k, v, mask=words[..., 1:])
 
 
 @pytest.mark.parametrize("Sq", [1, 2])
