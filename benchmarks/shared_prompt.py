@@ -32,7 +32,7 @@ from hf_attn_patch.attn.kernels.decode import grouped_decode
 from hf_attn_patch.attn.kernels.decode_reference import grouped_decode_reference
 from hf_attn_patch.attn.kernels.shared_decode import shared_decode
 from hf_attn_patch.attn.shared import Parted, Rows, SharedPart
-from hf_attn_patch.compat.transformers import PREFILL
+from hf_attn_patch.compat.generation import PREFILL
 from hf_attn_patch.decoding.cuda_graphs import recording_of
 
 HALF_LLAMA_3_8B = {

@@ -24,7 +24,7 @@ from transformers import DynamicCache, EncoderDecoderCache, GenerationMixin, Pre
 from transformers.cache_utils import Cache
 
 from hf_attn_patch.attn.codes import kind_named
-from hf_attn_patch.compat.transformers import PREFILL, PREPARE_CACHE, generate_method
+from hf_attn_patch.compat.generation import PREFILL, PREPARE_CACHE, generate_method
 from hf_attn_patch.handle import Asked, Handle, of_each
 
 from .beginnings import begin_with, can_begin, rows_of, take_rows

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
 
-from hf_attn_patch.compat.cache_keyword import NAMES
+from hf_attn_patch.compat.calls import cache_of
 from hf_attn_patch.compat.transformers import attention_name
 
 from .beginnings import can_begin, rows_of
@@ -33,7 +33,7 @@ def prefill_once(inner: Callable[..., Any], model: Any, *args: Any, **kwargs: An
     names = ("input_ids", "generation_config", "model_kwargs", "is_first_iteration")
     given = dict(zip(names, args, strict=False)) | kwargs
     ids, model_kwargs = given["input_ids"], given["model_kwargs"]
-    cache: Any = next((model_kwargs[name] for name in NAMES if model_kwargs.get(name) is not None), None)
+    cache = cache_of(model_kwargs)
     inputs = None if cache is None else _inputs_by_row(model, ids, model_kwargs, cache)
     if inputs is None or getattr(given["generation_config"], "is_assistant", False):
         return inner(*args, **kwargs)

@@ -16,9 +16,6 @@ from transformers import Cache
 from .cache_keyword import NAMES, keyword_of, take_cache
 from .ground import changed
 
-#: each name for a cache -> the others
-_OTHERS = {name: frozenset(NAMES) - {name} for name in NAMES}
-
 
 class Arguments:
     """How a module's forward names its arguments.
@@ -98,13 +95,14 @@ def generate_keyword() -> str:
     return keyword_of(GenerationMixin.prepare_inputs_for_generation)
 
 
-def cache_of(output: Any) -> Any:
-    """The cache in what a forward or ``generate`` returned (a ``ModelOutput``, by either name); None if there is none.
+def cache_of(named: Any) -> Any:
+    """The cache in what a forward or ``generate`` returned (a ``ModelOutput``), or among keyword arguments, by any of
+    its names; None if there is none, as in a tuple.
 
     >>> from transformers.modeling_outputs import BaseModelOutputWithPast
-    >>> import inspect
     >>> name = keyword_of(BaseModelOutputWithPast)
-    >>> cache_of(BaseModelOutputWithPast(**{name: (1, 2)}))
-    (1, 2)
+    >>> cache_of(BaseModelOutputWithPast(**{name: (1, 2)})), cache_of({"cache": None, "layer_past": 3}), cache_of((1,))
+    ((1, 2), 3, None)
     """
-    return next((output[name] for name in NAMES if name in output.keys()), None)  # noqa: SIM118 - `in` maps old names
+    names = named.keys() if isinstance(named, dict) else ()  # `in` of a ModelOutput maps old names, and warns
+    return next((named[name] for name in NAMES if name in names and named[name] is not None), None)

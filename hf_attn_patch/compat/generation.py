@@ -1,4 +1,4 @@
-"""Private names of transformers' ``generate``: the parts of its loop that another loop goes on using."""
+"""Private names of transformers' ``generate``: what stands before its methods, and another loop than its own, call."""
 
 from __future__ import annotations
 
@@ -10,8 +10,18 @@ import torch
 
 from .ground import known
 
+#: the method by which ``generate`` makes the cache of a call (transformers 5.17 to 5.24)
+PREPARE_CACHE = "_prepare_cache_for_generation"
+#: the method by which ``generate`` computes the prompt (transformers 5.17 to 5.24)
+PREFILL = "_prefill"
 #: the way of decoding that chooses one token a row and step: greedy search and sampling (transformers 5.17 to 5.24)
 _ONE_BY_ONE = "_sample"
+
+
+@known("transformers", f"GenerationMixin.{PREPARE_CACHE} and {PREFILL}")
+def generate_method(model: Any, name: str) -> Callable[..., Any]:
+    """A method of a model's class that ``generate`` calls, unbound: :data:`PREPARE_CACHE` or :data:`PREFILL`."""
+    return getattr(type(model), name)  # type: ignore[no-any-return]
 
 
 @known("transformers", f"GenerationMixin.{_ONE_BY_ONE}")
@@ -41,10 +51,10 @@ def processes_step_together(model: Any) -> bool:
     return bool(utils.is_deepspeed_zero3_enabled() or utils.is_fsdp_managed_module(model))
 
 
-@known("transformers", "GenerationMixin._prefill")
+@known("transformers", f"GenerationMixin.{PREFILL}")
 def prefill_of(model: Any) -> Callable[..., Any]:
     """``(input_ids, generation_config, model_kwargs, is_first_iteration=)`` -> the model's output for the prompt."""
-    return model._prefill  # type: ignore[no-any-return]
+    return getattr(model, PREFILL)  # type: ignore[no-any-return]
 
 
 @known("transformers", "GenerationMixin._update_model_kwargs_for_generation")

@@ -9,11 +9,6 @@ from typing import Any
 
 from .ground import changed, known
 
-#: the method by which ``generate`` makes the cache of a call (transformers 5.17 to 5.24)
-PREPARE_CACHE = "_prepare_cache_for_generation"
-#: the method by which ``generate`` computes the prompt (transformers 5.17 to 5.24)
-PREFILL = "_prefill"
-
 
 @known("transformers", "where a config keeps its attention implementation (PreTrainedConfig._attn_implementation)")
 def attention_name(config: Any) -> str | None:
@@ -140,12 +135,6 @@ def config_class_names() -> dict[str, str]:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
     return CONFIG_MAPPING_NAMES  # type: ignore[no-any-return]
-
-
-@known("transformers", f"GenerationMixin.{PREPARE_CACHE} and {PREFILL}")
-def generate_method(model: Any, name: str) -> Callable[..., Any]:
-    """A method of a model's class that ``generate`` calls, unbound: :data:`PREPARE_CACHE` or :data:`PREFILL`."""
-    return getattr(type(model), name)  # type: ignore[no-any-return]
 
 
 @known("transformers", "the table of config classes (CONFIG_MAPPING)")

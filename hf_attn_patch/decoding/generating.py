@@ -26,6 +26,7 @@ from transformers.generation.configuration_utils import GenerationMode
 
 from hf_attn_patch.cache.growing_cache import GrowingCache
 from hf_attn_patch.compat.cache_keyword import NAMES, keyword_of
+from hf_attn_patch.compat.calls import cache_of
 from hf_attn_patch.compat.generation import (
     decodes_like_all,
     decoding_context,
@@ -153,7 +154,7 @@ def generate_ahead(
 
 
 def _refuse(model: Any, ids: Tensor, config: Any, synced_gpus: bool, model_kwargs: dict[str, Any]) -> None:
-    cache = next((model_kwargs[name] for name in NAMES if model_kwargs.get(name) is not None), None)
+    cache = cache_of(model_kwargs)
     if type(growing_of(cache)) is not GrowingCache or not config.use_cache:
         raise UnfitError(f"its cache is a {type(growing_of(cache)).__name__} and no GrowingCache")
     if any(getattr(config, name, None) for name in _EACH_STEP):
@@ -312,5 +313,4 @@ class _Call:
         if not config.return_dict_in_generate:
             return self.ids
         kind: Any = GenerateEncoderDecoderOutput if self.model.config.is_encoder_decoder else GenerateDecoderOnlyOutput
-        cache = next((self.arguments[name] for name in NAMES if name in self.arguments), None)
-        return kind(sequences=self.ids, **{keyword_of(kind): cache})
+        return kind(sequences=self.ids, **{keyword_of(kind): cache_of(self.arguments)})

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_attn_patch.compat.cache_keyword import NAMES
+from hf_attn_patch.compat.calls import cache_of
 from hf_attn_patch.errors import AttentionError
 
 #: what one forward is called with -> what it gave
@@ -84,7 +86,7 @@ def _text(model: nn.Module, s: Situation, takes: Any) -> Forwards:
     ids = torch.full((s.batch, s.kv_len), token(model.config))
     mask = s.mask(s.kv_len, left=decoder and not s.training)
     positions = s.positions(s.kv_len)
-    cache = cache_name(takes)
+    cache = next((name for name in NAMES if name in takes), None)
     if s.past and cache is not None:
         out = yield _given(input_ids=ids[:, : s.past], attention_mask=None if mask is None else mask[:, : s.past],
                            use_cache=True)  # fmt: skip
@@ -102,7 +104,7 @@ def _encoder_decoder(model: nn.Module, s: Situation, takes: Any, main: str) -> F
         source = _signal(model, s, takes, main)
     ids = torch.full((s.batch, s.kv_len), token(model.config))
     mask = s.mask(s.kv_len, left=False)
-    cache = cache_name(takes)
+    cache = next((name for name in NAMES if name in takes), None)
     if s.past and cache is not None:
         before = None if mask is None else mask[:, : s.past]
         out = yield _given(**source, decoder_input_ids=ids[:, : s.past], decoder_attention_mask=before)
@@ -161,13 +163,3 @@ def _empty(*shape: int) -> Tensor:
 
 def _given(**inputs: Any) -> dict[str, Any]:
     return {name: value for name, value in inputs.items() if value is not None}
-
-
-def cache_name(takes: Any) -> str | None:
-    """What a forward calls its cache: ``cache`` from transformers 5.24 on, ``past_key_values`` before."""
-    return next((name for name in ("cache", "past_key_values") if name in takes), None)
-
-
-def cache_of(out: Any) -> Any:
-    """The cache that a forward gave back, or None."""
-    return next((out[name] for name in ("cache", "past_key_values") if name in out), None)

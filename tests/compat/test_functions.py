@@ -14,7 +14,7 @@ import torch
 import transformers
 from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel
 
-from hf_attn_patch.compat import model_classes, python
+from hf_attn_patch.compat import generation, model_classes, python
 from hf_attn_patch.compat import torch as of_torch
 from hf_attn_patch.compat import transformers as of_transformers
 from hf_attn_patch.compat.ground import CompatError
@@ -148,10 +148,8 @@ CHANGED: dict[str, Callable[[], Any]] = {
     "_global_mapping": lambda: of_transformers.global_functions(SimpleNamespace()),
     "_from_config": lambda: of_transformers.model_from_config(SimpleNamespace(), None),
     "_model_mapping": lambda: of_transformers.classes_of(SimpleNamespace(), None),
-    "_prepare_cache_for_generation": lambda: of_transformers.generate_method(
-        SimpleNamespace(), of_transformers.PREPARE_CACHE
-    ),
-    "_prefill": lambda: of_transformers.generate_method(SimpleNamespace(), of_transformers.PREFILL),
+    "_prepare_cache_for_generation": lambda: generation.generate_method(SimpleNamespace(), generation.PREPARE_CACHE),
+    "_prefill": lambda: generation.generate_method(SimpleNamespace(), generation.PREFILL),
     "_forward_hooks": lambda: of_torch.forward_hooks(SimpleNamespace()),  # type: ignore[arg-type]
     "_version": lambda: of_torch.write_count(SimpleNamespace()),  # type: ignore[arg-type]
     "_actions": lambda: python.actions_of(SimpleNamespace()),  # type: ignore[arg-type]
