@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +19,7 @@ from benchmarks.kernel_rows import Inputs
 from benchmarks.measure import DEVICE
 from hf_attn_patch.attn.backends import flash3 as flash3_backend
 from hf_attn_patch.attn.codes import KINDS, as_codes
+from hf_attn_patch.attn.devices import interpreted
 from hf_attn_patch.attn.dispatch import attend
 from hf_attn_patch.attn.visibility import Padded
 
@@ -34,7 +34,7 @@ class UnsupportedError(Exception):
 def ours(x: Inputs) -> Call:
     row = x.row
     options: dict[str, Any] = {"softcap": row.softcap, "sinks": x.sinks, "bias": x.bias}
-    if (row.page or row.codes) and DEVICE != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+    if (row.page or row.codes) and DEVICE != "cuda" and not interpreted():
         raise UnsupportedError("needs a CUDA device")
     if row.codes:
         return _over_codes(x)

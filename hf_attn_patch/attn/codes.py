@@ -11,14 +11,12 @@ Buffers hold both as int8, the bits of what they are: torch has few operations f
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .devices import device_of
+from .devices import runs_triton
 
 
 class Codes(NamedTuple):
@@ -67,19 +65,12 @@ def pack_both(keys: Tensor, values: Tensor, kind: Kind) -> tuple[tuple[Tensor, T
 
     On a GPU by one kernel: a token's dozen of small ones would take longer than the reading that codes save.
     """
-    if type(keys) is Tensor and not torch.compiler.is_compiling() and _has_kernel(keys.device, kind):
+    least = 89 if E4M3 in kind else 70  # e4m3 is rounded to by an instruction that GPUs have from Ada on
+    if type(keys) is Tensor and not torch.compiler.is_compiling() and runs_triton(keys.device, least):
         from .kernels.pack_codes import packed
 
         return packed(keys.detach(), values.detach(), kind.keys.dtype, kind.values.dtype)
     return pack(keys, kind.keys), pack(values, kind.values)
-
-
-@functools.cache
-def _has_kernel(device: torch.device, kind: Kind) -> bool:
-    """e4m3 is rounded to by an instruction that GPUs have from Ada on."""
-    here = device_of(device)
-    least = 89 if E4M3 in kind else 70
-    return here.device == "cuda" and here.capability >= least and importlib.util.find_spec("triton") is not None
 
 
 def kind_named(name: str) -> Kind:

@@ -7,10 +7,15 @@ torch calls AMD GPUs "cuda" and gives them capabilities that look like NVIDIA's 
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import os
 from typing import NamedTuple, Protocol
 
 import torch
+
+#: whether our kernels can be imported
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 #: the least capability of a generation -> its name
 GENERATIONS = {70: "Volta", 75: "Turing", 80: "Ampere", 89: "Ada", 90: "Hopper", 100: "Blackwell", 120: "Blackwell"}
@@ -101,6 +106,13 @@ def needs_nvidia(request: _Asks, least: int, below: int = 1000) -> str | None:
 def interpreted() -> bool:
     """Whether Triton's kernels run in its interpreter, on any device."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def runs_triton(device: torch.device, least: int = 70) -> bool:
+    """Whether our kernels are compiled for this device, a CUDA GPU of at least this capability."""
+    here = device_of(device)
+    return HAS_TRITON and here.device == "cuda" and here.capability >= least
 
 
 def lacks(least: int, below: int = 1000) -> str | None:

@@ -4,15 +4,14 @@ each part, and what runs on numbers."""
 from __future__ import annotations
 
 import functools
-import importlib.util
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .codes import unpack
-from .devices import device_of, no_bf16, tile_room
-from .kernels.decode_plan import power_of_two
+from .devices import device_of, runs_triton
+from .kernels.decode_operands import why_not
 from .request import Operands
 from .shared import CodedAs, Parted, Scales, for_part, mask_for_part
 
@@ -63,12 +62,8 @@ def attend_codes(q: Tensor, parted: Parted, operands: Operands) -> Tensor:
 
 @functools.cache
 def has_kernel(device: torch.device, dtype: torch.dtype, D: int, Dv: int) -> bool:
-    kind = device_of(device)
-    if kind.device != "cuda" or kind.capability < 70 or importlib.util.find_spec("triton") is None:
-        return False
-    tile = 16 * (power_of_two(D) + power_of_two(Dv)) * dtype.itemsize
-    known = dtype in (torch.float16, torch.bfloat16, torch.float32) and no_bf16(kind, dtype) is None
-    return known and 8 <= D <= 512 and 8 <= Dv <= 512 and tile <= tile_room(kind.capability)
+    """Whether our kernel takes such operands there (on a GPU: interpreted, products are faster)."""
+    return runs_triton(device) and why_not(device_of(device), dtype, D, Dv) is None
 
 
 def shared_torch(

@@ -7,18 +7,17 @@ that has no softcap and no sinks, plain attention.
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from hf_attn_patch.attn.devices import device_of, tile_room
+from hf_attn_patch.attn.devices import HAS_TRITON, device_of
+from hf_attn_patch.attn.kernels.decode_operands import why_not
 from hf_attn_patch.attn.kernels.decode_reference import grouped_decode_reference
 
-if importlib.util.find_spec("triton") is not None:
+if HAS_TRITON:
     from hf_attn_patch.attn.kernels.decode import grouped_decode, grouped_decode_paged
 
     __all__ = ["flash_attn_forward", "grouped_decode", "grouped_decode_paged", "supports_flash_attn"]
@@ -86,18 +85,7 @@ def fits(query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0) -> boo
         return False
     if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
         return False
-    widths = (query.shape[-1], value.shape[-1])
-    if not all(8 <= width <= 512 for width in widths) or query.dtype.itemsize not in (2, 4):
-        return False
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        return True
-    device = device_of(query.device)
-    if device.device != "cuda" or device.capability < 70 or not query.dtype.is_floating_point:
-        return False
-    if device.capability < 80 and query.dtype == torch.bfloat16:
-        return False
-    padded = sum(1 << (width - 1).bit_length() for width in widths)
-    return 16 * padded * query.dtype.itemsize <= tile_room(device.capability)
+    return why_not(device_of(query.device), query.dtype, query.shape[-1], value.shape[-1]) is None
 
 
 def _torch(

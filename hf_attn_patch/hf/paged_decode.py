@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 from torch import Tensor
 
+from hf_attn_patch.attn.devices import interpreted
 from hf_attn_patch.errors import AttentionError
 
 
@@ -43,7 +42,7 @@ def paged_decode(
             f"a block table of {requests} requests came with {query.shape[2]} queries and "
             f"{cu_seq_lens_k.shape[0] - 1} lengths; one of each a request is wanted"
         )
-    if query.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+    if query.device.type != "cuda" and not interpreted():
         raise AttentionError(
             "this paged cache wants its block table to be read by the kernel, which needs a CUDA device; set "
             "max_blocks_per_request=0 in the continuous batching config"

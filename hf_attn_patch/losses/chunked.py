@@ -10,17 +10,17 @@ Liger-Kernel's fused linear losses, arXiv 2410.10989): one projection fewer than
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from hf_attn_patch.attn.devices import HAS_TRITON
+
 IGNORE = -100
 #: elements of the largest matrix that a chunk makes: in fp32 (256 MB), and in fp16 or bf16 for the kernel (1 GB)
 CHUNK_ELEMENTS, KERNEL_ELEMENTS = 2**26, 2**29
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def linear_loss(
         hidden = hidden.to(torch.get_autocast_dtype(device))
         if teacher is not None:
             teacher = (teacher[0].to(hidden.dtype), teacher[1])
-    fused = hidden.is_cuda and _HAS_TRITON and hidden.dtype != torch.float64
+    fused = hidden.is_cuda and HAS_TRITON and hidden.dtype != torch.float64
     rows = chunk or max(1, (2 * KERNEL_ELEMENTS // hidden.element_size() if fused else CHUNK_ELEMENTS) // V)
     if rows > 128 and chunk is None:
         rows -= rows % 128  # whole tiles for the products

@@ -7,14 +7,13 @@ A row that sees no other has the softmax of what it adds, as in torch, so finite
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_attn_patch.attn.devices import device_of
+from hf_attn_patch.attn import memo
+from hf_attn_patch.attn.devices import runs_triton
 from hf_attn_patch.attn.visibility import Dense, Full, Packed, Padded, Visibility
 from hf_attn_patch.compat.torch import transforms
 
@@ -36,7 +35,7 @@ def without_unseen(seen: Visibility, bias: Tensor | None, k: Tensor, v: Tensor) 
 
 def without_unseen_of_documents(seen: Packed, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """:func:`without_unseen` for packed documents, where most often there are no such keys: nothing waits to know."""
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+    if memo.capturing(k.device):
         return without_unseen(seen, None, k, v)
     unseen = seen.form("unseen", lambda: Unseen(seen.dead_keys(k.device)))
     unseen.settle()
@@ -152,14 +151,8 @@ def _by_kernel(k: Tensor) -> bool:
         and k.is_cuda
         and not torch.compiler.is_compiling()
         and transforms() is None
-        and _has_kernel(k.device)
+        and runs_triton(k.device)
     )
-
-
-@functools.cache
-def _has_kernel(device: torch.device) -> bool:
-    here = device_of(device)
-    return here.device == "cuda" and here.capability >= 70 and importlib.util.find_spec("triton") is not None
 
 
 def cleaned_by_kernel(k: Tensor, v: Tensor, flags: Tensor) -> tuple[Tensor, Tensor]:

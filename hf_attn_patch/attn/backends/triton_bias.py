@@ -7,24 +7,21 @@ kernel in ``benchmarks/results/kernels.md``.
 
 from __future__ import annotations
 
-import importlib.util
-
 from torch import Tensor
 
-from hf_attn_patch.attn.devices import interpreted, lacks, needs_nvidia, no_bf16
+from hf_attn_patch.attn.devices import HAS_TRITON, interpreted, lacks, needs_nvidia, no_bf16
 from hf_attn_patch.attn.request import AttentionRequest, Operands
 from hf_attn_patch.attn.visibility import Dense, Packed, Padded
 
 from ._common import cut, cut_bias
 from ._scores import readable_of, unseen_of
 
-_FOUND = importlib.util.find_spec("triton") is not None
 _WIDEST = 128
 
 
 def missing() -> str | None:
     """Why Triton cannot run here, or None."""
-    if not _FOUND:
+    if not HAS_TRITON:
         return "triton is not installed"
     return None if interpreted() else lacks(80)
 
@@ -48,7 +45,7 @@ def refuses(request: AttentionRequest) -> str | None:
         return reason
     if request.head_dim > _WIDEST or request.value_dim > _WIDEST:
         return f"takes head_dim up to {_WIDEST}, not {request.head_dim}/{request.value_dim}"
-    return None if _FOUND else "triton is not installed"
+    return None if HAS_TRITON else "triton is not installed"
 
 
 def run(q: Tensor, k: Tensor, v: Tensor, request: AttentionRequest, operands: Operands) -> tuple[Tensor, None]:

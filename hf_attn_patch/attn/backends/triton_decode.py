@@ -5,7 +5,6 @@ The group's queries are one tile, so that K and V are read once.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -13,8 +12,8 @@ import torch
 from torch import Tensor
 
 from hf_attn_patch.attn.codes import as_codes
-from hf_attn_patch.attn.devices import generation, interpreted, lacks, needs_nvidia, no_bf16, tile_room
-from hf_attn_patch.attn.kernels.decode_plan import power_of_two
+from hf_attn_patch.attn.devices import HAS_TRITON, Device, interpreted, lacks, needs_nvidia
+from hf_attn_patch.attn.kernels.decode_operands import DecodeOperands, why_not
 from hf_attn_patch.attn.request import AttentionRequest, Operands, new_tuple
 from hf_attn_patch.attn.shared import Parted
 from hf_attn_patch.attn.visibility import PACKED, Dense, Full, Padded, Visibility
@@ -22,12 +21,10 @@ from hf_attn_patch.compat.torch import operators_are_watched
 
 from ._common import cut, cut_bias
 
-_FOUND = importlib.util.find_spec("triton") is not None
-
 
 def missing() -> str | None:
     """Why Triton cannot run here, or None."""
-    if not _FOUND:
+    if not HAS_TRITON:
         return "triton is not installed"
     return None if interpreted() else lacks(70)
 
@@ -48,17 +45,10 @@ def refuses(request: AttentionRequest) -> str | None:
         return "takes no packed documents"
     if request.windowed and not request.causal:
         return "takes a window only where attention is causal"
-    if request.dtype.itemsize not in (2, 4):
-        return f"takes fp16, bf16 and fp32, not {str(request.dtype).removeprefix('torch.')}"
-    if reason := no_bf16(request, request.dtype):
+    device = Device(request.device, request.capability)
+    if reason := why_not(device, request.dtype, request.head_dim, request.value_dim):
         return reason
-    if not 8 <= request.head_dim <= 512 or not 8 <= request.value_dim <= 512:
-        return f"takes head_dim 8 to 512, not {request.head_dim}/{request.value_dim}"
-    tile = 16 * (power_of_two(request.head_dim) + power_of_two(request.value_dim)) * request.dtype.itemsize
-    if request.device == "cuda" and tile > tile_room(request.capability):
-        widths = f"head_dim {request.head_dim}/{request.value_dim}"
-        return f"its tiles of {widths} need more shared memory than {generation(request.capability)} has"
-    return None if _FOUND else "triton is not installed"
+    return None if HAS_TRITON else "triton is not installed"
 
 
 class _Narrow(NamedTuple):
@@ -95,7 +85,6 @@ def shorter(request: AttentionRequest, seen: Visibility) -> Callable[..., tuple[
     if not isinstance(seen, Full) or not seen.whole or request.bias or request.tracing:
         return None
     from hf_attn_patch.attn.kernels.decode_launch import launch
-    from hf_attn_patch.attn.kernels.decode_operands import DecodeOperands
 
     causal, left = seen.causal, seen.window[0]
     window = None if left is None else left + 1

@@ -6,10 +6,13 @@ from typing import NamedTuple
 
 import torch
 
+from hf_attn_patch.attn.devices import Device, generation, interpreted, needs_nvidia, no_bf16, tile_room
 from hf_attn_patch.grouping import KVGrouping
 
+from .decode_plan import power_of_two
+
 MAX_QUERIES = 1024
-MAX_HEAD_DIM = 512
+MIN_HEAD_DIM, MAX_HEAD_DIM = 8, 512
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 WORD = 64  # queries that a word of a mask has a bit for
 CODES = (torch.int8, torch.float8_e4m3fn)
@@ -53,6 +56,26 @@ class Sizes(NamedTuple):
     D: int
     DV: int
     page: int  # keys of a page; 1 where K and V lie whole
+
+
+def why_not(device: Device, dtype: torch.dtype, D: int, DV: int) -> str | None:
+    """Why the kernels do not run on a device with operands of this dtype and these head dimensions, or None.
+
+    >>> why_not(Device("cuda", 90), torch.float16, 128, 128), why_not(Device("cuda", 75), torch.float16, 8, 4)
+    (None, 'takes head_dim 8 to 512, not 8/4')
+    """
+    if not interpreted() and (reason := needs_nvidia(device, 70)):
+        return reason
+    if dtype not in DTYPES:
+        return f"takes fp16, bf16 and fp32, not {str(dtype).removeprefix('torch.')}"
+    if reason := no_bf16(device, dtype):
+        return reason
+    if min(D, DV) < MIN_HEAD_DIM or max(D, DV) > MAX_HEAD_DIM:
+        return f"takes head_dim {MIN_HEAD_DIM} to {MAX_HEAD_DIM}, not {D}/{DV}"
+    tile = 16 * (power_of_two(D) + power_of_two(DV)) * dtype.itemsize
+    if device.device == "cuda" and tile > tile_room(device.capability):
+        return f"its tiles of head_dim {D}/{DV} need more shared memory than {generation(device.capability)} has"
+    return None
 
 
 def check(o: DecodeOperands) -> Sizes:

@@ -94,7 +94,7 @@ def test_the_whole_loss_with_the_kernel_is_the_whole_loss_without(monkeypatch):
     found = []
     for fused in (losses._plain_chunk, losses._fused_chunk):
         monkeypatch.setattr(losses, "_plain_chunk", fused)
-        monkeypatch.setattr(losses, "_HAS_TRITON", False)
+        monkeypatch.setattr(losses, "HAS_TRITON", False)
         h, w, b = (x.to(DEVICE).requires_grad_() for x in leaves)
         sums = linear_loss(h, Head(w, b, 0.5, 4.0), labels, kl_weight=0.7, temperature=2.0, chunk=7, **teacher)
         found.append((sums.loss, sums.ce, sums.kl, *torch.autograd.grad(sums.loss, (h, w, b))))
