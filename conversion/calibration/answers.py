@@ -8,8 +8,6 @@ Shapes: N samples, T tokens of a decoder, S' positions of an encoder's output, E
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -24,9 +22,10 @@ from hf_attn_patch.losses.chunked import Head, linear_loss
 from hf_attn_patch.losses.output_head import head_matches, head_of
 
 from .calibrated import Calibrated
-from .joined import heads_of, joined
+from .joined import joined, polished
 from .layers import as_read
 from .polish import KEPT_BYTES, KEPT_SHARE, PolishRecipe
+from .refit import schedule
 from .samples import IGNORE, Samples
 
 #: samples held out, on which what was lost is measured (of many, more), and samples that are measured at a time
@@ -132,28 +131,18 @@ class Answered:
         held = torch.arange(unseen or len(samples))
         before = losses(*answerers, samples, held)
         self.record["held_out"] = {"tokens": before.pop("tokens"), "seen": not unseen} | before
-        trained = {n: p for n, p in own.items() if n in self._decoders()}
+        trained = own.keys() & self._decoders()
         if not (self.tokens and unseen and trained):
             return merged
-        began, start = time.perf_counter(), [p.detach().clone() for p in trained.values()]
         assert samples.labels is not None
         many = int((samples.labels != IGNORE).sum()) >= MANY
         recipe = PolishRecipe(self.tokens, lr=MANY_LR if many else LR, seed=self.plan.seed)
-        teach(*answerers, list(trained.values()), samples, torch.arange(unseen, len(samples)), recipe)
-        for name, p in trained.items():  # what is measured shall be what is stored
-            p.data = p.data.to(self.plan.source.read(name).dtype).to(p.dtype)
-        after = losses(*answerers, samples, held)
-        self.record["polish"] = {
-            "tokens": self.tokens, "kl_before": before["kl"], "kl_after": after["kl"],
-            "seconds": round(time.perf_counter() - began, 1),
-        }  # fmt: skip
-        if not after["kl"] < before["kl"]:
-            for p, value in zip(trained.values(), start, strict=True):
-                p.data.copy_(value)
-            self.record["notes"].append("the last pass end to end did not help on held-out samples and was undone")
-            return merged
-        self.record["held_out"] |= after
-        return {u.layer.prefix: heads_of(u, own, merged[u.layer.prefix]) for u in self.plan.units}
+        known_rows = torch.arange(unseen, len(samples))
+        return polished(
+            self.plan, self.record, merged, own, tokens=self.tokens, trained=trained,
+            train=lambda parameters: teach(*answerers, parameters, samples, known_rows, recipe),
+            measure=lambda: losses(*answerers, samples, held),
+        )  # fmt: skip
 
     def _heard(self, original: Any, student: Any, samples: Samples) -> tuple[Any, Any]:
         """What the decoders read of their encoders: one and the same where the encoder is the original's."""
@@ -300,7 +289,7 @@ def teach(
     words = float(lengths.sum()) / len(left)  # of a step
     steps = max(1, round(recipe.tokens / words))
     width = converted.model.config.get_text_config(decoder=True).hidden_size
-    lr, warmup = recipe.lr * min(1.0, 512 / width), max(1, round(recipe.warmup * steps))
+    lr = recipe.lr * min(1.0, 512 / width)
     masters = [p.detach().float().clone() for p in parameters]
     optimizer = torch.optim.Adam(masters, lr=lr, betas=recipe.betas, fused=masters[0].is_cuda)
     known = asked(original, samples, [rows[part] for part in left]) if steps >= 2 * len(left) else None
@@ -309,8 +298,7 @@ def teach(
     for step in progress_bar(range(steps), desc="polishing", unit="step"):
         if not left:
             left = batches(lengths, heard, recipe.batch_tokens, draw)
-        done = max(0.0, (step - warmup) / max(1, steps - warmup))
-        optimizer.param_groups[0]["lr"] = lr * min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * done))
+        optimizer.param_groups[0]["lr"] = lr * schedule(step, steps, recipe.warmup)
         gradients = _gradients(original, converted, parameters, samples, rows[left.pop()], words, known)
         with torch.no_grad():
             for master, gradient in zip(masters, gradients, strict=True):

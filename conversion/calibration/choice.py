@@ -94,9 +94,7 @@ def calibrated(
     except ConversionError as error:
         if asked:
             raise
-        merge = aligned(plan, group)
-        merge.record["notes"].append(f"heads were merged by what layers read on random inputs: {error}")
-        return merge
+        return _by_random_inputs(plan, group, error)
     if not polish:
         notes.append(f"heads were merged by what layers read on {ids.numel()} tokens that the model wrote{_ONLY}")
     return Whole(plan, original, ids, about, notes, polish_tokens=polish, group=group)
@@ -114,9 +112,14 @@ def _steps(
     plan: Plan, calibrate: str, amounts: Amounts, refit: bool, group: str | None, device: torch.device
 ) -> Calibrated:
     """Layer by layer; ``amounts``: tokens, length and count, see :func:`~.collect.collected`."""
-    source, (tokens, length, count) = load_by_names(plan), amounts
-    samples = collected(plan, source, calibrate, tokens=tokens, length=length, count=count, device=device)
+    source, samples = _collected(plan, calibrate, amounts, device)
     return _prepared(plan, source, samples, refit, group, device)
+
+
+def _collected(plan: Plan, calibrate: str, amounts: Amounts, device: torch.device) -> tuple[Any, Samples]:
+    """The source, and what it is calibrated on."""
+    source, (tokens, length, count) = load_by_names(plan), amounts
+    return source, collected(plan, source, calibrate, tokens=tokens, length=length, count=count, device=device)
 
 
 def _prepared(
@@ -134,16 +137,13 @@ def _by_layers(
     """What encoders and encoder-decoders get; what nobody ``asked`` for may fail, and is replaced."""
     try:
         with current().all_or_none():
-            source, (tokens, length, count) = load_by_names(plan), amounts
-            samples = collected(plan, source, calibrate, tokens=tokens, length=length, count=count, device=device)
+            source, samples = _collected(plan, calibrate, amounts, device)
             some = _some(samples) if polish and plan.answers and plan.family.reads == "text" else None
             steps = _prepared(plan, source, samples if some is None else some, refit, group, device)
     except ConversionError as error:
         if asked:
             raise
-        merge = aligned(plan, group)
-        merge.record["notes"].append(f"heads were merged by what layers read on random inputs: {error}")
-        return merge
+        return _by_random_inputs(plan, group, error)
     if not refit:
         steps.record["notes"].append(
             f"heads were merged by what layers read on {len(steps.samples)} samples"
@@ -168,6 +168,13 @@ def _by_pictures(
         source = load(plan)
         return _prepared(plan, source, pictured(plan, source, calibrate, count), True, group, device)
     return seen(plan, calibrate, count, group=group, device=device)
+
+
+def _by_random_inputs(plan: Plan, group: str | None, error: ConversionError) -> Merge:
+    """What is done where calibration that nobody asked for fails."""
+    merge = aligned(plan, group)
+    merge.record["notes"].append(f"heads were merged by what layers read on random inputs: {error}")
+    return merge
 
 
 def _some(samples: Samples) -> Samples | None:

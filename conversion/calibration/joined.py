@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields, replace
 from typing import Any
 
@@ -57,6 +58,39 @@ def heads_of(unit: Unit, tensors: Mapping[str, Tensor], like: AttentionWeights) 
     )
     found = to_heads(done, {name: tensors[name].detach().float().cpu() for name in unit.writes})
     return replace(found, layer=like.layer)
+
+
+def polished(
+    plan: Plan, record: dict[str, Any], merged: dict[str, AttentionWeights], own: Mapping[str, nn.Parameter], *,
+    tokens: int, trained: Collection[str], train: Callable[[list[nn.Parameter]], None],
+    measure: Callable[[], dict[str, Any]],
+) -> dict[str, AttentionWeights]:  # fmt: skip
+    """The attentions that :func:`joined` made of ``merged``, after a last pass over the whole; ``merged`` itself where
+    that did not help on what was held out (it diverged, or nothing was to be gained).
+
+    Args:
+        record: told of the pass; its ``held_out`` is what ``measure`` gave before.
+        own: the parameters, by their names in the checkpoint; ``trained``: the names of those that ``train`` is given,
+            which changes them in place.
+        measure: the losses and the KL on what was held out.
+    """
+    began, parameters = time.perf_counter(), {name: p for name, p in own.items() if name in trained}
+    start = [p.detach().clone() for p in parameters.values()]
+    train(list(parameters.values()))
+    for name, p in parameters.items():  # what is measured shall be what is stored
+        p.data = p.data.to(plan.source.read(name).dtype).to(p.dtype)
+    before, after = record["held_out"]["kl"], measure()
+    record["polish"] = {
+        "tokens": tokens, "kl_before": before, "kl_after": after["kl"],
+        "seconds": round(time.perf_counter() - began, 1),
+    }  # fmt: skip
+    if not after["kl"] < before:
+        for p, value in zip(parameters.values(), start, strict=True):
+            p.data.copy_(value)
+        record["notes"].append("the last pass end to end did not help on what was held out and was undone")
+        return merged
+    record["held_out"] |= after
+    return {unit.layer.prefix: heads_of(unit, own, merged[unit.layer.prefix]) for unit in plan.units}
 
 
 def of_main(weights: AttentionWeights) -> AttentionWeights:

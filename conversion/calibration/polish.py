@@ -11,7 +11,6 @@ Shapes: N sequences of calibration text, S tokens of each, E model width.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -27,6 +26,7 @@ from hf_attn_patch.losses.chunked import Head, linear_loss
 from hf_attn_patch.losses.output_head import head_matches, head_of
 
 from .chain import Chain, chain_of, norms_in_one
+from .refit import schedule
 
 #: of what the original says of the whole text (its last hidden states), bytes that are kept at most on a CPU, and the
 #: share of what a GPU has free
@@ -129,7 +129,6 @@ def polish(
     if layers is not None and device.type == "cuda":
         sample = ids[mine].to(device)
         chains = original.chain(layers[0], sample), converted.chain(layers[1], sample)
-    warmup = max(1, round(recipe.warmup * steps))
     batches = _batches(len(ids), batch, recipe.seed)
     for p in parameters:
         p.requires_grad_(True)
@@ -137,9 +136,7 @@ def polish(
         told = _told(original, ids, batch) if 2 * len(ids) <= steps * batch else None
         work = _Step(original, converted, parameters, (mine.stop - mine.start, S), recipe.betas, chains, told)
         for step in progress_bar(range(steps), desc="polishing", unit="step"):
-            done = max(0.0, (step - warmup) / max(1, steps - warmup))
-            rate = lr * min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * done))
-            work.run(ids, next(batches)[mine], rate)
+            work.run(ids, next(batches)[mine], lr * schedule(step, steps, recipe.warmup))
     for p in parameters:
         p.requires_grad_(False)
         p.grad = None

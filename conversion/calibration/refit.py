@@ -50,6 +50,18 @@ class RefitRecipe:
     seed: int = 0
 
 
+def schedule(step: int, steps: int, warmup: float) -> float:
+    """The share of the peak learning rate at one of ``steps``: linear over the share ``warmup`` of them, then cosine to
+    zero.
+
+    >>> [round(schedule(step, 100, 0.05), 2) for step in (0, 4, 52, 99)]
+    [0.2, 1.0, 0.51, 0.0]
+    """
+    first = max(1, round(warmup * steps))
+    done = max(0.0, (step - first) / max(1, steps - first))
+    return min(1.0, (step + 1) / first) * 0.5 * (1 + math.cos(math.pi * done))
+
+
 #: an attempt is given up whose error after a quarter of its steps is so many times what it was before: the rest of the
 #: steps took it down by 1.9 at most (Whisper tiny.en, layer by layer: benchmarks/results/real_models.md)
 HOPELESS = 2.0
@@ -250,7 +262,6 @@ class TwoStreams:
         recipe = self.recipe
         known = len(self.ours) - self.unseen
         steps = max(1, round(recipe.epochs * known / self.batch))
-        warmup = max(1, round(recipe.warmup * steps))
         optimizer = torch.optim.Adam(parameters, lr=lr, betas=recipe.betas, fused=self.device.type == "cuda")
         order: list[Tensor] = []
         hopeless = False
@@ -259,9 +270,8 @@ class TwoStreams:
                 order = list((self.unseen + torch.randperm(known, generator=self.generator)).split(self.batch))
             rows = order.pop().to(self.ours.device)
             mine = rows[self.processes.share(len(rows))]
-            done = max(0.0, (step - warmup) / max(1, steps - warmup))
             for group in optimizer.param_groups:
-                group["lr"] = lr * min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * done))
+                group["lr"] = lr * schedule(step, steps, recipe.warmup)
             if len(mine):
                 with self.autocast():
                     out = layer(self.ours[mine].to(self.device), mine)

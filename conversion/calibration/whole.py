@@ -8,7 +8,6 @@ say what the original says (:mod:`.polish`). Without a GPU the merge is all, for
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,7 +24,7 @@ from hf_attn_patch.documents.positions import positions_of
 from hf_attn_patch.errors import ConversionError
 
 from .copies import LONGEST, joined_rows, with_copies
-from .joined import heads_of, joined, of_main
+from .joined import joined, of_main, polished
 from .layers import attention_name, layer_name
 from .moments import Moments
 from .polish import PolishRecipe, Speaker, losses, polish
@@ -80,28 +79,16 @@ class Whole:
         student, own = joined(self.plan, self.original, merged)
         speakers = Speaker(self.original), Speaker(student)
         batch = self._batch(PolishRecipe.batch_tokens)
-        before = losses(*speakers, held, batch)
-        self.record["held_out"] = {"tokens": held.numel(), "seen": not unseen} | before
+        self.record["held_out"] = {"tokens": held.numel(), "seen": not unseen} | losses(*speakers, held, batch)
         if not self.tokens or not unseen:
             return merged
-        began = time.perf_counter()
-        start = [p.detach().clone() for p in own.values()]
         recipe = PolishRecipe(self.tokens, batch_tokens=batch * ids.shape[1], seed=self.plan.seed)
         layers = self._layers(self.original), self._layers(student)
-        polish(*speakers, list(own.values()), self._long(known), recipe, layers)
-        self._round(own)
-        after = losses(*speakers, held, batch)
-        self.record["polish"] = {
-            "tokens": self.tokens, "kl_before": before["kl"], "kl_after": after["kl"],
-            "seconds": round(time.perf_counter() - began, 1),
-        }  # fmt: skip
-        if not after["kl"] < before["kl"]:  # diverged, or nothing was to be gained
-            for p, value in zip(own.values(), start, strict=True):
-                p.data.copy_(value)
-            self.record["notes"].append("the last pass end to end did not help on held-out text and was undone")
-            return merged
-        self.record["held_out"] |= after
-        return {u.layer.prefix: heads_of(u, own, merged[u.layer.prefix]) for u in self.plan.units}
+        return polished(
+            self.plan, self.record, merged, own, tokens=self.tokens, trained=own,
+            train=lambda parameters: polish(*speakers, parameters, self._long(known), recipe, layers),
+            measure=lambda: losses(*speakers, held, batch),
+        )  # fmt: skip
 
     def _long(self, ids: Tensor) -> Tensor:
         """The calibration text as it is polished on: see :mod:`.copies`."""
@@ -114,11 +101,6 @@ class Whole:
         """The layers in which there is an attention, in order."""
         names = {layer_name(attention_name(model, layer)) for layer in self.plan.layers}
         return [model.get_submodule(n) for n in sorted(names, key=lambda n: int(n.rpartition(".")[2]))]
-
-    def _round(self, own: dict[str, nn.Parameter]) -> None:
-        """What is measured shall be what is stored."""
-        for name, p in own.items():
-            p.data = p.data.to(self.plan.source.read(name).dtype).to(p.dtype)
 
     def _batch(self, tokens: int) -> int:
         """Sequences of a step: about ``tokens``, fewer where a GPU has less room for what backward needs."""
