@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .refit import Arguments, StopForwardError, layer_inputs, run_layer
+from .refit import Arguments, first_input, layer_inputs, run_layer
 
 #: the largest relative difference from the model itself that rounding explains
 TOLERANCE = 2e-2
@@ -42,22 +42,9 @@ class Chain:
     ) -> None:
         self.run, self.layers, self.tail, self.arguments = run, layers, tail, arguments
 
-    @torch.no_grad()
     def first(self, ids: Tensor) -> Tensor:
         """What the first layer reads for ``ids`` [B, S]: [B, S, E]."""
-        found: list[Tensor] = []
-
-        def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            found.append(args[0] if args else kwargs["hidden_states"])
-            raise StopForwardError
-
-        handle = self.layers[0].register_forward_pre_hook(stop, with_kwargs=True)
-        try:
-            with contextlib.suppress(StopForwardError):
-                self.run(ids)
-        finally:
-            handle.remove()
-        return found[0]
+        return first_input(self.run, self.layers[0], ids)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """From what the first layer reads [B, S, E] to the body's output."""

@@ -228,13 +228,12 @@ def called(model: nn.Module, plan: Plan) -> dict[str, str]:
 
 
 def readers(model: nn.Module, plan: Plan, layer: LayerAttention) -> list[nn.Module]:
-    """The modules that read an attention's inputs: what makes Q, and in cross-attention also what makes K.
+    """The modules that read an attention's inputs, see :attr:`~.layer.LayerAttention.readers`.
 
     Found by the checkpoint's names, or where the model has others (ViT, in some versions) by the weights in them: all
     that make Q, or the first rows where only the checkpoint keeps Q, K and V as one (Sarvam, Molmo 2).
     """
-    roles = ("q", "k") if layer.stack.cross else ("q",)
-    names = [next(p.module for p in layer.stack.projections if role in p.holds) for role in roles]
+    names = layer.readers
     try:
         attention = model.get_submodule(attention_name(model, layer))
         return [attention.get_submodule(name) for name in names]

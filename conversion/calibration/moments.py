@@ -67,9 +67,7 @@ class Moments:
     """
 
     def __init__(self, attention: nn.Module, layer: LayerAttention, called: Mapping[str, str] | None = None) -> None:
-        roles = ("q", "k") if layer.stack.cross else ("q",)
-        names = [next(p.module for p in layer.stack.projections if role in p.holds) for role in roles]
-        own = [(called or {}).get(layer.name(name), f"{name}.weight").rpartition(".")[0] for name in names]
+        own = [(called or {}).get(layer.name(name), f"{name}.weight").rpartition(".")[0] for name in layer.readers]
         self.read = [(attention.get_submodule(name), Sum()) for name in own]
 
     def __enter__(self) -> Moments:

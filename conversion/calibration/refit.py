@@ -72,6 +72,24 @@ class StopForwardError(Exception):
 
 
 @torch.no_grad()
+def first_input(run: Callable[[Tensor], object], layer: nn.Module, ids: Tensor) -> Tensor:
+    """What the first ``layer`` reads for ``ids`` [B, S]: [B, S, E]. Nothing behind it is run."""
+    found: list[Tensor] = []
+
+    def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.append(args[0] if args else kwargs["hidden_states"])
+        raise StopForwardError
+
+    handle = layer.register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        with contextlib.suppress(StopForwardError):
+            run(ids)
+    finally:
+        handle.remove()
+    return found[0]
+
+
+@torch.no_grad()
 def layer_inputs(
     run: Callable[[Tensor], object], layers: Sequence[nn.Module], ids: Tensor
 ) -> tuple[Tensor, list[Arguments], list[Tensor]]:
@@ -85,15 +103,10 @@ def layer_inputs(
     """
     arguments: list[Arguments] = []
     seen: list[Tensor] = []
-    hidden: list[Tensor] = []
 
     def note(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen.append((args[0] if args else kwargs["hidden_states"]).clone())
         arguments.append((args[1:], {k: v for k, v in kwargs.items() if k != "hidden_states"}))
-
-    def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden.append((args[0] if args else kwargs["hidden_states"]).clone())
-        raise StopForwardError
 
     hooks = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
     try:
@@ -101,14 +114,7 @@ def layer_inputs(
     finally:
         for hook in hooks:
             hook.remove()
-    handle = layers[0].register_forward_pre_hook(stop, with_kwargs=True)
-    try:
-        for block in ids.split(16):
-            with contextlib.suppress(StopForwardError):
-                run(block)
-    finally:
-        handle.remove()
-    return torch.cat(hidden), arguments, seen
+    return torch.cat([first_input(run, layers[0], block) for block in ids.split(16)]), arguments, seen
 
 
 def run_layer(layer: nn.Module, hidden: Tensor, arguments: Arguments) -> Tensor:

@@ -57,6 +57,12 @@ class LayerAttention:
         return tokens if self.keeps is None else min(tokens, self.keeps)
 
     @property
+    def readers(self) -> list[str]:
+        """The projections that read what the attention reads: what makes Q, in cross-attention also what makes K."""
+        roles = ("q", "k") if self.stack.cross else ("q",)
+        return [next(p.module for p in self.stack.projections if role in p.holds) for role in roles]
+
+    @property
     def grouping(self) -> KVGrouping:
         """Query heads and the KV heads of the source."""
         return KVGrouping(self.heads, self.kv_heads)

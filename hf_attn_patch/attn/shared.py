@@ -107,6 +107,11 @@ class SharedPart(NamedTuple):
     scales: Scales | None = None
 
 
+def shared_keys(parts: Sequence[SharedPart]) -> int:
+    """How many keys of each row are shared."""
+    return sum(part.keys.shape[2] for part in parts)
+
+
 class CodedAs(NamedTuple):
     """What keys and values are that lie as the bits of codes: the kind of the codes, the dtype of the numbers."""
 
@@ -149,7 +154,7 @@ class Parted:
     @property
     def shared_keys(self) -> int:
         """How many keys of each row are shared."""
-        return sum(part.keys.shape[2] for part in self.shared)
+        return shared_keys(self.shared)
 
     def make(self, which: int) -> Tensor:
         """All keys [B, HKV, Sk, D] (``which`` 0) or values (1) of each row, put together, as numbers."""

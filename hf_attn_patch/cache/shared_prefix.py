@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_attn_patch.attn.shared import Parted, Rows, SharedPart
+from hf_attn_patch.attn.shared import Parted, Rows, SharedPart, shared_keys
 from hf_attn_patch.compat.later import LaterTensor
 
 from .buffers import KVBuffers, buffer_from, capacity_for, in_place_allowed
@@ -25,11 +25,6 @@ from .layers import GrowingLayer
 
 #: room for what is expected of a row's own is rounded up to so many keys: there are as many such rests as rows
 OWN_BOUNDED_TO = 64
-
-
-def shared_keys(shared: Sequence[SharedPart]) -> int:
-    """How many keys of each row are shared."""
-    return sum(part.keys.shape[2] for part in shared)
 
 
 class OwnLayer(GrowingLayer):
@@ -148,14 +143,6 @@ class SharedLayer(GrowingLayer):
 
     def _held(self) -> KVBuffers | None:
         return self.own._held()  # type: ignore[no-any-return]
-
-    def memory(self) -> int:
-        """Keys that the layer has memory for, of all rows of all parts: what ``capacity`` is to a growing layer."""
-        room = self.own._held()
-        own = (
-            self.rows() * (room.capacity if room is not None else int(self.own.get_seq_length())) if self.shared else 0
-        )
-        return own + sum(part.rows.count * part.keys.shape[2] for part in self.shared)
 
     # -- what is done with it --------------------------------------------------------------------------------------
 

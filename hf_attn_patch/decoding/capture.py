@@ -13,6 +13,8 @@ import torch
 
 from hf_attn_patch.compat.torch import leave_graph_pool
 
+from .outputs import UnfitError
+
 Work = Callable[[], Any]
 
 
@@ -48,7 +50,7 @@ def _aside(device: torch.device) -> Iterator[None]:
         current.wait_stream(side)
 
 
-class WaitsError(RuntimeError):
+class WaitsError(UnfitError):
     """Work that waits for the device cannot be recorded."""
 
 

@@ -31,7 +31,7 @@ from hf_attn_patch.handle import Handle, of_each
 
 from . import fusing, remembered
 from .generating import leave_generate, stand_before_generate
-from .recorded_forward import RecordedForward, Wish, _states, recorder_of, stand_before, state_of
+from .recorded_forward import RecordedForward, Wish, forget_state, recorder_of, stand_before, state_of
 
 DEVICES = {"cuda"}
 
@@ -170,7 +170,7 @@ def _change(module: Any, change: Callable[[dict[Any, Wish]], dict[Any, Wish]]) -
     asked = change(before)
     fusing.told.pop(module, None)
     remembered.forget(module)
-    _states.pop(module, None)  # whoever asks again may have removed what was in the way
+    forget_state(module)  # whoever asks again may have removed what was in the way
     if asked and [*asked.items()] == [*before.items()]:
         return
     if asked:

@@ -41,7 +41,7 @@ from hf_attn_patch.compat.transformers import captures_outputs
 from . import remembered
 from .flight import ChoosingStep, Flight, Landing, moving_names
 from .next_token import NextToken
-from .outputs import UnfitError
+from .outputs import UnfitError, reason_of
 from .recorded_forward import forget_steps, recorder_of, state_of
 from .step import SHORT, WARM
 from .step_call import growing_of
@@ -253,8 +253,7 @@ class _Call:
         if landing.error is not None:
             state.chooses_outside = True
             state.caches.clear()
-            kind = "" if isinstance(landing.error, UnfitError) else f"{type(landing.error).__name__}: "
-            _say(self.model, f"{kind}{landing.error}".split("\n")[0])
+            _say(self.model, reason_of(landing.error))
             self.grounded = True
         return landing.steps > 0
 

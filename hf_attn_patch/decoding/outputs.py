@@ -15,6 +15,16 @@ class UnfitError(Exception):
     """A step that cannot be recorded, with the reason."""
 
 
+def reason_of(error: Exception) -> str:
+    """Why a step was not recorded or not fused, in one line: an :class:`UnfitError` says it itself.
+
+    >>> reason_of(UnfitError("it returns a set")), reason_of(KeyError("x"))
+    ('it returns a set', "KeyError: 'x'")
+    """
+    kind = "" if isinstance(error, UnfitError) else f"{type(error).__name__}: "
+    return f"{kind}{error}".split("\n")[0]
+
+
 def map_output(value: Any, function: Callable[[Tensor], Tensor], old: Any, new: Any) -> Any:
     """A model's output with ``function`` of its tensors, and ``new`` for ``old``."""
     if value is old:

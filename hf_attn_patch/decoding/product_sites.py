@@ -13,7 +13,7 @@ from hf_attn_patch.attn.kernels import few_rows, matvec
 from hf_attn_patch.attn.kernels.decode_plan import overlaps
 from hf_attn_patch.compat.torch import unsafe_view_op
 
-from .sites import ACTIVATIONS, Reader, Site, _other, _slot, activation, near
+from .sites import ACTIVATIONS, Reader, Site, activation, is_slot, near, other_factor
 from .tape import Op
 
 aten = torch.ops.aten
@@ -70,7 +70,7 @@ def _product(tape: Reader, at: int, op: Op) -> Product | None:
     else:
         return None
     found = tape.maker(turned, aten.t.default)
-    if found is None or not _slot(found[1].args[0]):
+    if found is None or not is_slot(found[1].args[0]):
         return None
     weight, out = found[1].args[0], op.outputs[0]
     w, v = tape.values[weight], tape.values[x]
@@ -95,8 +95,8 @@ def _gated(tape: Reader, by_out: dict[int, Product], at: int, op: Op) -> Site | 
     times = tape.reader(op.outputs[0], aten.mul.Tensor)
     if times is None:
         return None
-    gate, other = _flat(tape, op.args[0], by_out), _other(times[1], op.outputs[0])
-    up = _flat(tape, other, by_out) if _slot(other) else None
+    gate, other = _flat(tape, op.args[0], by_out), other_factor(times[1], op.outputs[0])
+    up = _flat(tape, other, by_out) if is_slot(other) else None
     if gate is None or up is None or len(tape.read_by[op.args[0]]) != 1 or len(tape.read_by[other]) != 1:
         return None
     (g, g_view), (u, u_view), act = gate, up, activation(op)

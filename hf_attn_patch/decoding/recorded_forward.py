@@ -19,8 +19,7 @@ from hf_attn_patch.compat.calls import Arguments
 from hf_attn_patch.compat.transformers import attention_name
 from hf_attn_patch.hf.attention_function import NAME
 
-from .capture import WaitsError
-from .outputs import UnfitError, tensors_of
+from .outputs import UnfitError, reason_of, tensors_of
 from .step import Step, Steps
 from .step_call import StepCall, growing_of, is_prompt
 from .step_layers import StepRoom, advance, reserve
@@ -91,6 +90,11 @@ def state_of(model: torch.nn.Module) -> ModelState:
     if model not in _states:
         _states[model] = ModelState()
     return _states[model]
+
+
+def forget_state(model: torch.nn.Module) -> None:
+    """All that is known of a model, and its recorded steps."""
+    _states.pop(model, None)
 
 
 def forget_steps(model: torch.nn.Module, cache: Any) -> None:
@@ -215,8 +219,7 @@ class RecordedForward:
                 return ordinary
             output = step.run(cache)
         except Exception as error:  # whatever a model's code does not stand; if it is not that, it is raised below
-            kind = "" if isinstance(error, (UnfitError, WaitsError)) else f"{type(error).__name__}: "
-            state.refuse(model, f"{kind}{error}".split("\n")[0], making[2], self.loud)
+            state.refuse(model, reason_of(error), making[2], self.loud)
             return self.inner(model, **kwargs) if ordinary is None else ordinary
         advance(growing_of(cache))
         return output

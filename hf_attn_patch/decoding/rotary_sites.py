@@ -11,7 +11,7 @@ import torch
 
 from hf_attn_patch.attn.kernels import small
 
-from .sites import Reader, Site, _slot
+from .sites import Reader, Site, is_slot
 from .tape import Op
 
 aten = torch.ops.aten
@@ -59,13 +59,8 @@ def rotaries(tape: Reader) -> Iterator[Site]:
         yield _appended(tape, keys, values)
 
 
-def _like(tape: Reader, slot: int) -> torch.Tensor:
-    t = tape.values[slot]
-    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
-
-
 def _turned(tape: Reader, q: Turn, k: Turn) -> Site:
-    like_q, like_k = _like(tape, q.out), _like(tape, k.out)
+    like_q, like_k = tape.like(q.out), tape.like(k.out)
 
     def run(q: Any, k: Any, cos: Any, sin: Any) -> list[Any]:
         return small.rotate(q, k, cos, sin, like_q, like_k)
@@ -74,7 +69,7 @@ def _turned(tape: Reader, q: Turn, k: Turn) -> Site:
 
 
 def _turned_and_appended(tape: Reader, q: Turn, k: Turn, keys: Append, values: Append) -> Site:
-    like_q = _like(tape, q.out)
+    like_q = tape.like(q.out)
 
     def run(q: Any, k: Any, v: Any, cos: Any, sin: Any, keys: Any, values: Any, index: Any) -> list[Any]:
         return small.rotate_and_append(q, k, v, cos, sin, keys, values, index, like_q)
@@ -113,7 +108,7 @@ def _turn(tape: Reader, at: int, op: Op) -> Turn | None:
     if half is None:
         return None
     x, inside = half
-    if plain[1].args[0] != x or not _slot(plain[1].args[1]) or not _slot(turned[1].args[1]):
+    if plain[1].args[0] != x or not is_slot(plain[1].args[1]) or not is_slot(turned[1].args[1]):
         return None
     cos, sin, out = plain[1].args[1], turned[1].args[1], op.outputs[0]
     t = tape.values[x]

@@ -87,6 +87,11 @@ class Reader:
             return None
         return readers[0], self.tape.ops[readers[0]]
 
+    def like(self, slot: int) -> Tensor:
+        """A meta tensor of a slot's shape, strides and dtype."""
+        t = self.values[slot]
+        return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
+
     def steady(self, *slots: int) -> bool:
         """Whether nobody writes to these tensors in place."""
         return not any(self.tape.memory(slot) in self.written for slot in slots)
@@ -99,7 +104,7 @@ class Reader:
         )
 
 
-def _slot(value: Any) -> bool:
+def is_slot(value: Any) -> bool:
     return type(value) is Slot
 
 
@@ -138,7 +143,7 @@ def _norm(tape: Reader, at: int, root: Op) -> Site | None:
     adds = len(outputs) == 2
     if not tape.rows(*inputs, out) or not tape.steady(*inputs, *outputs):
         return None
-    like = tape.values[out]
+    like = tape.like(out)
     if weight is not None:
         inputs.append(weight)
 
@@ -146,14 +151,13 @@ def _norm(tape: Reader, at: int, root: Op) -> Site | None:
         first, *rest = given
         return small.norm(first, rest.pop(0) if adds else None, rest.pop(0) if rest else None, eps, form, like)
 
-    like = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device="meta")
     return Site("norms", inside, inputs, outputs, run)
 
 
 def _mean_of_squares(tape: Reader, slot: Any) -> tuple[int, float, set[int]] | None:
     """(x, eps, operators) of ``mean(x ** 2, -1, keepdim) + eps``."""
     added = tape.maker(slot, aten.add.Tensor)
-    if added is None or not isinstance(added[1].args[1], (int, float)) or _slot(added[1].args[1]):
+    if added is None or not isinstance(added[1].args[1], (int, float)) or is_slot(added[1].args[1]):
         return None
     mean = tape.maker(added[1].args[0], aten.mean.dim)
     if mean is None or list(mean[1].args[1]) not in ([-1], [tape.values[mean[1].args[0]].dim() - 1]):
@@ -168,7 +172,7 @@ def _mean_of_squares(tape: Reader, slot: Any) -> tuple[int, float, set[int]] | N
 
 
 def _plain_sum(tape: Reader, op: Op) -> bool:
-    if len(op.args) != 2 or op.kwargs or not all(map(_slot, op.args)):
+    if len(op.args) != 2 or op.kwargs or not all(map(is_slot, op.args)):
         return False
     a, b = op.args
     if a == b:
@@ -185,16 +189,16 @@ def _weighted(tape: Reader, slot: int, x: torch.Tensor) -> tuple[int, int | None
         if tape.values[rounded].dtype != x.dtype:
             return None
         times = tape.reader(rounded, aten.mul.Tensor)
-        weight = None if times is None else _vector(tape, _other(times[1], rounded), N)
+        weight = None if times is None else _vector(tape, other_factor(times[1], rounded), N)
         if times is None or weight is None or tape.values[times[1].outputs[0]].dtype != x.dtype:
             return small.BARE, None, rounded, {cast[0]}
         return small.CAST, weight, times[1].outputs[0], {cast[0], times[0]}
     times = tape.reader(slot, aten.mul.Tensor)
     if times is None:
         return None
-    factor, inside, form = _other(times[1], slot), {times[0]}, small.WIDE
+    factor, inside, form = other_factor(times[1], slot), {times[0]}, small.WIDE
     more = tape.maker(factor, aten.add.Tensor)
-    if more is not None and not _slot(more[1].args[1]) and more[1].args[1] == 1 and not more[1].kwargs:
+    if more is not None and not is_slot(more[1].args[1]) and more[1].args[1] == 1 and not more[1].kwargs:
         factor, form = more[1].args[0], small.ONE_MORE
     if (wide := tape.maker(factor, to_copy_op)) is not None and tape.values[factor].dtype == torch.float32:
         factor = wide[1].args[0]
@@ -210,15 +214,15 @@ def _weighted(tape: Reader, slot: int, x: torch.Tensor) -> tuple[int, int | None
     return form, weight, out, inside
 
 
-def _other(op: Op, slot: int) -> Any:
+def other_factor(op: Op, slot: int) -> Any:
     """The factor beside ``slot``."""
     a, b = op.args
-    return b if _slot(a) and a == slot else a
+    return b if is_slot(a) and a == slot else a
 
 
 def _vector(tape: Reader, slot: Any, N: int) -> int | None:
     """A weight [N] that stays what it is."""
-    if not _slot(slot) or slot not in tape.tape.given or not tape.steady(slot):
+    if not is_slot(slot) or slot not in tape.tape.given or not tape.steady(slot):
         return None
     t = tape.values[slot]
     return slot if t.shape == (N,) and t.is_contiguous() and t.dtype in _FLOATS else None
@@ -240,13 +244,12 @@ def gates(tape: Reader) -> Iterator[Site]:
         if op.run not in ACTIVATIONS or (times := tape.reader(op.outputs[0], aten.mul.Tensor)) is None:
             continue
         act = activation(op)
-        gate, up, out = op.args[0], _other(times[1], op.outputs[0]), times[1].outputs[0]
-        if not _slot(up) or not tape.rows(gate, up, out) or not tape.steady(gate, up, out):
+        gate, up, out = op.args[0], other_factor(times[1], op.outputs[0]), times[1].outputs[0]
+        if not is_slot(up) or not tape.rows(gate, up, out) or not tape.steady(gate, up, out):
             continue
-        g, u, like = tape.values[gate], tape.values[up], tape.values[out]
+        g, u, like = tape.values[gate], tape.values[up], tape.like(out)
         if g.shape != u.shape or g.dtype != u.dtype or like.dtype != g.dtype:
             continue
-        like = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device="meta")
 
         def run(gate: Any, up: Any, act: int = act, like: Any = like) -> list[Any]:
             return small.gated(gate, up, act, like)

@@ -17,7 +17,7 @@ from hf_attn_patch.compat.torch import any_length
 from . import fusing, remembered
 from .capture import Recording, Repetition, not_collecting, record, rehearse
 from .fusing import Fused
-from .outputs import CACHE, UnfitError, map_output, tensors_of
+from .outputs import CACHE, map_output, reason_of, tensors_of
 from .step_call import StepCall, growing_of
 from .step_layers import StepRoom, TokenPlace, settle, standing_in, step_layers
 from .tape import Tape
@@ -186,18 +186,13 @@ class Step:
 
     def _not_fused(self, model: torch.nn.Module, error: Exception) -> None:
         """Say why, and try no other step of this kind, whatever the sizes of its memory."""
-        reason = fusing.told[model] = _one_line(error)
+        reason = fusing.told[model] = reason_of(error)
         if not isinstance(error, torch.OutOfMemoryError):
             remembered.keep_reason(model, self.kind, reason)
 
 
 def _tensor_form(tensor: Tensor | None) -> Any:
     return None if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype)
-
-
-def _one_line(error: Exception) -> str:
-    kind = "" if isinstance(error, UnfitError) else f"{type(error).__name__}: "
-    return f"{kind}{error}".split("\n")[0]
 
 
 class Steps:

@@ -18,10 +18,10 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from hf_attn_patch.attn.codes import pack_both
-from hf_attn_patch.attn.shared import CodedAs, Parted, SharedPart
+from hf_attn_patch.attn.shared import CodedAs, Parted, SharedPart, shared_keys
 from hf_attn_patch.cache.coded_layers import CodedLayer, joined
 from hf_attn_patch.cache.layers import GrowingLayer, GrowingMixin, GrowingSlidingWindowLayer
-from hf_attn_patch.cache.shared_prefix import SharedLayer, later, shared_keys
+from hf_attn_patch.cache.shared_prefix import SharedLayer, later
 
 #: shared by a layer's rows, in most layers: one object, so that rooms are compared by identity
 NOTHING: tuple[SharedPart, ...] = ()

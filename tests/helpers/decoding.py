@@ -21,7 +21,7 @@ from transformers import (
 )
 
 import hf_attn_patch
-from hf_attn_patch.decoding import cuda_graphs as graphs
+from hf_attn_patch.decoding.recorded_forward import state_of
 
 SIZES = {
     "vocab_size": 128,
@@ -85,6 +85,5 @@ def generate(model: Any, inputs: dict[str, torch.Tensor], **kwargs: Any) -> torc
 
 def recorded(model: Any) -> int:
     """How many recordings the model's living caches have."""
-    state = graphs._states.get(model)
-    steps = [step for each in state.caches.values() for step in each.known.values()] if state else []
+    steps = [step for each in state_of(model).caches.values() for step in each.known.values()]
     return sum(step.recording is not None for step in steps)
