@@ -16,6 +16,7 @@ from hf_attn_patch.compat.calls import cache_of as cache_of_output
 from hf_attn_patch.compat.calls import generate_keyword
 from hf_attn_patch.decoding import cuda_graphs as graphs
 from hf_attn_patch.decoding import step
+from hf_attn_patch.decoding.recorded_forward import state_of
 from hf_attn_patch.errors import AttentionError
 
 
@@ -154,7 +155,7 @@ def test_a_short_answer_is_not_recorded(tokens: int) -> None:
     hf_attn_patch.enable(model)
     out = model.generate(**inputs, do_sample=False, max_new_tokens=tokens, return_dict_in_generate=True)
     torch.testing.assert_close(out.sequences, expected, rtol=0, atol=0)
-    steps = graphs._states[model].caches.get(cache_of_output(out))
+    steps = state_of(model).caches.get(cache_of_output(out))
     assert steps is None or not steps.known
 
 
