@@ -98,12 +98,14 @@ def tuning_file(gpu: str) -> Path:
 
 
 def write(path: Path, gpu: str, numbers: Crossovers) -> None:
-    """Write a tuning file, whole or not at all."""
+    """Write a tuning file, whole or not at all; its numbers count in this process too, once ``dispatch.forget`` was
+    called."""
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {"format": FORMAT, "gpu": gpu, "torch": torch.__version__, "crossovers": asdict(numbers)}
     draft = path.with_name(path.name + ".part")
     draft.write_text(json.dumps(content, indent=2) + "\n")
     draft.replace(path)
+    _of_this_machine.cache_clear()
 
 
 def read(path: Path, gpu: str) -> Crossovers:

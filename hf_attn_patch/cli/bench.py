@@ -6,25 +6,26 @@ import json
 
 import click
 
+from hf_attn_patch.errors import AttentionError
+
+from .errors import user_errors
+
 
 @click.command()
 @click.option("--tune", is_flag=True, help="Measure where backends cross on this GPU and keep it for the ladder.")
 @click.option("--dry-run", is_flag=True, help="With --tune: show the numbers, write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@user_errors
 def command(tune: bool, dry_run: bool, as_json: bool) -> None:
     """Time the attention backends of this machine, or tune the ladder to its GPU."""
     import torch
 
     from hf_attn_patch.attn.tuning import SHAPES, TINY, times
-    from hf_attn_patch.errors import AttentionError
 
-    try:
-        if tune:
-            _tune(dry_run, as_json)
-            return
-        lines = times(SHAPES if torch.cuda.is_available() else TINY)
-    except AttentionError as error:
-        raise click.UsageError(str(error)) from error
+    if tune:
+        _tune(dry_run, as_json)
+        return
+    lines = times(SHAPES if torch.cuda.is_available() else TINY)
     if as_json:
         click.echo(json.dumps(lines, indent=2))
         return
@@ -45,16 +46,15 @@ def _tune(dry_run: bool, as_json: bool) -> None:
     from hf_attn_patch.attn.tuning import seconds, tuned
 
     if not torch.cuda.is_available():
-        raise click.UsageError("there is nothing to tune without a GPU: on a CPU one kernel takes all calls")
+        raise AttentionError("there is nothing to tune without a GPU: on a CPU one kernel takes all calls")
     if missing := triton_decode.missing():
-        raise click.UsageError(f"there is nothing to tune here: {missing}")
+        raise AttentionError(f"there is nothing to tune here: {missing}")
     rival = "torch_sdpa" if flash4.missing() else "flash4"
     gpu = torch.cuda.get_device_name()
     path = numbers.tuning_file(gpu)
     found = tuned(seconds, rival)
     if not dry_run:
         numbers.write(path, gpu, found)
-        numbers._of_this_machine.cache_clear()
         forget()
     result = {"gpu": gpu, "against": rival, "file": None if dry_run else str(path), **vars(found)}
     if as_json:

@@ -21,9 +21,7 @@ from .errors import user_errors
 from .options import families_option, method_options
 
 if TYPE_CHECKING:
-    from hf_attn_patch.conversion.plan_data import Plan
-
-KVHeads = int | list[int] | dict[str, int | list[int]]
+    from hf_attn_patch.conversion.plan_data import KVHeads, Plan
 
 
 def parse_kv_heads(text: str) -> KVHeads:

@@ -15,7 +15,7 @@ from hf_attn_patch.documents.bars import no_progress_bars, progress_bar
 from hf_attn_patch.documents.tokenizers import load_tokenizer
 from hf_attn_patch.errors import TrainingError
 
-from .data.steps import TrainingStep
+from .data.steps import TrainingStep, micro_batches
 from .data.training_data import TrainingData, framing_for
 from .loop.checkpoints import Progress, save_checkpoint, save_model
 from .loop.held_out import evaluate
@@ -275,13 +275,9 @@ def make_accelerator(options: UptrainOptions) -> Any:
             "context, sequence and tensor parallelism are not for this script, which shares out whole texts; use FSDP2 "
             "(examples/accelerate/fsdp2.yaml) and --gradient-checkpointing for long sequences"
         )
-    share = options.micro_batch_size * accelerator.num_processes
-    if options.batch_size % share:
-        raise TrainingError(
-            f"--batch-size {options.batch_size} is not a multiple of {share} (--micro-batch-size "
-            f"{options.micro_batch_size} on each of {accelerator.num_processes} processes)"
-        )
-    accelerator.gradient_accumulation_steps = options.batch_size // share
+    accelerator.gradient_accumulation_steps = micro_batches(
+        options.batch_size, options.micro_batch_size, accelerator.num_processes
+    )
     if accelerator.distributed_type == accelerate.DistributedType.FSDP and not accelerator.is_fsdp2:
         raise TrainingError("FSDP version 1 is not supported; set fsdp_version: 2 (examples/accelerate/fsdp2.yaml)")
     if accelerator.is_fsdp2 and accelerator.mixed_precision == "bf16":

@@ -167,6 +167,8 @@ def test_command(tmp_path: Path) -> None:
     assert CliRunner().invoke(main, ["push-kernel", str(tmp_path / "kernel"), "--private"]).exit_code == 2
     (tmp_path / "taken").write_text("")
     assert CliRunner().invoke(main, ["push-kernel", str(tmp_path / "taken")]).exit_code == 2
+    within = CliRunner().invoke(main, ["push-kernel", str(tmp_path / "taken" / "kernel")])
+    assert within.exit_code == 2 and within.stderr.endswith(" cannot be used: Not a directory\n"), within.stderr
 
 
 LOADED = """

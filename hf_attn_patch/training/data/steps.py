@@ -59,12 +59,7 @@ def steps(
     Raises:
         TrainingError: ``batch_size`` is not a multiple of ``micro_batch_size * processes``.
     """
-    share = micro_batch_size * processes
-    if batch_size % share:
-        raise TrainingError(
-            f"--batch-size {batch_size} is not a multiple of --micro-batch-size {micro_batch_size} times "
-            f"{processes} processes; {max(share, batch_size // share * share)} would be"
-        )
+    share = batch_size // micro_batches(batch_size, micro_batch_size, processes)
     while whole := list(itertools.islice(examples, batch_size)):
         if len(whole) < batch_size:
             return
@@ -82,6 +77,21 @@ def steps(
                 for part in parts
             ],
         )
+
+
+def micro_batches(batch_size: int, micro_batch_size: int, processes: int) -> int:
+    """How many of a step each process has.
+
+    Raises:
+        TrainingError: ``batch_size`` is not a multiple of ``micro_batch_size * processes``.
+    """
+    share = micro_batch_size * processes
+    if batch_size % share:
+        raise TrainingError(
+            f"--batch-size {batch_size} is not a multiple of --micro-batch-size {micro_batch_size} times "
+            f"{processes} processes; {max(share, batch_size // share * share)} would be"
+        )
+    return batch_size // share
 
 
 def document_lengths(examples: Sequence[Any]) -> list[int]:

@@ -39,6 +39,9 @@ class Objective(nn.Module):
     Subclasses say how to get from a batch to hidden states [T, E] that stand beside ``batch.labels`` flattened to [T].
     """
 
+    #: whether batches have one shape, which makes faster code than any shape's
+    one_shape = False
+
     def __init__(self, model: Any, weights: LossWeights | None = None) -> None:
         super().__init__()
         self.model = model
@@ -56,7 +59,7 @@ class Objective(nn.Module):
 
     def compile_layers(self) -> None:
         """torch.compile the model's layers, in place (see compiling.py)."""
-        compile_layers(self.model, one_shape=False)
+        compile_layers(self.model, one_shape=self.one_shape)
         self.compiled = True
 
     def hidden(self, batch: Any) -> Tensor:
@@ -117,16 +120,11 @@ class CausalObjective(Objective):
 
     def __init__(self, model: Any, weights: LossWeights | None = None, *, packed: bool = True) -> None:
         super().__init__(model, weights)
-        self.packed = packed
+        self.packed = self.one_shape = packed
         body = getattr(model, model.base_model_prefix, model)
         names = inspect.signature(body.forward).parameters
         self._takes_positions = "position_ids" in names
         self._takes_any = any(p.kind is p.VAR_KEYWORD for p in names.values())
-
-    def compile_layers(self) -> None:
-        """torch.compile the model's layers, in place; packed batches have one shape."""
-        compile_layers(self.model, one_shape=self.packed)
-        self.compiled = True
 
     def arguments(self, batch: PackedBatch) -> dict[str, Any]:
         """What tells the model about document borders: names that transformers' attention functions know."""
