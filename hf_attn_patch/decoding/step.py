@@ -174,15 +174,19 @@ class Step:
 
     def _recorded(self, held: weakref.ref[Any]) -> Recording | Repetition:
         """The step, recorded; as it is where its fewer kernels cannot be."""
+        me = weakref.ref(
+            self
+        )  # what is recorded on devices without graphs keeps its work: no cycle, which memory waits in
+        work = lambda: me().work(held())  # type: ignore[union-attr]  # noqa: E731
         try:
-            return record(lambda: self.work(held()), self.device)
+            return record(work, self.device)
         except Exception as error:
             model = self.model()
             if self.fused is None or model is None:
                 raise
             self.fused = None
             self._not_fused(model, error)
-            return record(lambda: self.work(held()), self.device)
+            return record(work, self.device)
 
     def _not_fused(self, model: torch.nn.Module, error: Exception) -> None:
         """Say why, and try no other step of this kind, whatever the sizes of its memory."""

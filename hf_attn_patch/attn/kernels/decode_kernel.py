@@ -142,6 +142,8 @@ def decode_kernel(
             v_base = V + b64 * v_b + h.to(tl.int64) * v_h
         if MASK == 1 or MASK == 3:
             mask_row = Mask + b64 * m_b + (h * G).to(tl.int64) * m_h
+        if MASK == 3:
+            bit = tl.full([BLOCK_M], 1, tl.int64) << position.to(tl.int64)
         if MASK == 2:
             mask_rows = Mask + b64 * m_b + head.to(tl.int64) * m_h + position.to(tl.int64) * m_s
         if BIAS == 1:
@@ -172,7 +174,7 @@ def decode_kernel(
             if MASK == 3:
                 word = tl.load(mask_row + keys * m_k, mask=key_ok, other=0)
                 key_ok = key_ok & (word != 0)
-                seen = (word[None, :] >> position[:, None].to(tl.int64)) & 1
+                seen = word[None, :] & bit[:, None]
             if MASK == 2:
                 seen = tl.load(
                     mask_rows[:, None] + (keys * m_k)[None, :], mask=row_ok[:, None] & key_ok[None, :], other=0

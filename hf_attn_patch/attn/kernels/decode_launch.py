@@ -184,7 +184,7 @@ def _plan(o: DecodeOperands, tuning: Tuning | None) -> tuple[LaunchPlan, tuple[i
     span = Sk if o.window is None else min(Sk, window + Sq - 1)
     sms = sm_count(o.q.device)
     room = tile_room(device_of(o.q.device).capability or 90)
-    tuning = tuning or choose(o.k.dtype, D, DV, B * HKV, span, sms, varlen, room)
+    tuning = tuning or choose(o.k.dtype, D, DV, B * HKV, span, sms, varlen, room, G * Sq)
     block_m = tuning.block_m or min(64, max(16, power_of_two(G * Sq)))
     m_tiles = max(1, -(-G * Sq // block_m))
     slots = max(1, sms * tuning.per_sm * tuning.waves // m_tiles)

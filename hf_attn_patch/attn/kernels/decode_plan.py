@@ -42,7 +42,15 @@ class Tuning:
 
 
 def choose(
-    dtype: torch.dtype, D: int, DV: int, heads: int, span: int, sms: int, varlen: bool, room: int = 1 << 17
+    dtype: torch.dtype,
+    D: int,
+    DV: int,
+    heads: int,
+    span: int,
+    sms: int,
+    varlen: bool,
+    room: int = 1 << 17,
+    rows: int = 1,
 ) -> Tuning:
     """The tuning for a kind of input, by what an H200 showed (``benchmarks/tune_decode.py``).
 
@@ -50,7 +58,8 @@ def choose(
 
     Where a worker stays in one head, one wide worker an SM is best: it has the most bytes in flight. That is so where
     heads fill the SMs evenly (then a head is not split at all), or are so few that one is shared by eight SMs or
-    more; and it takes long heads. Else two workers an SM: while one changes heads, the other reads.
+    more; and it takes long heads, and few queries (of 64 it takes twice the time: ``recorded_step.md``).
+    Else two workers an SM: while one changes heads, the other reads.
 
     Codes of one byte are read in tiles of as many bytes, always by two workers an SM: while one converts, the other
     reads (measured on an H100: ``benchmarks/results/kv_codes.md``).
@@ -61,6 +70,7 @@ def choose(
         span: the most keys that a head can have.
         varlen: heads differ in length.
         room: the largest tile of K and V in bytes, see :func:`hf_attn_patch.attn.devices.tile_room`.
+        rows: queries that share a KV head.
     """
     key_bytes = (power_of_two(D) + power_of_two(DV)) * dtype.itemsize
     block_n = max(16, min(128, power_of_two(32768 // key_bytes)))
@@ -74,7 +84,8 @@ def choose(
         return Tuning(block_n=max(16, min(64, block_n)), least=2)
     even = not varlen and heads >= 0.95 * sms * -(-heads // sms)
     wide = 2 * block_n
-    if (even or 8 * heads <= sms) and heads * span >= 6 * wide * sms and wide * key_bytes <= min(room, 65536):
+    few = rows <= 32 and (even or 8 * heads <= sms)
+    if few and heads * span >= 6 * wide * sms and wide * key_bytes <= min(room, 65536):
         return Tuning(block_n=wide, warps=8, per_sm=1, direct=even or None)
     if heads * span > 4 * sms * block_n:
         return Tuning(block_n=block_n, direct=even or None)
