@@ -29,7 +29,7 @@ from .loadcheck import device_named
 from .plan_data import Plan
 from .planner import make_plan
 from .reports.inspection import common_choices
-from .reports.report import CONTEXT
+from .reports.report import context_of
 
 
 def kv_heads_under_budget(
@@ -71,7 +71,7 @@ def kv_heads_under_budget(
             )
         before = [layer.kv_heads for layer in now.layers]
         # what a head of each layer costs
-        kept = [layer.kept(CONTEXT) * (layer.head_dim + layer.value_dim) for layer in now.layers]
+        kept = [layer.kept(context_of(now)) * (layer.head_dim + layer.value_dim) for layer in now.layers]
         most = math.floor(budget * sum(n * k for n, k in zip(before, kept, strict=True)) + 1e-9)
         choices = common_choices(now)
         plans = {n: make_plan(source, n, method="calibrated", seed=seed, options=options) for n in choices}

@@ -11,7 +11,7 @@ from hf_attn_patch.errors import ConversionError, GroupingError
 from hf_attn_patch.grouping import KVGrouping, divisors
 
 from .families.config import LanguageModel
-from .families.layer import LayerAttention, of_one_number
+from .families.layer import LayerAttention, config_of, of_one_number
 from .families.table import Stack
 from .plan_data import KVHeads
 
@@ -39,7 +39,8 @@ def with_targets(model: LanguageModel, kv_heads: KVHeads) -> list[LayerAttention
         if target is None:
             numbers = [layer.kv_heads for layer in layers]
         elif isinstance(target, int):
-            numbers = [stack.kv_field.wanted(model.text_config, target, layer.index) for layer in layers]
+            config = config_of(stack, model.text_config)
+            numbers = [stack.kv_field.wanted(config, target, layer.index) for layer in layers]
         else:
             numbers = _per_layer(target, len(layers), stack)
         for layer, number in zip(layers, numbers, strict=True):

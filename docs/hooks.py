@@ -61,7 +61,11 @@ def special(stack: Stack) -> list[str]:
         facts.append(" ".join(filter(None, (f"fused `{fused[0].module}` ({fused[0].holds})", form))))
     if any(p.transposed for p in stack.projections):
         facts.append("weights [in, out]")
-    if stack.rope == "none":
+    if stack.part:
+        facts.append(f"{stack.name} described in `{stack.part}`")
+    if stack.rope == "none" and (
+        not stack.cross or stack.fixed_heads
+    ):  # what an encoder gives has no position to turn by
         facts.append("ALiBi or relative bias (heads keep their order)" if stack.fixed_heads else "no RoPE")
     elif stack.rope == "interleaved":
         facts.append("interleaved RoPE")

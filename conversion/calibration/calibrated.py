@@ -322,6 +322,11 @@ class Calibrated:
 
 def refuse(plan: Plan) -> None:
     """Raise for what cannot be calibrated on text."""
+    if "codes" in plan.family.reads:
+        raise ConversionError(
+            f"{plan.model_type} reads {plan.family.reads}, which nothing here makes: it cannot be calibrated; use "
+            "--method aligned"
+        )
     if plan.family.reads not in ("text", "sound", "pictures"):
         raise ConversionError(f"{plan.model_type} reads {plan.family.reads}: give some with --calibrate")
     stacks = {unit.layer.stack.name for unit in plan.units}

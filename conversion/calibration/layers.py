@@ -154,9 +154,11 @@ def sides(plan: Plan, model: Any) -> list[LayerStack]:
     inside = set(map(id, encoder.modules()))
     first = [b for b in blocks.values() if id(b.original) in inside]
     second = [b for b in blocks.values() if id(b.original) not in inside]
-    norm = getattr(encoder, "final_layer_norm", None) or getattr(encoder, "layer_norm", None)
+    around = [model.get_submodule(path.rpartition(".")[0]) for path in sorted(lists)]
+    norms = [getattr(m, n, None) for m in around if id(m) in inside for n in ("final_layer_norm", "layer_norm", "norm")]
+    norm: Any = next(filter(None, norms), lambda x: x)
     return [
-        LayerStack(first, lambda given: encoder(as_read(given, encoder)), norm or (lambda x: x)),
+        LayerStack(first, lambda given: encoder(as_read(given, encoder)), norm),
         LayerStack(second, lambda ids, memory: decoder(input_ids=ids, encoder_hidden_states=memory), reads=True),
     ]
 
@@ -181,7 +183,7 @@ def meta_model(plan: Plan) -> nn.Module:
 
 def attention_name(model: nn.Module, layer: Any) -> str:
     """The attention module of a layer: the model's name for what the checkpoint keeps under ``layer.prefix``."""
-    local = layer.stack.layer.format(i=layer.index).rstrip(".")
+    local = (layer.stack.called or layer.stack.layer).format(i=layer.index).rstrip(".")
     prefix = layer.prefix.rstrip(".")
     found = [n for n, _ in model.named_modules() if n == local or n.endswith("." + local)]
     exact = [n for n in found if n == prefix or n.endswith("." + prefix) or prefix.endswith("." + n)] or found

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_attn_patch.conversion.families.layer import LayerAttention
+from hf_attn_patch.conversion.families.layer import LayerAttention, attribute
 from hf_attn_patch.conversion.methods.aligned import Aligned
 from hf_attn_patch.errors import ConversionError
 
@@ -61,6 +61,7 @@ def aligned(plan: Plan, group: str | None = None) -> Aligned:
         model = load(plan, on_text=False)
         with _reading(plan, model, merge.read):
             _run(plan, model)
+            _run_parts(plan, model, merge.read)
     except ConversionError as error:
         merge.read.clear()
         merge.record["notes"].append(
@@ -107,12 +108,33 @@ def _run(plan: Plan, model: Any) -> None:
     given = noise(plan, model)
     if plan.text_config is not plan.config and model.main_input_name != "input_ids":
         body, given = _alone(plan, model, given)
+    _call(body, given)
+
+
+@torch.no_grad()
+def _run_parts(plan: Plan, model: Any, read: dict[str, list[Tensor]]) -> None:
+    """Send random ids through decoders that the model calls only while it generates (CSM's depth decoder)."""
+    stacks = {unit.layer.stack for unit in plan.units if not read[unit.layer.prefix]}
+    for name in sorted({stack.part for stack in stacks} - {""}):
+        config = attribute(model.config, name)
+        part = next(m for m in model.modules() if isinstance(m, PreTrainedModel) and m.config is config)
+        _call(part, {"input_ids": _ids(config, ROWS, torch.Generator().manual_seed(plan.seed))})
+
+
+def _call(body: Any, given: dict[str, Tensor]) -> None:
     try:
         body(**given)
     except Exception as error:  # a model's own code, on inputs that it may not know
         text = " ".join(str(error).split())[:160]
-        what = f"{type(model).__name__} cannot run on random inputs"
+        what = f"{type(body).__name__} cannot run on random inputs"
         raise ConversionError(f"{what} ({type(error).__name__}: {text})") from None
+
+
+def _ids(text: Any, rows: int, draw: torch.Generator) -> Tensor:
+    """Random ids [rows, length] of a vocabulary; as many as its config has positions for."""
+    limits = [getattr(text, name, None) for name in ("max_position_embeddings", "max_target_positions")]
+    length = min([LENGTH, *(limit - 2 for limit in limits if limit)])  # RoBERTa's positions begin at 2
+    return torch.randint(0, int(text.vocab_size), (rows, length), generator=draw)
 
 
 def _alone(plan: Plan, model: Any, given: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
@@ -136,13 +158,10 @@ def noise(plan: Plan, model: Any) -> dict[str, Tensor]:
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
 
     def ids(rows: int) -> Tensor:
-        text = config.get_text_config()
-        limits = [getattr(text, name, None) for name in ("max_position_embeddings", "max_target_positions")]
-        length = min([LENGTH, *(limit - 2 for limit in limits if limit)])  # RoBERTa's positions begin at 2
-        return torch.randint(0, int(text.vocab_size), (rows, length), generator=draw)
+        return _ids(config.get_text_config(), rows, draw)
 
     given: dict[str, Tensor] = {}
-    if reads == "text":
+    if reads.startswith("text"):
         given["input_ids"] = ids(ROWS)
     if reads == "sound":  # few: each has thousands of frames
         given["input_features"] = torch.randn(2, config.num_mel_bins, 2 * config.max_source_positions, generator=draw)

@@ -24,7 +24,7 @@ from hf_attn_patch.errors import ConversionError
 
 from .gather import OWN, parse_sources
 from .layers import as_read
-from .samples import Samples, ended
+from .samples import Samples, ended, start_of
 from .text import CHARACTERS, documents, enough, paragraphs, typical_length
 from .written_pairs import written
 
@@ -48,7 +48,7 @@ def own_pairs(plan: Plan, model: Any, read: Tensor, length: int, about: dict[str
     Raises:
         ConversionError: the config does not say how a decoder begins, or the model cannot run.
     """
-    start, end = plan.config.decoder_start_token_id, end_of(plan)
+    start, end = start_of(plan.config), end_of(plan)
     if start is None:
         raise ConversionError("config.json names no decoder_start_token_id, so its decoder cannot write")
     memory = heard(model, read)
@@ -61,7 +61,7 @@ def own_pairs(plan: Plan, model: Any, read: Tensor, length: int, about: dict[str
 def end_of(plan: Plan) -> int:
     """The token that ends what a decoder says; where the config names none, the one that it starts with."""
     end = plan.config.eos_token_id
-    end = plan.config.decoder_start_token_id if end is None else end
+    end = start_of(plan.config) if end is None else end
     return int(end if isinstance(end, int) else end[0])
 
 
@@ -90,6 +90,9 @@ def read_by_encoder(
             length = length or longest
             rows = torch.randint(0, int(plan.config.vocab_size), (max(1, round(share * tokens) // length), length),
                                  generator=draw)  # fmt: skip
+            padding = getattr(plan.config, "pad_token_id", None)
+            if isinstance(padding, int):  # no word: some models hide it from their layers by themselves (T5Gemma)
+                rows[rows == padding] = (padding + 1) % int(plan.config.vocab_size)
             rows[:, -1] = end_of(plan)
         else:
             texts = enough(documents(name, plan.seed), CHARACTERS * round(share * tokens))

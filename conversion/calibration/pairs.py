@@ -14,6 +14,8 @@ from torch import Tensor
 
 from hf_attn_patch.errors import ConversionError
 
+from .samples import start_of
+
 NOISE, SPAN = 0.15, 3
 
 
@@ -22,7 +24,7 @@ def text_pairs(ids: Tensor, tokenizer: Any, config: Any, seed: int = 0) -> tuple
 
     Args:
         ids: [N, L], L at least 4.
-        config: names ``decoder_start_token_id`` and ``eos_token_id``.
+        config: names ``decoder_start_token_id`` (or ``bos_token_id``) and ``eos_token_id``.
 
     Returns:
         what the encoder reads [N, S], what the decoder reads [N, T], and how they were made: "span corruption" or
@@ -31,7 +33,7 @@ def text_pairs(ids: Tensor, tokenizer: Any, config: Any, seed: int = 0) -> tuple
     Raises:
         ConversionError: the config does not say how a decoder's input begins, or sequences are too short.
     """
-    start, end = config.decoder_start_token_id, config.eos_token_id
+    start, end = start_of(config), config.eos_token_id
     if start is None:
         raise ConversionError("config.json names no decoder_start_token_id, so decoders cannot be given text")
     L = ids.shape[1]

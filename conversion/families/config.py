@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -91,19 +92,18 @@ class LanguageModel:
         for stack, _ in self.stacks:
             own = [layer for layer in layers if layer.stack is stack]
             if any(layer.changes for layer in own) or self.family.becomes:
-                numbers = {layer.index: layer.new_kv_heads for layer in own}
-                stack.kv_field.write(part, self.text_config, own[0].heads, numbers)
-                _forget_other_names(part, self.text_config, stack.kv_field.name)
+                write_numbers(stack, part, self.text_config, own)
         if self.family.becomes:
             part["model_type"] = self.family.becomes
             part["architectures"] = [f"Grouped{n.removeprefix('Grouped')}" for n in architectures(part)]
 
     def _refuse_one_field_for_two(self, layers: list[LayerAttention]) -> None:
         """Raise where attentions that share a field of the config (Llama 3.2 Vision's) would have different numbers."""
-        shared: dict[KVField, dict[str, set[int]]] = {}
+        shared: dict[tuple[str, KVField], dict[str, set[int]]] = {}
         for layer in layers:
-            shared.setdefault(layer.stack.kv_field, {}).setdefault(layer.stack.name, set()).add(layer.new_kv_heads)
-        for kv_field, numbers in shared.items():
+            field = layer.stack.part, layer.stack.kv_field
+            shared.setdefault(field, {}).setdefault(layer.stack.name, set()).add(layer.new_kv_heads)
+        for (_, kv_field), numbers in shared.items():
             if len(numbers) > 1 and len(set.union(*numbers.values())) > 1:
                 raise ConversionError(
                     f"{self.model_type} has one {kv_field.name} for {' and '.join(numbers)}: give them the same number"
@@ -115,6 +115,22 @@ def part_of(raw: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
     for key in path:
         raw = raw[key]
     return raw
+
+
+def write_numbers(stack: Stack, raw: dict[str, Any], config: Any, layers: list[LayerAttention]) -> None:
+    """Change ``raw``, the JSON of the config with a stack's part in it, so that its layers have their new numbers.
+
+    Raises:
+        ConversionError: this architecture cannot say so.
+    """
+    for key in filter(None, stack.part.split(".")):
+        config = getattr(config, key)
+        if not isinstance(raw.get(key), dict):  # left out where it is as the defaults have it
+            raw[key] = json.loads(json.dumps(config.to_dict()))
+        raw.pop(f"{key}_dict", None)  # CLIP's older name for it
+        raw = raw[key]
+    stack.kv_field.write(raw, config, layers[0].heads, {layer.index: layer.new_kv_heads for layer in layers})
+    _forget_other_names(raw, config, stack.kv_field.name)
 
 
 def grouped_parts(raw: Mapping[str, Any]) -> list[str]:

@@ -59,6 +59,27 @@ _MOLMO = Stack(
     norms=(Norm("q_norm", "q", "flat", or_shared=True), Norm("k_norm", "k", "flat", or_shared=True)),
 )
 
+_ENCODER = Stack(
+    name="encoder", layer="encoder.layers.{i}.self_attn.", part="encoder", causal=False, cached=False, optional=True
+)
+_DECODER = Stack(name="decoder", layer="decoder.layers.{i}.self_attn.", part="decoder", optional=True)
+#: the decoder's cross-attention has the decoder's numbers
+_CROSS = replace(
+    _DECODER,
+    name="cross",
+    layer="decoder.layers.{i}.cross_attn.",
+    rope="none",
+    cross=True,
+    causal=False,
+    kv_width="cross_attention_hidden_size",
+)
+#: one attention of the decoder reads its own tokens, which rotate, and the encoder's, which do not
+_INSIDE = "encoder.text_model.layers.{i}.self_attn."
+_T5GEMMA2 = (
+    replace(_ENCODER, called=_INSIDE, part="encoder.text_config", shared_qk_norm=True),
+    replace(_DECODER, shared_qk_norm=True),
+)
+
 DECODERS = [
     Family((
         "cohere_compass_text", "deepseek_ocr2_text", "emu3_text_model", "evolla", "falcon_h1",
@@ -149,6 +170,22 @@ DECODERS = [
             Family((), (replace(_MOLMO, layer="blocks.{i}.self_attn."),), ("model.transformer.", "transformer.")),
             Family((), (Stack(norms=_MOLMO.norms),)),
         ),
+    ),
+    Family(("t5gemma",), (_ENCODER, _DECODER, _CROSS)),
+    Family(("t5gemma2",), _T5GEMMA2, other=(Family((), (replace(_T5GEMMA2[0], layer=_INSIDE), _T5GEMMA2[1])),)),
+    Family(("t5gemma2_text",), (Stack(causal=False, shared_qk_norm=True),)),
+    # a small decoder makes the other codes of each frame: what it caches is gone with the frame
+    Family(
+        ("csm",),
+        (
+            Stack(layer="backbone_model.layers.{i}.self_attn."),
+            Stack(
+                name="depth", layer="depth_decoder.model.layers.{i}.self_attn.", part="depth_decoder_config",
+                cached=False, optional=True,
+            ),
+        ),
+        prefixes=("",),
+        reads="text and codes of sound",
     ),
     Family(("moshi", "kyutai_speech_to_text"), (_INNER_LINEAR,), ("decoder.model.", "model.", "")),
     Family(

@@ -13,7 +13,7 @@ from typing import Any
 from hf_attn_patch.errors import ConversionError
 
 from .config import LanguageModel, part_of
-from .layer import attribute
+from .layer import attribute, config_of
 
 #: config fields that count them
 FIELDS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
@@ -50,7 +50,7 @@ def drafting_of(raw: dict[str, Any], names: Collection[str], model: LanguageMode
     behind = drafting_layers(part_of(raw, model.path))
     out: set[str] = set()
     for stack, _ in model.stacks:
-        count, layer = attribute(model.text_config, stack.num_layers), model.prefix + stack.layer
+        count, layer = attribute(config_of(stack, model.text_config), stack.num_layers), model.prefix + stack.layer
         out |= drafting_tensors(names, layer, count, behind)
         for name in names:
             if name.startswith(layer.format(i=count)) and name not in out:

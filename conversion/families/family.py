@@ -57,6 +57,10 @@ class Norm:
 class Stack:
     """One kind of attention that a model has in each of its layers (a decoder's own, its cross-attention, ...).
 
+    ``layer`` is what the checkpoint has before the modules' names, ``called`` what the model has where that is another.
+    ``part`` leads to the config inside the model's that describes it (``"decoder"``; empty: the model's own), which is
+    where everything below is read and written.
+
     ``num_layers``, ``heads``, ``head_dim``, ``value_dim``, ``width``, ``q_width`` and ``kv_width`` name config
     attributes: the number of layers, HQ, D (absent or None: E // HQ), the width of a value head (None: D), E, and the
     widths of what Q and what K and V are made from (None: E). ``heads`` may be a list with one number for each layer.
@@ -84,6 +88,8 @@ class Stack:
     others: tuple[str, ...] = ()  # what else belongs to the attention and stays as it is, whatever its KV heads
     ordered_heads: bool = False  # one of the others goes by a query head's index (a gate for each head): never permute
     sparse: bool = False  # only some layers have it (hybrids): those whose tensors are there
+    called: str | None = None
+    part: str = ""
     kv_field: KVField = field(default_factory=KVField)
     num_layers: str = "num_hidden_layers"
     heads: str = "num_attention_heads"
@@ -124,5 +130,5 @@ class Family:
     stacks: tuple[Stack, ...] = (Stack(),)
     prefixes: tuple[str, ...] = ("model.", "")
     becomes: str | None = None
-    reads: Literal["text", "sound", "pictures", "pictures and text"] = "text"
+    reads: Literal["text", "sound", "pictures", "pictures and text", "text and codes of sound"] = "text"
     other: tuple[Family, ...] = ()

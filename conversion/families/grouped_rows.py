@@ -26,21 +26,15 @@ def _grouped(stock: str, *stacks: Stack, prefixes: tuple[str, ...], **more: Any)
 
 
 @dataclass(frozen=True, slots=True)
-class TowerField(KVField):
-    """The KV heads of one tower of CLIP, in a config inside the config."""
+class PartField(KVField):
+    """The KV heads of a part that becomes a model of this package (a tower of CLIP)."""
 
-    tower: str = "text_config"
     becomes: str = "gqa_clip_text_model"
 
-    def read(self, config: Any, heads: int) -> int | list[int]:
-        value = getattr(getattr(config, self.tower), self.name, None)
-        return heads if value is None else value
-
     def write(self, raw: dict[str, Any], config: Any, heads: int, kv_heads: Mapping[int, int]) -> None:
-        # the whole inner config: older checkpoints leave out what is as the defaults have it
-        inner = json.loads(json.dumps(getattr(config, self.tower).to_dict()))
-        raw[self.tower] = {**inner, self.name: self._number(list(kv_heads.values())), "model_type": self.becomes}
-        raw.pop(f"{self.tower}_dict", None)
+        # the whole config: older checkpoints leave out what is as the defaults have it
+        raw |= json.loads(json.dumps(config.to_dict()))
+        raw |= {self.name: self._number(list(kv_heads.values())), "model_type": self.becomes}
 
 
 _DECODER = Stack(head_dim=None, rope="none", output="out_proj")
@@ -150,15 +144,12 @@ _CLIP = replace(_DECODER, layer="encoder.layers.{i}.self_attn.")
 
 
 def _tower(name: str, causal: bool) -> Stack:
-    inner = f"{name}_config"
     return replace(
         _CLIP,
         name=name,
         layer=f"{name}_model.encoder.layers.{{i}}.self_attn.",
-        kv_field=TowerField(tower=inner, becomes=f"gqa_clip_{name}_model"),
-        num_layers=f"{inner}.num_hidden_layers",
-        heads=f"{inner}.num_attention_heads",
-        width=f"{inner}.hidden_size",
+        part=f"{name}_config",
+        kv_field=PartField(becomes=f"gqa_clip_{name}_model"),
         causal=causal,
         optional=True,
     )

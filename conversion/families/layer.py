@@ -27,6 +27,7 @@ class LayerAttention:
         keys_fixed, values_fixed: something after K's (V's) projection knows its basis, so it may not be changed.
         caches: keys and values are kept from one step to the next.
         keeps: tokens that its cache holds at most (sliding windows, chunks; 0: it reads another layer's); None: all.
+        heard: of cross-attention, how many positions the encoder always gives (Whisper); None: one for each token.
     """
 
     stack: Stack
@@ -47,6 +48,7 @@ class LayerAttention:
     value_dim: int = 0  # 0: head_dim
     q_width: int = 0  # 0: width
     caches: bool = True
+    heard: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "value_dim", self.value_dim or self.head_dim)
@@ -54,6 +56,8 @@ class LayerAttention:
 
     def kept(self, tokens: int) -> int:
         """Of so many tokens, those whose K and V this layer keeps."""
+        if self.heard is not None:
+            return self.heard if tokens else 0
         return tokens if self.keeps is None else min(tokens, self.keeps)
 
     @property
@@ -113,6 +117,11 @@ def attribute(config: Any, name: str) -> Any:
     return config
 
 
+def config_of(stack: Stack, config: Any) -> Any:
+    """The config that describes a stack: the model's, or the one inside it."""
+    return attribute(config, stack.part) if stack.part else config
+
+
 def positive(config: Any, name: str, where: str) -> int:
     """A config attribute that must be a whole number of at least 1."""
     value = attribute(config, name)
@@ -139,6 +148,7 @@ def _layer_list(config: Any, name: str, kind: type) -> list[Any] | None:
 
 def stack_layers(stack: Stack, config: Any, where: str) -> list[LayerAttention]:
     """Every layer of a stack as the config describes it, nothing changed yet (prefixes without the model's own)."""
+    config = config_of(stack, config)
     width, num_layers = positive(config, stack.width, where), positive(config, stack.num_layers, where)
     q_width, kv_width = (positive(config, name, where) if name else width for name in (stack.q_width, stack.kv_width))
     alibi = bool(stack.no_rope_layers == "alibi" and getattr(config, "alibi", False))
@@ -169,6 +179,7 @@ def stack_layers(stack: Stack, config: Any, where: str) -> list[LayerAttention]:
                 positive(own, stack.value_dim, where) if stack.value_dim else head_dim,
                 q_width,
                 stack.cached and (stack.causal or stack.cross or bool(getattr(config, "is_decoder", False))),
+                whole(config, "max_source_positions") if stack.cross else None,
             )
         )
     return layers

@@ -15,6 +15,10 @@ _NO_FIELD = (
     "its config has no field for KV heads, and this package has no grouped model of it (of models that hear it has "
     "Whisper's)"
 )
+_SOUND = (
+    "its config has no field for KV heads, and this package has no grouped model of it (of models that make sound, "
+    "CSM, Higgs Audio and Moshi can be converted)"
+)
 _ONE_FIELD = (
     "one field of its config is for its decoder's own attention and its cross-attention, which no row describes yet "
     "(of those that hear, Whisper can be converted)"
@@ -42,10 +46,8 @@ REFUSED: dict[str, tuple[str, ...]] = {
     "its sparse layers have an indexer head for each KV head, which chooses the blocks that head sees": (
         "minimax_m3_vl_text",
     ),
-    "its towers of encoder and decoder share one attention and its field; no row describes them yet": (
-        "t5gemma2_decoder",
-    ),
     _NO_FIELD: ("pop2piano", "seamless_m4t", "seamless_m4t_v2", "speech_to_text", "speecht5"),
+    _SOUND: ("musicgen_decoder", "musicgen_melody_decoder"),
     _ONE_FIELD: ("cohere_asr", "moonshine", "moonshine_streaming"),
     _INSIDE: ("canary", "dia"),
     "its heads each have a norm of their own with gains and biases, on queries and keys": ("chameleon",),

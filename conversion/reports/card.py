@@ -9,7 +9,7 @@ from hf_attn_patch.conversion.families.config import grouped_parts
 from hf_attn_patch.conversion.plan_data import Plan
 from hf_attn_patch.hf.auto_classes import PREFIX
 
-from .report import cache_itemsize, kv_bytes_per_token, numbers
+from .report import kv_bytes_per_token, numbers
 
 _TEXT = """\
 ---
@@ -61,7 +61,6 @@ def model_card(plan: Plan, record: dict[str, Any]) -> str:
     for r in record["attention"]:
         kv = f"{numbers(r['kv_heads_before'])} | {numbers(r['kv_heads_after'])}"
         rows.append(f"| {r['attention']} | {r['layers']} | {r['heads']} | {kv} |")
-    itemsize = cache_itemsize(plan)
     given = ", ".join(f"{k}={v}" for k, v in plan.options.items() if v is not None)
     with_options = f" with {given}" if given else ""
     how = f"Method `{plan.method.name}`: {plan.method.summary}{with_options}; seed {plan.seed}."
@@ -74,8 +73,8 @@ def model_card(plan: Plan, record: dict[str, Any]) -> str:
         loading=_loading(plan),
         rows="\n".join(rows),
         how=how if plan.units else _NOTHING,
-        before=human(kv_bytes_per_token(plan.layers, itemsize, new=False)),
-        after=human(kv_bytes_per_token(plan.layers, itemsize, new=True)),
+        before=human(kv_bytes_per_token(plan, new=False)),
+        after=human(kv_bytes_per_token(plan, new=True)),
         check="recomputes and compares" if plan.method.exact else "checks what does not depend on the calibration text",
         caution=_caution(plan, record["details"] or {}) if plan.units else "",
         command=f"\n```\n{record['command']}\n```\n" if record["command"] else "",

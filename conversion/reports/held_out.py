@@ -32,7 +32,7 @@ def measure(plan: Plan, converted: Path) -> dict[str, Any] | None:
     from hf_attn_patch.conversion.loadcheck import device_named
 
     from .causal_models import load_causal
-    from .report import cache_itemsize, kv_bytes_per_token
+    from .report import cache_itemsize, kv_cache_bytes
 
     weights = sum(t.nbytes for t in plan.source.tensors.values()) // cache_itemsize(plan)
     gpu = torch.cuda.is_available()
@@ -43,7 +43,7 @@ def measure(plan: Plan, converted: Path) -> dict[str, Any] | None:
     original = copy.copy(load(plan)).to(device, dtype)
     if plan.answers:
         return _of_answers(plan, original, converted)
-    row_bytes = LENGTH * kv_bytes_per_token(plan.layers, 4, new=False)
+    row_bytes = kv_cache_bytes(plan.layers, 4, new=False, tokens=LENGTH)
     ids = own_samples(original, ROWS * LENGTH, LENGTH, seed=plan.seed, row_bytes=row_bytes)
     student = load_causal(str(converted), device, str(dtype).removeprefix("torch."), "hf_attn_patch")
     found = losses(Speaker(original), Speaker(student), ids, ROWS)

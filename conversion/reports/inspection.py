@@ -12,13 +12,15 @@ from hf_attn_patch.conversion.checkpoints.hub import resolve
 from hf_attn_patch.conversion.checkpoints.reader import Source
 from hf_attn_patch.conversion.checkpoints.safetensors_header import DTYPE_BITS
 from hf_attn_patch.conversion.checkpoints.sizes import human
-from hf_attn_patch.conversion.families.layer import LayerAttention, of_one_number
+from hf_attn_patch.conversion.families.config import write_numbers
+from hf_attn_patch.conversion.families.layer import LayerAttention, config_of, of_one_number
 from hf_attn_patch.conversion.plan_data import Plan
 from hf_attn_patch.conversion.planner import make_plan
+from hf_attn_patch.documents.positions import positions_of
 from hf_attn_patch.errors import ConversionError
 from hf_attn_patch.grouping import KVGrouping, divisors
 
-from .report import cache_itemsize, html_table, kv_cache_bytes, numbers, stack_rows, table, windowed
+from .report import cache_itemsize, context_of, html_table, kv_cache_bytes, numbers, stack_rows, table, windowed
 
 #: equal parts of the context for which the cache is sized, to be drawn
 STEPS = 64
@@ -36,12 +38,12 @@ class Inspection(dict[str, Any]):
         return "".join([*parts, html_table(*choices), *(f"<p>{html.escape(line)}</p>" for line in lines[2:])])
 
 
-def inspect_source(source: Source | str | os.PathLike[str], context: int = 8192) -> Inspection:
+def inspect_source(source: Source | str | os.PathLike[str], context: int | None = None) -> Inspection:
     """Heads, KV bytes a token, and what each possible number of KV heads would save.
 
     Args:
         source: a checkpoint folder, a hub id, or a source that was opened already.
-        context: tokens for which the whole cache's size is given.
+        context: tokens for which the whole cache's size is given; None: 8192, or as many as the model can read.
 
     Raises:
         ConversionError: the checkpoint is broken or of an unknown family.
@@ -50,13 +52,16 @@ def inspect_source(source: Source | str | os.PathLike[str], context: int = 8192)
         source = resolve(source)
     plan = make_plan(source, {})
     itemsize = cache_itemsize(plan)
+    most = positions_of(plan.text_config)
+    beyond = f"the model reads {most} tokens at most, by its config" if context and most and context > most else None
+    context = context or context_of(plan)
     now = kv_cache_bytes(plan.layers, itemsize, new=False, tokens=context)
     rows = stack_rows(plan)
     for row in rows:
         row["kv_heads"] = row.pop("kv_heads_before")
         del row["kv_heads_after"]
-        most = max((layer for layer in plan.layers if layer.stack.name == row["attention"]), key=lambda x: x.kv_heads)
-        row["kind"] = most.grouping.kind
+        widest = max((layer for layer in plan.layers if layer.stack.name == row["attention"]), key=lambda x: x.kv_heads)
+        row["kind"] = widest.grouping.kind
     return Inspection(
         {
             "source": source.name,
@@ -73,7 +78,7 @@ def inspect_source(source: Source | str | os.PathLike[str], context: int = 8192)
             ],
             "warnings": [
                 *(w for w in plan.warnings if not w.startswith("every layer already")),
-                *filter(None, [windowed(plan.layers, context)]),
+                *filter(None, [windowed(plan.layers, context), beyond]),
             ],
         }
     )
@@ -90,7 +95,10 @@ def _choice(plan: Plan, kv_heads: int, itemsize: int, context: int) -> dict[str,
     """What ``--kv-heads kv_heads`` would save; None where the architecture cannot have that number."""
     stacks = of_one_number(layer.stack for layer in plan.layers)
     layers = [
-        replace(layer, new_kv_heads=layer.stack.kv_field.wanted(plan.text_config, kv_heads, layer.index))
+        replace(
+            layer,
+            new_kv_heads=layer.stack.kv_field.wanted(config_of(layer.stack, plan.text_config), kv_heads, layer.index),
+        )
         if layer.stack in stacks
         else layer
         for layer in plan.layers
@@ -99,8 +107,7 @@ def _choice(plan: Plan, kv_heads: int, itemsize: int, context: int) -> dict[str,
         own = [layer for layer in layers if layer.stack is stack]
         raw = copy.deepcopy(plan.source.config)
         try:
-            numbers = {layer.index: layer.new_kv_heads for layer in own}
-            stack.kv_field.write(raw, plan.text_config, own[0].heads, numbers)
+            write_numbers(stack, raw, plan.text_config, own)
         except ConversionError:
             return None
     now, after = (kv_cache_bytes(layers, itemsize, new=new, tokens=context) for new in (False, True))

@@ -12,17 +12,23 @@ from hf_attn_patch.conversion.checkpoints.sizes import human
 from hf_attn_patch.conversion.families.kv_field import format_numbers
 from hf_attn_patch.conversion.families.layer import LayerAttention
 from hf_attn_patch.conversion.plan_data import Plan
+from hf_attn_patch.documents.positions import positions_of
 
-#: tokens for which a cache is sized where nobody says
+#: tokens for which a cache is sized where nobody says, of models that can read so many
 CONTEXT = 8192
 
 
-def kv_cache_bytes(layers: Iterable[LayerAttention], itemsize: float, *, new: bool, tokens: int = CONTEXT) -> int:
+def context_of(plan: Plan) -> int:
+    """Tokens for which a model's cache is sized where nobody says."""
+    return min(CONTEXT, positions_of(plan.text_config) or CONTEXT)
+
+
+def kv_cache_bytes(layers: Iterable[LayerAttention], itemsize: float, *, new: bool, tokens: int) -> int:
     """Bytes of the KV cache after so many tokens: HKV * (D + Dv) * itemsize * kept, summed over layers.
 
     A layer with a sliding window or chunks keeps no more than that; one that reads another's cache keeps nothing.
-    Cross-attention's cache grows with the encoder's input, one entry for each of its tokens, and counts too. An
-    encoder's own attention caches nothing.
+    Cross-attention's cache grows with the encoder's input, one entry for each of its tokens (as many as the decoder's
+    here; Whisper's encoder always gives the same number), and counts too. An encoder's own attention caches nothing.
     """
     total = 0.0
     for layer in layers:
@@ -34,12 +40,13 @@ def kv_cache_bytes(layers: Iterable[LayerAttention], itemsize: float, *, new: bo
     return int(total)
 
 
-def kv_bytes_per_token(layers: Iterable[LayerAttention], itemsize: float, *, new: bool, tokens: int = CONTEXT) -> int:
-    """:func:`kv_cache_bytes` after so many tokens, for each of them."""
-    return kv_cache_bytes(layers, itemsize, new=new, tokens=tokens) // tokens
+def kv_bytes_per_token(plan: Plan, *, new: bool) -> int:
+    """:func:`kv_cache_bytes` after :func:`context_of` tokens, for each of them."""
+    tokens = context_of(plan)
+    return kv_cache_bytes(plan.layers, cache_itemsize(plan), new=new, tokens=tokens) // tokens
 
 
-def windowed(layers: Sequence[LayerAttention], tokens: int = CONTEXT) -> str | None:
+def windowed(layers: Sequence[LayerAttention], tokens: int) -> str | None:
     """What to say of layers that do not keep every token; None if all do."""
     cached = [layer for layer in layers if layer.caches]
     short = [layer for layer in cached if layer.kept(tokens) < tokens]
@@ -87,7 +94,6 @@ def one_or_all(values: list[int]) -> int | list[int]:
 
 def plan_dict(plan: Plan, workers: int = 1) -> dict[str, Any]:
     """``--dry-run --json``."""
-    itemsize = cache_itemsize(plan)
     changed = [name for name, tensor in plan.tensors.items() if tensor.unit is not None]
     return {
         "source": plan.source.name,
@@ -105,15 +111,15 @@ def plan_dict(plan: Plan, workers: int = 1) -> dict[str, Any]:
             "copied": len(plan.tensors) - len(changed),
         },
         "bytes": {"before": plan.bytes_before, "after": plan.bytes_after},
-        "context": CONTEXT,
+        "context": context_of(plan),
         "kv_bytes_per_token": {
-            "before": kv_bytes_per_token(plan.layers, itemsize, new=False),
-            "after": kv_bytes_per_token(plan.layers, itemsize, new=True),
+            "before": kv_bytes_per_token(plan, new=False),
+            "after": kv_bytes_per_token(plan, new=True),
         },
         "output_files": [shard.name for shard in plan.shards],
         "disk_needed": plan.disk_needed,
         "memory_needed": memory_needed(plan, workers),
-        "warnings": [*plan.warnings, *filter(None, [windowed(plan.layers)])],
+        "warnings": [*plan.warnings, *filter(None, [windowed(plan.layers, context_of(plan))])],
     }
 
 

@@ -247,7 +247,7 @@ def _under_budget(
 @click.command()
 @click.argument("src")
 @click.option(
-    "--context", type=click.IntRange(min=1), default=8192, show_default=True, help="Tokens to size the cache for."
+    "--context", type=click.IntRange(min=1), help="Tokens to size the cache for  (default 8192, or what SRC can read)."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 @families_option
@@ -258,7 +258,7 @@ def _under_budget(
 @click.option("--allow-pickle", is_flag=True, help="Read pytorch_model.bin (with weights_only=True).")
 @user_errors
 def inspect(
-    src: str, context: int, as_json: bool, picture: str | None, revision: str | None, allow_pickle: bool
+    src: str, context: int | None, as_json: bool, picture: str | None, revision: str | None, allow_pickle: bool
 ) -> None:
     """Heads and KV bytes per token of SRC, and what each number of KV heads would save."""
     from hf_attn_patch.conversion.checkpoints.hub import resolve

@@ -21,9 +21,11 @@ def positions_of(config: Any) -> int | None:
     >>> import transformers
     >>> positions_of(transformers.BertConfig()), positions_of(transformers.RobertaConfig(max_position_embeddings=514))
     (512, 512)
+    >>> positions_of(transformers.WhisperConfig())  # its decoder
+    448
     """
     text = config.get_text_config(decoder=True)
-    most = getattr(text, "max_position_embeddings", None)
+    most = getattr(text, "max_position_embeddings", None) or getattr(text, "max_target_positions", None)  # Whisper
     if not most or most < 0:
         return None
     family = str(text.model_type).removeprefix("gqa_")

@@ -51,7 +51,8 @@ def with_kv_field() -> dict[str, set[str]]:
 def test_every_family_with_a_field_has_a_row_or_a_reason() -> None:
     refused = {name for names in REFUSED.values() for name in names}
     assert not refused & set(supported())
-    missing = {name: parts for name, parts in with_kv_field().items() if name not in refused | set(supported())}
+    known = refused | set(supported())
+    missing = {name: parts for name, parts in with_kv_field().items() if name not in known and not parts <= known}
     assert not missing, f"families without a row in decoder_rows.py or a reason in refused.py: {missing}"
 
 

@@ -12,7 +12,11 @@ from transformers import (
     Gemma3TextConfig,
     MistralConfig,
     MistralForCausalLM,
+    WhisperConfig,
+    WhisperModel,
 )
+
+from hf_attn_patch.conversion import inspect_source
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4, "head_dim": 8}
 GEMMA = Gemma3TextConfig(**SIZES, num_hidden_layers=6, num_key_value_heads=2, sliding_window=512)
@@ -47,6 +51,23 @@ def test_dry_runs_and_cards_count_the_same(tmp_path: Path) -> None:
     assert any("5 of 6 layers keep 512 tokens" in warning for warning in plan["warnings"])
     assert run("convert", tmp_path / "src", tmp_path / "dst", "--kv-heads", 1, "-q", "--method", "mean").exit_code == 0
     assert f"{per_token // 2} B" in (tmp_path / "dst" / "README.md").read_text()
+
+
+def test_a_cache_is_sized_for_what_the_model_can_read(tmp_path: Path) -> None:
+    """By hand: 448 tokens of a Whisper, whose cross-attention keeps what 1,500 positions heard from the first on."""
+    sizes = {"d_model": 32, "decoder_layers": 1, "decoder_attention_heads": 4, "encoder_layers": 1}
+    WhisperModel(WhisperConfig(**sizes, encoder_attention_heads=4)).save_pretrained(tmp_path / "whisper")
+    wanted = 2 * 32 * 4 * (448 + 1500)
+    facts = json.loads(run("inspect", tmp_path / "whisper", "--json").stdout)
+    assert (facts["context"], facts["kv_bytes_at_context"]) == (448, wanted) and not facts["warnings"]
+    assert facts["choices"][0]["kv_bytes_over_context"][1] == 2 * 32 * 4 * (448 // 64 + 1500)
+    dry = json.loads(run("convert", tmp_path / "whisper", "--kv-heads", 1, "--dry-run", "--json").stdout)
+    assert (dry["context"], dry["kv_bytes_per_token"]) == (448, {"before": wanted // 448, "after": wanted // 448 // 4})
+    short = MistralConfig(**SIZES, num_hidden_layers=1, num_key_value_heads=2, max_position_embeddings=64)
+    MistralForCausalLM(short).save_pretrained(tmp_path / "mistral")
+    assert inspect_source(tmp_path / "mistral")["context"] == 64
+    asked = inspect_source(tmp_path / "mistral", 100)
+    assert asked["context"] == 100 and asked["warnings"] == ["the model reads 64 tokens at most, by its config"]
 
 
 def test_the_real_gemma(tmp_path: Path) -> None:
