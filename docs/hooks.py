@@ -63,9 +63,7 @@ def special(stack: Stack) -> list[str]:
         facts.append("weights [in, out]")
     if stack.part:
         facts.append(f"{stack.name} described in `{stack.part}`")
-    if stack.rope == "none" and (
-        not stack.cross or stack.fixed_heads
-    ):  # what an encoder gives has no position to turn by
+    if stack.rope == "none" and (not stack.cross or stack.fixed_heads):  # an encoder's output never turns
         facts.append("ALiBi or relative bias (heads keep their order)" if stack.fixed_heads else "no RoPE")
     elif stack.rope == "interleaved":
         facts.append("interleaved RoPE")

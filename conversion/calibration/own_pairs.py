@@ -61,8 +61,8 @@ def own_pairs(plan: Plan, model: Any, read: Tensor, length: int, about: dict[str
 def end_of(plan: Plan) -> int:
     """The token that ends what a decoder says; where the config names none, the one that it starts with."""
     end = plan.config.eos_token_id
-    end = start_of(plan.config) if end is None else end
-    return int(end if isinstance(end, int) else end[0])
+    found: Any = start_of(plan.config) if end is None else end
+    return int(found if isinstance(found, int) else found[0])
 
 
 def read_by_encoder(

@@ -52,8 +52,7 @@ def start_of(config: Any) -> int | None:
     (7, 2, None)
     """
     given = getattr(config, "decoder_start_token_id", None)
-    found: int | None = config.get_text_config(decoder=True).bos_token_id if given is None else given
-    return found
+    return getattr(config.get_text_config(decoder=True), "bos_token_id", None) if given is None else given
 
 
 def ended(rows: Sequence[Sequence[int]], length: int, prefix: int, end: int) -> tuple[Tensor, Tensor, Tensor]:

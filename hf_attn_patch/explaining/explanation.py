@@ -221,8 +221,10 @@ def _check(batch: int, q_len: int, kv_len: int, packed: bool) -> None:
 
 def _usual_length(model: Any) -> int:
     """1024 keys, or what fits into a model that knows fewer positions (two of which RoBERTa keeps for padding)."""
+    from .situations import text_of
+
     config = getattr(model, "config", model)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    text = text_of(config) if hasattr(config, "get_text_config") else config
     known = getattr(text, "max_position_embeddings", None)
     return max(1, known - 2) if isinstance(known, int) and 0 < known <= 1024 else 1024
 

@@ -19,7 +19,7 @@ from hf_attn_patch.compat.stand_in import rehearsal, stand_in
 from hf_attn_patch.compat.torch import forget_wrappers
 from hf_attn_patch.errors import AttentionError
 
-from .situations import Situation, forwards
+from .situations import Situation, forwards, text_of
 
 
 @dataclass(frozen=True)
@@ -113,14 +113,20 @@ def shadow(model: nn.Module, device: torch.device, dtype: torch.dtype | None) ->
 
 def built(config: Any, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
     """A model of stand-ins from its config alone."""
-    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig
+    from transformers import (
+        AutoModel,
+        AutoModelForCausalLM,
+        AutoModelForSeq2SeqLM,
+        AutoModelForTextToWaveform,
+        PreTrainedConfig,
+    )
 
     if not isinstance(config, PreTrainedConfig):
         raise AttentionError(f"{type(config).__name__} is neither a transformers model nor a config")
     options = {} if dtype is None else {"dtype": dtype}
     reason: Exception | None = None
     with rehearsal(device, floats=False):
-        for auto in (AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM):
+        for auto in (AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForTextToWaveform):
             try:
                 made: nn.Module = auto.from_config(copy.deepcopy(config), attn_implementation="eager", **options)
                 return made
@@ -140,7 +146,7 @@ def rehearse(
         module.training = situation.training
     config: Any = getattr(model, "config", None)
     if situation.past and config is not None:  # training scripts switch it off
-        config.use_cache = config.get_text_config().use_cache = True
+        config.use_cache = text_of(config).use_cache = True
     heard.attach(model)
     heard.training = situation.training
     if inputs is not None:

@@ -74,9 +74,22 @@ def forwards(model: Any, s: Situation) -> Forwards:
         yield _signal(model, s, takes, main)
 
 
+def text_of(config: Any) -> Any:
+    """The config of a model's text; of several (MusicGen: a T5 that reads, a decoder that makes sound) the decoder's.
+
+    >>> from transformers import MusicgenConfig
+    >>> text_of(MusicgenConfig()).model_type
+    'musicgen_decoder'
+    """
+    try:
+        return config.get_text_config()
+    except ValueError:  # it has several
+        return config.get_text_config(decoder=True)
+
+
 def token(config: Any) -> int:
     """A token id that means nothing special to the model."""
-    text = config.get_text_config()
+    text = text_of(config)
     special = {value for part in (config, text) for value in vars(part).values() if isinstance(value, int)}
     return next(n for n in itertools.count(1) if n not in special)
 

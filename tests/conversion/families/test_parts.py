@@ -116,7 +116,8 @@ def test_one_number_is_for_what_is_cached(tmp_path: Path) -> None:
 def test_layers_one_after_the_other_are_the_model(model_type: str, tmp_path: Path) -> None:
     """What the original loses on its own answers is the same by its own forward and by the layers of both towers."""
     saved(model_type, tmp_path / "src")
-    numbers, some = CASES[model_type][2], {"calibration_tokens": 400, "calibration_length": 16, "method": "auto"}
+    numbers: dict[str, Any] = CASES[model_type][2]
+    some: dict[str, Any] = {"calibration_tokens": 400, "calibration_length": 16, "method": "auto"}
     share_heads(plan(tmp_path / "src", numbers, method="aligned"), tmp_path / "src", 0, keys=model_type == "t5gemma")
     lost = [
         convert(tmp_path / "src", tmp_path / name, heads, **some)["details"]["held_out"]
