@@ -24,7 +24,7 @@ from hf_attn_patch.attn.visibility import (
 )
 from hf_attn_patch.errors import AttentionError
 
-from .mask_pattern import Pattern, dense_from_carrier, hand_over, of_carrier
+from .mask_pattern import Pattern, dense_from_carrier, hand_over, is_carrier, of_carrier
 
 _OPEN = "_hf_attn_open"
 
@@ -112,7 +112,7 @@ def from_positions(
 def from_carrier(query: Tensor, key: Tensor, carrier: Tensor, ids: Tensor | None) -> Visibility:
     """A carrier of ours: its pattern if it still knows it, else its integers."""
     B, Sq, Sk = query.shape[0], query.shape[2], key.shape[2]
-    if carrier.dim() != 4 or carrier.shape[-1] != 2 or carrier.shape[2] < Sq:
+    if not is_carrier(carrier, Sq):
         raise AttentionError(
             f"an attention mask of dtype int32 and shape {tuple(carrier.shape)} reached a layer. If it is yours, pass "
             "a bool mask (True: may be seen) or a float mask (added to the scores); if the model changes the masks "

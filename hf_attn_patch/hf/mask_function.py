@@ -29,6 +29,9 @@ from .mask_pattern import Pattern
 #: own code beside the interface): they get what eager would get
 EXTENDS_MASKS = frozenset({"bigbird_pegasus", "deepseek_v4", "doge", "nllb-moe"})
 
+#: families whose last layers see some of the queries alone, with their rows of the mask (from transformers 5.23 on)
+SLICES_MASKS = frozenset({"gemma4_text", "gemma4_unified_text"})
+
 #: what transformers hands to every mask function besides, by its names
 FURTHER = frozenset({"config", "dtype", "local_size", "use_vmap", "allow_torch_fix"})
 
@@ -91,13 +94,15 @@ def build_mask(
     pattern = _pattern(stock, parts)
     if q_length == 1:
         with memo.counted():
-            mask = _one_query(pattern, static and not may_skip)
+            mask = _one_query(pattern, not may_skip and (static or not added))
         if mask is not None:
             keep_visibility(mask, Dense(batch_size, 1, kv_length, mask=mask.detach()))
         return mask
     # None leaves causality to the module's flag, which not every family sets: only "sees everything" may be None
     says_everything = not causal and getattr(config, "is_causal", None) is not False
-    return None if says_everything and pattern.is_plain() else pattern.carrier()
+    if says_everything and pattern.is_plain():
+        return None
+    return pattern.sliceable() if getattr(config, "model_type", None) in SLICES_MASKS else pattern.carrier()
 
 
 def _refuse_unheard(further: dict[str, Any]) -> None:
@@ -201,15 +206,16 @@ def _outside(config_module: str) -> str | None:
 
 
 def _one_query(pattern: Pattern, always: bool) -> Tensor | None:
-    """Bool [B, 1, 1, Sk], or None if the one query sees everything."""
+    """Bool [B, 1, 1, Sk]; None if the one query sees everything, unless the caller works on the mask (``always``)."""
     offset, (left, right) = pattern.offset, pattern.window
     last = isinstance(offset, int) and offset == pattern.kv_len - 1  # the query sits at the last key
     reaches = left is None or left >= pattern.kv_len - 1
     unbounded = (not pattern.causal and right is None) or last
     if unbounded and reaches and pattern.chunk is None and pattern.documents is None:
-        if pattern.keys is None:
-            return pattern.dense() if always else None
-        return pattern.keys[:, None, None, :]
+        if pattern.keys is not None:
+            return pattern.keys[:, None, None, :]
+        if not always:
+            return None
     return pattern.dense().expand(pattern.batch, 1, 1, pattern.kv_len)
 
 

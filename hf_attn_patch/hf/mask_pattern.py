@@ -1,10 +1,11 @@
 """From a model's mask to a :data:`Visibility`: nothing is read back before it must be, and then once a forward.
 
 transformers asks for a mask once per pattern and forward, and hands whatever 4-D tensor it gets to every layer. What we
-give is a *carrier*: int32 [B, 1, Sq + R, 2] with each query's first and last + 1 visible key, followed by the key
-validity of the 2-D mask as bits (R rows). That is complete in itself, so a copy to another device or a compiled graph
-still knows everything. On the way that matters, the carrier tensor also remembers the :class:`Pattern` it was made
-from, and with it the choice of kernel.
+give is a *carrier*: int32 [B, 1, Sq, 2] with each query's first and last + 1 visible key; where there is a 2-D mask,
+[B, 1, Sq + R, 3], with the validity of its keys as bits behind them (R rows). That is complete in itself, so a copy to
+another device or a compiled graph still knows everything; and some queries' rows of the first form say all about
+them, where those of the second form are told by their number. On the way that matters, the carrier tensor also
+remembers the :class:`Pattern` it was made from, and with it the choice of kernel.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from hf_attn_patch.attn.visibility import (
     document_starts,
     full,
 )
+from hf_attn_patch.compat.torch import operators_are_watched
 
 _PATTERN = "pattern"
 #: up to so many queries the whole mask is small: kernels take it as it is, and nothing is read back
@@ -136,13 +138,30 @@ class Pattern:
 
     def carrier(self) -> Tensor:
         """The tensor that travels through the model in place of a mask."""
+        return self._known_to(self._rows(self.keys))
+
+    def _rows(self, keys: Tensor | None) -> Tensor:
+        """What a carrier holds of the queries, and as bits of ``keys`` (bool [B, Sk])."""
         with memo.counted():
             rows = torch.stack(self.bounds(), -1).to(torch.int32).expand(self.batch, -1, -1)
-            if self.keys is not None:
-                rows = torch.cat([rows, _pack_bits(self.keys)], 1)
-            carrier = rows[:, None].contiguous()
-        memo.keep(carrier, _PATTERN, self, made=True, in_any_mode=True)
-        return carrier
+            if keys is not None:
+                rows = torch.cat([torch.nn.functional.pad(rows, (0, 1)), _pack_bits(keys)], 1)
+            return rows[:, None].contiguous()
+
+    def _known_to(self, mask: Tensor) -> Tensor:
+        memo.keep(mask, _PATTERN, self, made=True, in_any_mode=True)
+        return mask
+
+    def sliceable(self) -> Tensor:
+        """A mask of which layers may take some queries: a carrier without bits where the bounds say all, else a bool
+        one, [B, 1, Sq, Sk]. Where keys are padding the device is waited for."""
+        if self.keys is None:
+            return self.carrier()
+        if not operators_are_watched():
+            first, end = self.valid_range()
+            if bool((self.keys.sum(-1) == end - first).all()):
+                return self._known_to(self._rows(None))
+        return self._known_to(self.dense().expand(self.batch, -1, -1, -1))
 
     # -- what kernels take -------------------------------------------------------------------------------------------
 
@@ -276,6 +295,13 @@ def of_carrier(carrier: Tensor) -> Pattern | None:
     return found
 
 
+def is_carrier(mask: Tensor, q_len: int) -> bool:
+    """Whether an int32 tensor has the shape of a carrier for so many queries, or of some rows of one without bits."""
+    if mask.dim() != 4:
+        return False
+    return mask.shape[2] == q_len if mask.shape[-1] == 2 else mask.shape[-1] == 3 and mask.shape[2] > q_len
+
+
 def hand_over(carrier: Tensor, mask: Tensor) -> None:
     """Let another tensor know the pattern of ``carrier``, if it has one."""
     if (pattern := of_carrier(carrier)) is not None:
@@ -284,7 +310,7 @@ def hand_over(carrier: Tensor, mask: Tensor) -> None:
 
 def dense_from_carrier(carrier: Tensor, q_len: int, kv_len: int) -> Tensor:
     """Bool [B, 1, Sq, Sk] from the carrier's integers alone."""
-    lo, hi = carrier[:, :, :q_len, :1], carrier[:, :, :q_len, 1:]
+    lo, hi = carrier[:, :, :q_len, :1], carrier[:, :, :q_len, 1:2]
     k = torch.arange(kv_len, device=carrier.device)
     mask = (k >= lo) & (k < hi)
     if carrier.shape[2] > q_len:
@@ -295,9 +321,9 @@ def dense_from_carrier(carrier: Tensor, q_len: int, kv_len: int) -> Tensor:
 
 
 def _pack_bits(keys: Tensor) -> Tensor:
-    """Bool [B, Sk] as int32 [B, R, 2], bit j % 32 of word j // 32."""
-    keys = torch.nn.functional.pad(keys, (0, -keys.shape[-1] % 64)).view(keys.shape[0], -1, 32)
+    """Bool [B, Sk] as int32 [B, R, 3], bit j % 32 of word j // 32."""
+    keys = torch.nn.functional.pad(keys, (0, -keys.shape[-1] % 96)).view(keys.shape[0], -1, 32)
     weights = torch.ones((), dtype=torch.int32, device=keys.device) << torch.arange(
         32, dtype=torch.int32, device=keys.device
     )
-    return (keys * weights).sum(-1).to(torch.int32).view(keys.shape[0], -1, 2)
+    return (keys * weights).sum(-1).to(torch.int32).view(keys.shape[0], -1, 3)

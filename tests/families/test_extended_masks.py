@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_attn_patch import AttentionError
 from hf_attn_patch.hf.attention_function import attention_forward
+from hf_attn_patch.hf.mask_function import build_mask
 
 deepseek_v4 = pytest.importorskip("transformers.models.deepseek_v4")
 LAYERS = ["sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"]
@@ -85,3 +86,6 @@ def test_a_carrier_that_was_changed_is_refused_with_the_way_out() -> None:
     module = torch.nn.Module()
     with pytest.raises(AttentionError, match=r'if the model changes the masks .* attn_implementation="eager"'):
         attention_forward(module, q, q, q, torch.zeros(1, 1, 3, 5, dtype=torch.int32))
+    padding = torch.tensor([[False, True, True, True, False, True]])
+    with pytest.raises(AttentionError, match="if the model changes the masks"):
+        attention_forward(module, q, q, q, build_mask(1, 6, 6, attention_mask=padding)[:, :, -3:])

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from every_family import config_of, known_here, model_of
 
 import hf_attn_patch
-from hf_attn_patch.hf.mask_function import EXTENDS_MASKS
+from hf_attn_patch.hf.mask_function import EXTENDS_MASKS, SLICES_MASKS
 
 SIZES: dict[str, Any] = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 DECODER = {**SIZES, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -62,6 +63,49 @@ def test_forward_and_generation_are_eagers(name: str) -> None:
     (eager, words), (ours, our_words) = results
     torch.testing.assert_close(ours, eager, atol=2e-5, rtol=1e-4)
     assert torch.equal(our_words, words)
+
+
+def t5gemma2() -> Any:
+    text = {
+        **DECODER, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 5, "dropout_rate": 0.0,
+        "layer_types": ["sliding_attention", "full_attention"],
+    }  # fmt: skip
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    encoder = {"text_config": text, "vision_config": {**vision, "image_size": 16, "patch_size": 4}}
+    config = transformers.T5Gemma2Config(
+        encoder=encoder, decoder=text, pad_token_id=0, eos_token_id=2, decoder_start_token_id=1, initializer_range=0.3
+    )
+    torch.manual_seed(0)
+    return transformers.T5Gemma2ForConditionalGeneration(config).eval()
+
+
+#: families that hand some rows of the mask on, or work on that of each single token too
+WORKING = [name for name in (*sorted(SLICES_MASKS), "qwen4_exp_text") if name in known_here()]
+SHARING = {
+    "num_kv_shared_layers": 2,
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+}
+
+
+@pytest.mark.parametrize("padding", ["none", "left", "holes"])
+@pytest.mark.parametrize("name", [*WORKING, "t5gemma2"])
+def test_generation_of_families_that_work_on_masks(name: str, padding: str) -> None:
+    changes = SHARING if name in SLICES_MASKS else {}
+    model = t5gemma2() if name == "t5gemma2" else model_of(config_of(name, **changes))
+    ids = torch.randint(3, 60, (3, 13), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    if padding != "none":
+        mask[0, :4] = 0
+    if padding == "holes":
+        mask[1, 5:8] = 0
+    results = []
+    for switch in (lambda: model.set_attn_implementation("eager"), lambda: hf_attn_patch.enable(model)):
+        switch()
+        more = {} if padding == "none" else {"attention_mask": mask}
+        options = {"max_new_tokens": 4, "min_new_tokens": 4, "output_logits": True, "return_dict_in_generate": True}
+        results.append(torch.stack(model.generate(ids, **more, **options).logits))
+    torch.testing.assert_close(results[1], results[0], atol=1e-4, rtol=1e-4)
 
 
 #: families whose layers choose keys by scores of their own, from the mask that they are given
