@@ -21,7 +21,7 @@ SHARE_FROM = 512
 
 def rows_of(layers: Sequence[Any]) -> int:
     """B, the rows of the batch that the layers of a cache hold; 0 if they hold nothing yet."""
-    for layer in _held_in(layers):
+    for layer in held_in(layers):
         if isinstance(layer, SharedLayer) and layer.shared:
             return layer.rows()
         if isinstance(layer, GrowingMixin) and layer.is_initialized and layer.keys.dim() == 4:
@@ -29,9 +29,14 @@ def rows_of(layers: Sequence[Any]) -> int:
     return 0
 
 
-def _held_in(layers: Sequence[Any]) -> list[Any]:
-    """The layers that hold states: of a layer of codes the two that it consists of."""
-    return [held for layer in layers for held in _parts(layer)]
+def held_in(layers: Sequence[Any]) -> list[Any]:
+    """The layers that hold states: of a layer of codes the two that it consists of; none that keeps nothing."""
+    return [held for layer in layers if not _keeps_nothing(layer) for held in _parts(layer)]
+
+
+def _keeps_nothing(layer: Any) -> bool:
+    """Whether it is there to be counted alone: it reads another's keys, or has none (transformers from 5.23 on)."""
+    return type(layer).__name__ == "DummyLayer"
 
 
 def _parts(layer: Any) -> tuple[Any, ...]:
@@ -40,10 +45,7 @@ def _parts(layer: Any) -> tuple[Any, ...]:
 
 def can_begin(layers: Sequence[Any]) -> bool:
     """Whether :func:`begin_with` knows all of the layers."""
-    return all(
-        type(layer) in (GrowingLayer, SharedLayer, GrowingSlidingWindowLayer) or type(layer).__name__ == "DummyLayer"
-        for layer in _held_in(layers)
-    )
+    return all(type(layer) in (GrowingLayer, SharedLayer, GrowingSlidingWindowLayer) for layer in held_in(layers))
 
 
 def begin_with(layers: Sequence[Any], of: Sequence[int], share: bool = True, keep: bool = False) -> list[Any]:
@@ -57,7 +59,7 @@ def begin_with(layers: Sequence[Any], of: Sequence[int], share: bool = True, kee
         TypeError: a layer holds more than keys and values.
     """
     if not can_begin(layers):
-        names = sorted({type(layer).__name__ for layer in _held_in(layers)})
+        names = sorted({type(layer).__name__ for layer in held_in(layers)})
         raise TypeError(f"rows can share what layers of keys and values hold, and these are {', '.join(names)}")
     rows = Rows(of, rows_of(layers) or 1)
     return [_beginning(layer, rows, share, keep) for layer in layers]
@@ -69,6 +71,8 @@ def _beginning(layer: Any, rows: Rows, share: bool, keep: bool) -> Any:
         made.__dict__.update(layer.__dict__)  # not a copy, which would copy what it holds
         made.codes, made.scales = (_beginning(part, rows, share, keep) for part in (layer.codes, layer.scales))
         return made
+    if _keeps_nothing(layer):
+        return layer
     parts = isinstance(layer, SharedLayer) and bool(layer.shared)
     held = layer.own if isinstance(layer, SharedLayer) else layer
     length = int(held.get_seq_length()) if held.is_initialized else 0
@@ -88,7 +92,7 @@ def _beginning(layer: Any, rows: Rows, share: bool, keep: bool) -> Any:
 
 def take_rows(layers: Sequence[Any], index: Tensor) -> bool:
     """Make rows ``index`` of the batch the batch, in all layers; False, with nothing done, if none shares anything."""
-    held = _held_in(layers)
+    held = held_in(layers)
     if not any(isinstance(layer, SharedLayer) and layer.shared for layer in held):
         return False
     index = torch.arange(rows_of(layers), device=index.device)[index]  # bools and negative ones as numbers

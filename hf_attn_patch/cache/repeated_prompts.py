@@ -16,7 +16,7 @@ from transformers.utils import ModelOutput
 from hf_attn_patch.compat.calls import cache_of
 from hf_attn_patch.compat.transformers import attention_name
 
-from .beginnings import can_begin, rows_of
+from .beginnings import can_begin, held_in, rows_of
 
 #: the attention implementation that takes keys and values in parts
 OURS = __package__.partition(".")[0]
@@ -56,7 +56,7 @@ def prefill_once(inner: Callable[..., Any], model: Any, *args: Any, **kwargs: An
         output = inner(**given)
     share = attention_name(model.config.get_text_config(decoder=True)) == OURS and 2 * len(first) <= len(of)
     cache.begin_rows(of, share)
-    _give_each_row(output, of)
+    _give_each_row(output, of, (len(first), ids.shape[1]))
     return output
 
 
@@ -115,13 +115,9 @@ def _checksum(value: Tensor) -> Tensor:
 
 def _begin_alike(layers: Any, of: list[int]) -> bool:
     """Whether rows that are alike in ``of`` also are in the cache: they begin with the same, and have nothing else."""
-    for layer in layers:
-        shared = getattr(layer, "shared", None)
-        if not shared:
-            if layer.get_seq_length():
-                return False
-            continue
-        if layer.own.get_seq_length():
+    for layer in held_in(layers):
+        shared = getattr(layer, "shared", ())
+        if (layer.own if shared else layer).get_seq_length():
             return False
         for part in shared:
             if len({*zip(of, part.rows.of, strict=True)}) != max(of) + 1:
@@ -147,16 +143,21 @@ class _no_more_than_prompts:  # noqa: N801 - a block
                 layer.expected_length = expected
 
 
-def _give_each_row(output: Any, of: list[int]) -> None:
-    """Repeat what a prefill returned, for all rows of the batch; in place."""
+def _give_each_row(output: Any, of: list[int], computed: tuple[int, int]) -> None:
+    """Repeat what a prefill of ``computed`` rows and tokens returned, for all rows of the batch; in place."""
     for name in _ROWS:
         if isinstance(output, ModelOutput) and output.get(name) is not None:
-            output[name] = _repeated(output[name], of)
+            output[name] = _repeated(output[name], of, computed if name == "hidden_states" else None)
 
 
-def _repeated(value: Any, of: list[int]) -> Any:
+def _repeated(value: Any, of: list[int], streams_of: tuple[int, int] | None) -> Any:
+    """
+    Args:
+        streams_of: the rows and tokens of hidden states, which come as [B, S, E] or (Gemma 3n) as [N, B, S, E].
+    """
     if isinstance(value, Tensor):
-        return value.index_select(0, torch.tensor(of, device=value.device))
+        streams = value.dim() == 4 and tuple(value.shape[1:3]) == streams_of
+        return value.index_select(int(streams), torch.tensor(of, device=value.device))
     if isinstance(value, (tuple, list)):
-        return type(value)(_repeated(one, of) for one in value)
+        return type(value)(_repeated(one, of, streams_of) for one in value)
     return value

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from decoding import FAMILIES, SIZES
+from every_family import config_of, model_of
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
@@ -117,6 +118,16 @@ def test_what_a_prefill_returns_is_given_to_each_row() -> None:
     valid = prompts(0, 1)["attention_mask"].repeat_interleave(3, 0).bool()
     for a, b in zip(out.hidden_states[0], expected.hidden_states[0], strict=True):
         torch.testing.assert_close(a[valid], b[valid], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["gemma3n_text", "gemma4_text"])
+def test_layers_that_keep_nothing_and_streams_of_hidden_states(family: str) -> None:
+    model = model_of(config_of(family))
+    ids = torch.randint(3, 60, (2, 9), generator=torch.Generator().manual_seed(5))
+    expected, out = both(model, {"input_ids": ids}, num_return_sequences=3, do_sample=True, output_hidden_states=True)
+    assert torch.equal(out.sequences, expected.sequences)
+    for a, b in zip(out.hidden_states[0], expected.hidden_states[0], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
 def test_the_prompt_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
