@@ -72,8 +72,8 @@ def visibility_of(
         else:
             seen = from_carrier(query, key, mask, ids if cu_q is None else positions_in(cu_q, query, ids))
     elif mask.is_floating_point():
+        _refuse_longer(mask, key)
         seen = full(query.shape[2], key.shape[2], False, NO_WINDOW, query.shape[0])
-        mask = mask if mask.shape[-1] == key.shape[2] else mask[..., : key.shape[2]]
         bias = mask if bias is None else bias + mask
     else:
         raise AttentionError(
@@ -161,7 +161,8 @@ def from_mask(query: Tensor, key: Tensor, mask: Tensor, ids: Tensor | None, trac
         raise AttentionError(
             f"an attention mask of shape {tuple(mask.shape)} reached a layer; [B, 1, Sq, Sk] is wanted"
         )
-    given, mask = mask, mask.detach()[..., :Sk]  # kept with the mask, so no view that autograd ties to it
+    _refuse_longer(mask, key)
+    given, mask = mask, mask.detach()  # kept with the mask, so none that autograd ties to it
     opened = None if tracing else getattr(given, _OPEN, None)
     if mask.dtype is torch.uint8 or opened is not None:
         mask = _with_documents(mask.bool(), ids, query, key, *opened or ())
@@ -172,6 +173,16 @@ def from_mask(query: Tensor, key: Tensor, mask: Tensor, ids: Tensor | None, trac
     if not tracing:
         memo.keep(given, (B, Sq, Sk, *("positions" for _ in read)), seen, *read)
     return seen
+
+
+def _refuse_longer(mask: Tensor, key: Tensor) -> None:
+    """Refuse a mask of more keys than there are: which of them it means nobody says."""
+    if mask.shape[-1] > key.shape[2]:
+        raise AttentionError(
+            f"an attention mask of {mask.shape[-1]} keys reached a layer that has {key.shape[2]}: layers with a window "
+            "keep the last ones alone, so give such a model a mask for each kind of layer "
+            '({"full_attention": ..., "sliding_attention": ...})'
+        )
 
 
 def leave_open(mask: Tensor, keys: Tensor | None) -> None:

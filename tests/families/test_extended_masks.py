@@ -87,5 +87,14 @@ def test_a_carrier_that_was_changed_is_refused_with_the_way_out() -> None:
     with pytest.raises(AttentionError, match=r'if the model changes the masks .* attn_implementation="eager"'):
         attention_forward(module, q, q, q, torch.zeros(1, 1, 3, 5, dtype=torch.int32))
     padding = torch.tensor([[False, True, True, True, False, True]])
+    carrier = build_mask(1, 6, 6, attention_mask=padding)
+    assert carrier is not None
     with pytest.raises(AttentionError, match="if the model changes the masks"):
-        attention_forward(module, q, q, q, build_mask(1, 6, 6, attention_mask=padding)[:, :, -3:])
+        attention_forward(module, q, q, q, carrier[:, :, -3:])
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_a_mask_of_more_keys_than_there_are_is_refused(dtype: torch.dtype) -> None:
+    q = torch.randn(1, 2, 3, 8)
+    with pytest.raises(AttentionError, match="mask of 5 keys reached a layer that has 3: layers with a window"):
+        attention_forward(torch.nn.Module(), q, q, q, torch.ones(1, 1, 3, 5, dtype=dtype))

@@ -36,11 +36,58 @@ def bigbird_pegasus() -> Any:
     return transformers.BigBirdPegasusForConditionalGeneration(config)
 
 
-MODELS: dict[str, Callable[[], Any]] = {"bigbird_pegasus": bigbird_pegasus, "doge": doge, "nllb-moe": nllb_moe}
+def git() -> Any:
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = transformers.GitConfig(**DECODER, vision_config={**vision, "image_size": 16, "patch_size": 8})
+    return transformers.GitForCausalLM(config)
+
+
+MODELS: dict[str, Callable[[], Any]] = {
+    "bigbird_pegasus": bigbird_pegasus, "doge": doge, "git": git, "nllb-moe": nllb_moe,
+}  # fmt: skip
+
+
+def informer() -> tuple[Any, dict[str, Any]]:
+    sizes = {f"{side}_{what}": 2 for side in ("encoder", "decoder") for what in ("layers", "attention_heads")}
+    config = transformers.InformerConfig(
+        **sizes, prediction_length=6, context_length=12, d_model=16, encoder_ffn_dim=16, decoder_ffn_dim=16,
+        lags_sequence=[1, 2], num_time_features=1, distil=False, sampling_factor=2,
+    )  # fmt: skip
+    past, future = torch.randn(2, 14), torch.randn(2, 6)
+    times = {"past_time_features": past[..., None] / 2, "future_time_features": future[..., None] / 2}
+    seen = {"past_values": past, "past_observed_mask": torch.ones_like(past), "future_values": future}
+    return transformers.InformerForPrediction(config), seen | times
+
+
+def gemma4_audio() -> tuple[Any, dict[str, Any]]:
+    audio = pytest.importorskip("transformers.models.gemma4.modeling_gemma4")
+    config = audio.Gemma4AudioConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=4, subsampling_conv_channels=[128, 8],
+        output_proj_dims=16, conv_kernel_size=3, attention_chunk_size=4, attention_context_left=5,
+    )  # fmt: skip
+    mask = torch.arange(64) < torch.tensor([[40], [64]])
+    return audio.Gemma4AudioModel(config), {"input_features": torch.randn(2, 64, 128), "attention_mask": mask}
+
+
+OTHERS: dict[str, Callable[[], tuple[Any, dict[str, Any]]]] = {"gemma4_audio": gemma4_audio, "informer": informer}
 
 
 def test_every_such_family_is_tried() -> None:
-    assert set(MODELS) | {"deepseek_v4"} == EXTENDS_MASKS  # that one has a file of its own
+    assert {*MODELS, *OTHERS, "deepseek_v4"} == EXTENDS_MASKS  # the last one has a file of its own
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_forwards_of_models_that_write_no_text(name: str) -> None:
+    torch.manual_seed(0)
+    model, inputs = OTHERS[name]()
+    results = []
+    for switch in (lambda: model.eval().set_attn_implementation("eager"), lambda: hf_attn_patch.enable(model)):
+        switch()
+        torch.manual_seed(1)
+        with torch.no_grad():
+            outputs = model(**inputs)
+        results.append(outputs.params[0] if name == "informer" else outputs.last_hidden_state)
+    torch.testing.assert_close(*results, atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", MODELS)
