@@ -114,7 +114,6 @@ def _pool(device: torch.device) -> _Pool:
 def _captured(work: Work, device: torch.device, pool: Any) -> tuple[torch.cuda.CUDAGraph, Any]:
     """``work`` as a CUDA graph with its result; after an error the device is as it was before."""
     graph = torch.cuda.CUDAGraph()
-    torch.cuda.synchronize(device)
     with not_collecting(), torch.cuda.device(device), _aside(device):
         try:
             graph.capture_begin(pool=pool, capture_error_mode="thread_local")

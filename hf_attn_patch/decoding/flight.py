@@ -124,10 +124,18 @@ class Flight:
         cache: of the call.
         most: how many steps at most.
         seen: called with the tokens of each step, a list of B, in order.
+        stops: asked before the first step, when all is ready: whether there is to be none.
     """
 
-    def __init__(self, step: ChoosingStep, cache: Any, most: int, seen: Callable[[list[int]], None]) -> None:
-        self.step, self.cache, self.most, self.seen = step, cache, most, seen
+    def __init__(
+        self,
+        step: ChoosingStep,
+        cache: Any,
+        most: int,
+        seen: Callable[[list[int]], None],
+        stops: Callable[[], bool],
+    ) -> None:
+        self.step, self.cache, self.most, self.seen, self.stops = step, cache, most, seen, stops
         self.how = step.choosing.how
         self.looks = Looks(step.choosing.look, IN_FLIGHT + 1)
         #: the random generator before each step that the host has not looked at
@@ -141,6 +149,12 @@ class Flight:
             RuntimeError: scores were NaN while sampling, as torch.multinomial says it.
         """
         error: Exception | None = None
+        try:
+            self.step.prepare(self.cache)
+        except Exception as problem:  # as below
+            error = problem
+        if error is not None or self.stops():
+            return Landing(0, False, error)
         stopped = False
         try:
             for _ in range(self.most):
@@ -187,12 +201,18 @@ class Flight:
             torch.set_rng_state(state)
 
 
-def moving_names(now: dict[str, Any], then: dict[str, Any], call: StepCall) -> tuple[str, ...]:
+def moving_names(
+    now: dict[str, Any], then: dict[str, Any], call: StepCall, guess: tuple[str, ...] | None = None
+) -> tuple[tuple[str, ...], Tensor | None]:
     """The arguments that the next token moves by one, where all others but the token and the mask stay as they are.
 
     Args:
         now: the model's arguments for the token of ``call``.
         then: those for the token after it.
+        guess: what is most likely so.
+
+    Returns:
+        the names; with a guess also, on the device, whether that was wrong: then nothing is waited for.
 
     Raises:
         UnfitError: they change in another way; a step cannot know what the next one needs.
@@ -200,20 +220,26 @@ def moving_names(now: dict[str, Any], then: dict[str, Any], call: StepCall) -> t
     if now.keys() != then.keys():
         raise UnfitError("it changes the names of its arguments from token to token")
     moving = []
+    wrong: list[Tensor] = []
     for name, value in now.items():
         after = then[name]
         if name in (call.tokens_name, call.cache_name) or value is after:
             continue
         if name == call.mask_name:
             whole = isinstance(after, Tensor) and after.dim() == 2 and after.shape[1] == value.shape[1] + 1
-            if not whole or not torch.equal(after, torch.nn.functional.pad(value, (0, 1), value=1)):
+            expected = torch.nn.functional.pad(value, (0, 1), value=1)
+            if not whole or (guess is None and not torch.equal(after, expected)):
                 raise UnfitError(f"its {name} does not grow by a token")
         elif isinstance(value, Tensor) and isinstance(after, Tensor) and value.shape == after.shape:
-            if torch.equal(value, after):
-                continue
-            if name not in call.copied or not torch.equal(value + 1, after):
+            moves = not torch.equal(value, after) if guess is None else name in guess
+            expected = value + 1 if moves else value
+            if moves and (name not in call.copied or (guess is None and not torch.equal(expected, after))):
                 raise UnfitError(f"its {name} changes with each token")
-            moving.append(name)
+            moving += [name] if moves else []
         elif isinstance(value, Tensor) or isinstance(after, Tensor) or value != after:
             raise UnfitError(f"its {name} changes with each token")
-    return tuple(moving)
+        else:
+            continue
+        if guess is not None:
+            wrong.append((after != expected).any())
+    return tuple(moving), torch.stack(wrong).any() if wrong else None

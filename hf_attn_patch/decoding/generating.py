@@ -182,6 +182,9 @@ class _Call:
         self.model, self.ids, self.arguments, self.how, self.streamer = model, ids, arguments, how, streamer
         self.unfinished = torch.ones(ids.shape[0], dtype=torch.int64, device=ids.device)
         self.steps, self.over, self.grounded = 0, False, False
+        self.unseen = False  # whether rows ended with the last token is not known to the host yet
+        self.wrong: Tensor | None = None  # on the device: whether arguments move in another way than they did before
+        self.doubted = False
         self.output: Any = None
 
     def run(self, processors: Any, criteria: Any, config: Any) -> None:
@@ -189,10 +192,10 @@ class _Call:
         model = self.model
         self.output = output = prefill_of(model)(self.ids, config, self.arguments, is_first_iteration=True)
         with decoding_context(model):
-            self.take(output, processors, criteria)
+            self.take(output, processors, criteria, look=not self._may_fly_at_once())
             while not self.over:
                 inputs = self.inputs(self.ids, self.arguments)
-                if self.fly(inputs, criteria):
+                if self.fly(inputs, criteria) or self._look():
                     continue
                 output = model(**inputs)
                 self.steps += 1
@@ -213,8 +216,12 @@ class _Call:
             output, arguments, is_encoder_decoder=encoder_decoder, num_new_tokens=tokens
         )
 
-    def take(self, output: Any, processors: Any, criteria: Any) -> None:
-        """Choose a token of each row as transformers' loop does, from the output of an ordinary step."""
+    def take(self, output: Any, processors: Any, criteria: Any, look: bool = True) -> None:
+        """Choose a token of each row as transformers' loop does, from the output of an ordinary step.
+
+        Args:
+            look: wait for it; else the next step is made ready while the device is at work.
+        """
         self.arguments = self.after(output, self.arguments, 1)
         logits = output.logits[:, -1].to(copy=True, dtype=torch.float32, device=self.ids.device)
         scores = processors(self.ids, logits)
@@ -228,7 +235,23 @@ class _Call:
         self.unfinished = self.unfinished & ~criteria(self.ids, None)
         if self.streamer is not None:
             self.streamer.put(tokens.cpu())
-        self.over = bool(self.unfinished.max() == 0)
+        self.unseen = True
+        if look:
+            self._look()
+
+    def _look(self) -> bool:
+        """Whether all is over after the last token; waits for the device, if the host has not looked before."""
+        if self.unseen:
+            self.unseen = False
+            self.over = bool(self.unfinished.max() == 0)
+        return self.over
+
+    def _stops(self) -> bool:
+        """Whether a flight that is ready must not begin: all is over, or it would not be right."""
+        if self.wrong is not None:
+            wrong, self.wrong = self.wrong, None
+            self.doubted = bool(wrong)
+        return self._look() or self.doubted
 
     def fly(self, inputs: dict[str, Any], criteria: Any) -> bool:
         """As many steps as may be in a row; False if none, and the next one is an ordinary one."""
@@ -255,7 +278,7 @@ class _Call:
             state.caches.clear()
             _say(self.model, reason_of(landing.error))
             self.grounded = True
-        return landing.steps > 0
+        return landing.steps > 0 or self.over
 
     def _may_fly_at_once(self) -> bool:
         """Whether a step may be remembered, so that to record it takes no longer than an ordinary one; and the prompt's
@@ -273,7 +296,10 @@ class _Call:
             raise UnfitError(f"its {call.mask_name} is not as long as its cache")
         ids = torch.cat([self.ids, self.ids[:, -1:]], dim=-1)
         then = self.inputs(ids, self.after(self.output, dict(self.arguments), 1))
-        moving = moving_names(inputs, then, call)
+        guess = None if self.doubted else remembered.moving_of(self.model, inputs)
+        moving, self.wrong = moving_names(inputs, then, call, guess)
+        if guess is None:
+            remembered.keep_moving(self.model, inputs, moving)
         make = functools.partial(
             ChoosingStep,
             *recorder.making(self.model, state, call, room),
@@ -281,7 +307,7 @@ class _Call:
             vocabulary=self.output.logits.shape[-1],
             moving=moving,
         )
-        step = steps.find(call, room, make, key=self.how)
+        step = steps.find(call, room, make, key=(self.how, moving))
         if step is None:
             raise UnfitError("its memory changes too often for that to pay")
         assert isinstance(step, ChoosingStep)
@@ -289,7 +315,8 @@ class _Call:
             return None
         step.begin(call, room, self.ids, self.unfinished)
         most = min(left, step.steps_left(room))
-        return Flight(step, call.kwargs[call.cache_name], most, self._seen) if most > 0 else None
+        cache = call.kwargs[call.cache_name]
+        return Flight(step, cache, most, self._seen, self._stops) if most > 0 else None
 
     def _seen(self, tokens: list[int]) -> None:
         if self.streamer is not None:
@@ -305,7 +332,7 @@ class _Call:
             ended = torch.isin(choosing.tokens[:, :n], self.how.eos.to(self.ids.device)).any(1)
             self.unfinished = self.unfinished & ~ended
         criteria(self.ids[:, -1:].expand(-1, self.ids.shape[1]), None)  # says a word about lengths past the model's
-        self.over = landing.stopped or self.ids.shape[1] >= self.how.max_length
+        self.over |= landing.stopped or self.ids.shape[1] >= self.how.max_length
 
     def result(self, config: Any) -> Any:
         """What transformers' loop returns."""

@@ -116,6 +116,7 @@ class _Known:
 
     code: list[Any]
     programs: dict[Any, tuple[Fused, list[int | None]]]
+    moving: dict[tuple[str, ...], tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
 
 _known: weakref.WeakKeyDictionary[torch.nn.Module, _Known] = weakref.WeakKeyDictionary()
@@ -127,6 +128,18 @@ def any_of(model: torch.nn.Module) -> bool:
     """Whether some step of a model is remembered."""
     known = _known.get(model)
     return known is not None and bool(known.programs)
+
+
+def moving_of(model: torch.nn.Module, arguments: dict[str, Any]) -> tuple[str, ...] | None:
+    """Which of a step's arguments moved by one with each token, in an earlier call with arguments of these names."""
+    known = _known.get(model)
+    return None if known is None else known.moving.get(tuple(arguments))
+
+
+def keep_moving(model: torch.nn.Module, arguments: dict[str, Any], moving: tuple[str, ...]) -> None:
+    """See :func:`moving_of`; where no step is remembered, nothing is kept."""
+    if known := _known.get(model):
+        known.moving[tuple(arguments)] = moving
 
 
 def forget(model: torch.nn.Module) -> None:

@@ -128,6 +128,11 @@ class Step:
         # a copy: the next run writes to the same memory
         return map_output(result, lambda t: t if id(t) in constants else t.clone(), CACHE, cache)
 
+    def prepare(self, cache: Any) -> None:
+        """What can be done for the first :meth:`launch` while the device is still at what was asked before."""
+        if self.recording is None and self.remembered:
+            self.recording = self._recorded(weakref.ref(cache))
+
     def launch(self, cache: Any) -> Any:
         """Start the step: unrecorded at first, then recorded. What it gives is overwritten by the next one."""
         where = self.place.leave()

@@ -277,3 +277,35 @@ def test_short_calls_have_what_a_long_one_wrote_down(written: Written, monkeypat
         found = generate(model, inputs, max_new_tokens=tokens)
         torch.testing.assert_close(found, plain(model, inputs, tokens), rtol=0, atol=0)
         assert written.times == times
+
+
+def tokens_of(model: Any, inputs: Any, **how: Any) -> torch.Tensor:
+    found = model.generate(**inputs, do_sample=False, max_new_tokens=12, **how)
+    assert isinstance(found, torch.Tensor)
+    return found
+
+
+def test_the_first_token_may_be_the_last(written: Written) -> None:
+    """A remembered step is made ready before the host has seen the prompt's token."""
+    model, inputs = llama(), batch("cpu", 2, 30)
+    other = hf_attn_patch.enable(copy.deepcopy(model), cuda_graphs=False)
+    free = tokens_of(model, inputs)
+    ends = {"first": free[:, 30].tolist(), "one row's first": free[:1, 30].tolist(), "later": free[:, 35].tolist()}
+    for name, eos in ends.items():
+        found = tokens_of(model, inputs, eos_token_id=eos)
+        assert torch.equal(found, tokens_of(other, inputs, eos_token_id=eos)), name
+    assert tokens_of(model, inputs, eos_token_id=ends["first"]).shape[1] == 31
+    assert written.times == 1
+
+
+@pytest.mark.parametrize("guess", [(), ("position_ids", "input_ids"), ("position_ids", "logits_to_keep")], ids=str)
+def test_a_wrong_guess_of_what_moves_is_found(
+    guess: tuple[str, ...], written: Written, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, inputs = llama(), batch("cpu", 2, 30)
+    expected = tokens_of(model, inputs)
+    right = remembered._known[model].moving
+    assert [*right.values()] == [("position_ids",)]
+    monkeypatch.setattr(remembered, "moving_of", lambda *_: guess)
+    found = tokens_of(model, inputs)
+    assert torch.equal(found, expected)
