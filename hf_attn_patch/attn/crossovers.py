@@ -81,7 +81,7 @@ def never_tuned() -> str | None:
 
 @contextmanager
 def using(numbers: Crossovers) -> Iterator[None]:
-    """Count with other numbers for a block (choices that were made before are remembered: see ``dispatch.forget``)."""
+    """Count with other numbers for a block (choices that were made before are remembered: see ``plan.forget``)."""
     before = _forced.set(numbers)
     try:
         yield
@@ -98,7 +98,7 @@ def tuning_file(gpu: str) -> Path:
 
 
 def write(path: Path, gpu: str, numbers: Crossovers) -> None:
-    """Write a tuning file, whole or not at all; its numbers count in this process too, once ``dispatch.forget`` was
+    """Write a tuning file, whole or not at all; its numbers count in this process too, once ``plan.forget`` was
     called."""
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {"format": FORMAT, "gpu": gpu, "torch": torch.__version__, "crossovers": asdict(numbers)}

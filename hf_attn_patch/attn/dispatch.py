@@ -13,16 +13,10 @@ from torch.compiler import is_compiling
 from hf_attn_patch.compat.torch import transforms
 
 from .backends import reference
-from .backends.registry import BACKENDS as BACKENDS
-from .backends.registry import backend as backend
 from .choice import asked_for, changes_between_tasks
 from .distributed_tensors import refuse_distributed
-from .ladder import order as order
 from .plan import choose, is_empty, plan_of, plan_of_operators, plans_of_kinds
-from .plan import forget as forget
-from .plan import reasons as reasons
 from .request import CallKind, Operands, kind_of, new_tuple, request_of
-from .request import request_for as request_for
 from .visibility import Visibility
 
 #: while a model is rehearsed (``explaining``): what is told of each call in place of running it

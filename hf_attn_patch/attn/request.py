@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from hf_attn_patch.compat.torch import deterministic_algorithms
-from hf_attn_patch.errors import AttentionError as AttentionError
 
 from .devices import device_of, half_of
 from .visibility import DENSE, FULL, Sides, Visibility, VisibilityFacts

@@ -12,7 +12,10 @@ import torch
 from . import crossovers as numbers
 from .crossovers import Crossovers
 from .devices import half_of
-from .dispatch import attend, forget, order, reasons, request_for
+from .dispatch import attend
+from .ladder import order
+from .plan import forget, reasons
+from .request import request_for
 from .visibility import full
 
 #: seconds of one call of a backend: (backend, B, HQ, HKV, Sq, Sk, D) -> float

@@ -42,7 +42,7 @@ def _tune(dry_run: bool, as_json: bool) -> None:
 
     from hf_attn_patch.attn import crossovers as numbers
     from hf_attn_patch.attn.backends import flash4, triton_decode
-    from hf_attn_patch.attn.dispatch import forget
+    from hf_attn_patch.attn.plan import forget
     from hf_attn_patch.attn.tuning import seconds, tuned
 
     if not torch.cuda.is_available():

@@ -13,7 +13,7 @@ from torch import nn
 
 from hf_attn_patch.attn.crossovers import MEASURED_ON, never_tuned
 from hf_attn_patch.attn.devices import Device, device_of
-from hf_attn_patch.attn.dispatch import reasons
+from hf_attn_patch.attn.plan import reasons
 from hf_attn_patch.attn.request import AttentionRequest
 from hf_attn_patch.errors import AttentionError
 from hf_attn_patch.hf.attention_function import BACKEND_ATTRIBUTE
@@ -47,10 +47,9 @@ class LayerKind:
     @property
     def title(self) -> str:
         """Which layers these are."""
-        pattern = re.sub(r"\.\d+(?=\.|$)", ".*", self.paths[0])
         calls = f"{self.calls} calls of " if self.calls != len(self.paths) else ""
         layers = f"{len(self.paths)} layers" if len(self.paths) > 1 else "1 layer"
-        return f"{self.role}: {calls}{layers}, {pattern if len(self.paths) > 1 else self.paths[0]}"
+        return f"{self.role}: {calls}{layers}, {any_layer(self.paths[0]) if len(self.paths) > 1 else self.paths[0]}"
 
     def describe(self) -> str:
         """What they ask for, in one line."""
@@ -298,14 +297,22 @@ def _switch(model: nn.Module) -> None:
 def _kinds(heard: Any) -> list[LayerKind]:
     groups: dict[Any, list[Any]] = {}
     for call in heard.all_calls():
-        pattern = re.sub(r"\.\d+(?=\.|$)", ".*", call.path)
-        key = (role_of(call), pattern, call.request, call.queries, call.keys, call.insisted)
+        key = (role_of(call), any_layer(call.path), call.request, call.queries, call.keys, call.insisted)
         groups.setdefault(key, []).append(call)
     return [
         LayerKind(role, tuple(dict.fromkeys(c.path for c in calls)), len(calls), request, queries, keys, insisted,
                   tuple(reasons(request)))
         for (role, _, request, queries, keys, insisted), calls in groups.items()
     ]  # fmt: skip
+
+
+def any_layer(path: str) -> str:
+    """A module's path for all layers of its kind.
+
+    >>> any_layer("model.layers.3.self_attn")
+    'model.layers.*.self_attn'
+    """
+    return re.sub(r"\.\d+(?=\.|$)", ".*", path)
 
 
 def role_of(call: Any) -> str:

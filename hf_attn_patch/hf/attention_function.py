@@ -28,7 +28,7 @@ from hf_attn_patch.compat.torch import any_autocast, has_forward_hooks, transfor
 from hf_attn_patch.compat.transformers import output_collector
 from hf_attn_patch.errors import AttentionError
 
-from .call_visibility import Borders, visibility_of
+from .call_visibility import Borders, causality, visibility_of
 from .context_parallel import Scores, SeenBy, split_forward
 from .shared_attention import Asked, over_parts
 
@@ -91,9 +91,8 @@ def attention_forward(
         if by_parts is not None:
             return by_parts, None
     kind, causal, window = _NOT_PLAIN, False, NO_WINDOW
-    if attention_mask is None:  # a module that doesn't say is an encoder's, and sees all
-        causal = bool(getattr(module, "is_causal", False) if is_causal is None else is_causal)
-        window = (sliding_window - 1, None) if sliding_window is not None and causal else NO_WINDOW
+    if attention_mask is None:
+        causal, window = causality(module, is_causal, sliding_window)
         plain = position_bias is given[0] is None and not tracing and type(query) is Tensor and transforms() is None
         if plain and (position_ids is None or not causal or query.shape[2] == 1) and not any_autocast():
             name = asked_for() if name is None else name  # nothing but numbers: decoding, and such encoders

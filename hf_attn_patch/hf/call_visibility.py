@@ -85,6 +85,12 @@ def visibility_of(
     return seen, bias
 
 
+def causality(module: torch.nn.Module, is_causal: bool | None, sliding_window: int | None) -> tuple[bool, Sides]:
+    """Causality and window of a layer that is given no mask; one that does not say is an encoder's, and sees all."""
+    causal = bool(getattr(module, "is_causal", False) if is_causal is None else is_causal)
+    return causal, (sliding_window - 1, None) if sliding_window is not None and causal else NO_WINDOW
+
+
 def from_positions(
     query: Tensor,
     key: Tensor,

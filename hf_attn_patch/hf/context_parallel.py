@@ -16,11 +16,11 @@ from hf_attn_patch.attn import memo
 from hf_attn_patch.attn.banded import Sides
 from hf_attn_patch.attn.context_parallel import chunks, gathered, in_order, rows_of, whole_keys
 from hf_attn_patch.attn.dispatch import attend
-from hf_attn_patch.attn.visibility import NO_WINDOW, Visibility, packed
+from hf_attn_patch.attn.visibility import Visibility, packed
 from hf_attn_patch.compat.context_parallel import Split
 from hf_attn_patch.errors import AttentionError
 
-from .call_visibility import Borders
+from .call_visibility import Borders, causality
 from .mask_pattern import Pattern, of_carrier
 
 #: the mask, positions, borders, causality and sliding window that a layer is given
@@ -61,8 +61,7 @@ def split_forward(
     """
     q, k, v = tensors
     mask, ids, borders, is_causal, sliding_window = seen_by
-    causal = bool(getattr(module, "is_causal", False) if is_causal is None else is_causal)
-    window = NO_WINDOW if sliding_window is None else (sliding_window - 1, None)
+    causal, window = causality(module, is_causal, sliding_window)
     (scale, softcap, sinks, bias), (dropout, weights, deterministic, name) = scores, more
     _check(module, q, k, bias, weights)
     if mask is not None:

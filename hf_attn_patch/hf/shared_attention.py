@@ -16,7 +16,7 @@ from hf_attn_patch.attn.visibility import FULL, NO_WINDOW, PACKED, Visibility, r
 from hf_attn_patch.compat.later import LaterTensor, whole
 from hf_attn_patch.compat.torch import any_autocast
 
-from .call_visibility import visibility_of
+from .call_visibility import causality, visibility_of
 from .mask_pattern import Pattern, of_carrier
 
 _NO_BORDERS = None, None, None, None
@@ -116,8 +116,7 @@ def _visible(
     if pattern is not None and pattern.causal and pattern.is_plain() and pattern.kv_len == Sk and one_document:
         seen: Visibility = remembered_full(Sq, Sk, True, NO_WINDOW, query.shape[0])  # on a GPU it would be a mask
         return seen, asked.scores[3]
-    causal = bool(getattr(module, "is_causal", False) if asked.is_causal is None else asked.is_causal)
-    window = NO_WINDOW if asked.sliding_window is None or not causal else (asked.sliding_window - 1, None)
+    causal, window = causality(module, asked.is_causal, asked.sliding_window)
     bias = asked.scores[3]
     return visibility_of(query, key, mask, bias, asked.position_ids, _NO_BORDERS, causal, window, tracing=False)
 

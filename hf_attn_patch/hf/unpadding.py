@@ -21,6 +21,7 @@ from hf_attn_patch.compat.calls import Arguments
 from hf_attn_patch.compat.transformers import attention_name
 from hf_attn_patch.handle import Handle
 
+from .attention_function import NAME
 from .padded_rows import IGNORE, PackedPrefill, Packing, pack_rows
 from .unpadding_trial import NUMBERINGS, calibrate
 
@@ -31,8 +32,6 @@ logger = logging.getLogger("hf_attn_patch")
 PER_TOKEN = ("input_ids", "inputs_embeds", "position_ids", "token_type_ids", "labels", "shift_labels")
 #: heads that work token by token, so that they too run on the packed row. Other heads get padded hidden states.
 TOKENWISE_HEADS = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForTokenClassification")
-#: implementations, besides those of the flash family, that read document borders from ``cu_seq_lens_q/k``
-BORDER_AWARE = {"hf_attn_patch"}
 
 
 class Unpadded(Handle):
@@ -97,9 +96,8 @@ class Unpadded(Handle):
         """The arguments of the packed forward; None where the call runs as it is."""
         self.arguments.refuse_unknown_cache(given)
         mask, tokens = given["attention_mask"], _tokens(given)
-        fills = self._cached(given) is not None or given.get("use_cache") is True
         cache = self._empty_cache(given)
-        if cache is None and fills:
+        if cache is None and self._fills(given):
             return None  # what is cached keeps its padded layout
         if not isinstance(mask, Tensor) or mask.dim() != 2:
             raise ValueError("unpadded() needs the 2-D attention_mask [B, S]")
@@ -139,9 +137,9 @@ class Unpadded(Handle):
         self._pending[threading.get_ident()] = (packing, cache, last, as_tuple)
         return packed
 
-    def _cached(self, given: dict[str, Any]) -> Any:
-        """The cache of a call, None if it has none."""
-        return given.get(self.arguments.cache)
+    def _fills(self, given: dict[str, Any]) -> bool:
+        """Whether a call fills a cache, its own or a new one."""
+        return given.get(self.arguments.cache) is not None or given.get("use_cache") is True
 
     def _empty_cache(self, given: dict[str, Any]) -> DynamicCache | None:
         """The cache that a call like generate's first one would fill; None where it has to run as it is, which is said
@@ -149,9 +147,8 @@ class Unpadded(Handle):
 
         transformers' own masks do not look for documents once there is a cache, so it takes given borders.
         """
-        cache, mask, tokens = self._cached(given), given["attention_mask"], _tokens(given)
-        fills = cache is not None or given.get("use_cache") is True
-        if not fills or tokens is None or tokens.shape[1] == 1 or given.get("use_cache") is False:
+        cache, mask, tokens = given.get(self.arguments.cache), given["attention_mask"], _tokens(given)
+        if not self._fills(given) or tokens is None or tokens.shape[1] == 1 or given.get("use_cache") is False:
             return None
         if not self.arguments.cache:  # whose name for it nobody here knows
             return None
@@ -170,9 +167,10 @@ class Unpadded(Handle):
 
     @property
     def takes_borders(self) -> bool:
-        """Whether the attention implementation reads document borders from ``cu_seq_lens_q/k``."""
+        """Whether the attention implementation, ours or one of the flash family, reads document borders from
+        ``cu_seq_lens_q/k``."""
         name = str(attention_name(self.model.config))
-        return name in BORDER_AWARE or "flash" in name
+        return name == NAME or "flash" in name
 
     @property
     def _why_no_prefill(self) -> str:

@@ -12,9 +12,11 @@ import torch
 from click.testing import CliRunner
 
 from hf_attn_patch import AttentionError, attention
-from hf_attn_patch.attn import crossovers, dispatch
+from hf_attn_patch.attn import crossovers
+from hf_attn_patch.attn.backends.registry import BACKENDS
 from hf_attn_patch.attn.crossovers import SHIPPED, Crossovers, read, tuning_file, using, write
-from hf_attn_patch.attn.dispatch import order, request_for
+from hf_attn_patch.attn.ladder import order
+from hf_attn_patch.attn.request import request_for
 from hf_attn_patch.attn.tuning import tuned
 from hf_attn_patch.cli import main
 
@@ -179,7 +181,7 @@ def test_bench_lists_every_backend_and_its_time() -> None:
     result = CliRunner().invoke(main, ["bench", "--json"])
     assert result.exit_code == 0, result.output
     lines = json.loads(result.output)
-    assert {line["backend"] for line in lines} == set(dispatch.BACKENDS)
+    assert {line["backend"] for line in lines} == set(BACKENDS)
     for line in lines:
         assert (line["reason"] is None) == ("us" in line)
         assert "us" not in line or (math.isfinite(line["us"]) and line["us"] > 0)

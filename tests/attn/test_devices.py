@@ -10,11 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_attn_patch.attn import devices, dispatch, plan
+from hf_attn_patch.attn import devices, plan
 from hf_attn_patch.attn.backends import _sdpa_members, flash2, flash3, flash4, torch_sdpa, triton_decode
+from hf_attn_patch.attn.backends.registry import BACKENDS
+from hf_attn_patch.attn.backends.registry import backend as backend_named
 from hf_attn_patch.attn.devices import Device, device_of
-from hf_attn_patch.attn.dispatch import BACKENDS, reasons
 from hf_attn_patch.attn.kernels.decode_plan import choose
+from hf_attn_patch.attn.plan import reasons
 from hf_attn_patch.attn.request import AttentionRequest, Operands, kind_of, request_of
 from hf_attn_patch.attn.visibility import DENSE, FULL, PADDED, Dense, Padded, Visibility, full, packed
 
@@ -63,7 +65,7 @@ RANGES = {
 def test_each_backend_says_what_it_refuses(capability: int, backend: str) -> None:
     least, below = RANGES[backend]
     asked = request(capability, decode=backend == "triton_decode", bias=backend == "triton_bias")
-    reason = dispatch.backend(backend).refuses(asked)
+    reason = backend_named(backend).refuses(asked)
     assert (reason is None) == (least <= capability < below)
     if reason is not None:
         assert f"{capability / 10:.1f}" in reason and devices.generation(capability) in reason
@@ -148,7 +150,7 @@ def test_wide_heads_in_training_where_shared_memory_is_short(
     short = capability in (86, 87, 89, 120, 121)
     takes = capability >= 80 and (small_cards or not short)
     assert (flash2.refuses(asked) is None) == takes
-    assert (dispatch.backend("torch_varlen").refuses(asked) is None) == takes
+    assert (backend_named("torch_varlen").refuses(asked) is None) == takes
     assert torch_sdpa.kernel(asked) == ("flash" if takes else "efficient")
     assert flash2.refuses(asked._replace(grad=False)) is None or capability < 80
 

@@ -14,9 +14,9 @@ from torch import Tensor
 
 import hf_attn_patch
 from hf_attn_patch import AttentionError
-from hf_attn_patch.attn import dispatch
+from hf_attn_patch.attn import ladder
 from hf_attn_patch.attn.backends import base, registry
-from hf_attn_patch.attn.dispatch import request_for
+from hf_attn_patch.attn.request import request_for
 from hf_attn_patch.cli import main
 
 
@@ -83,18 +83,18 @@ def test_every_order_has_it_once_right_before_the_one_named(device: str) -> None
     ]  # fmt: skip
     with registry.register("a", Sevens(), before="flex"), registry.register("b", Sevens(), before="a"):
         for request in requests:
-            order = dispatch.order(request)
-            assert len(order) == len(set(order)) == len(registry.names()) == len(registry.BACKENDS) + 2
-            place = order.index("flex")
-            assert order[place - 2 : place] == ("b", "a")
+            found = ladder.order(request)
+            assert len(found) == len(set(found)) == len(registry.names()) == len(registry.BACKENDS) + 2
+            place = found.index("flex")
+            assert found[place - 2 : place] == ("b", "a")
 
 
 def test_one_that_others_stand_before_can_go_first() -> None:
     first = registry.register("a", Sevens(), before="flex")
     with registry.register("b", Sevens(), before="a"):
         first.undo()
-        order = dispatch.order(request_for(1, 4, 2, 64, 64, 8))
-        assert order[order.index("flex") - 1] == "b"
+        found = ladder.order(request_for(1, 4, 2, 64, 64, 8))
+        assert found[found.index("flex") - 1] == "b"
 
 
 def test_env_and_explain_list_it() -> None:

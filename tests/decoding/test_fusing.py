@@ -15,7 +15,7 @@ import transformers
 from decoding import HYBRID, SIZES, batch, generate
 
 import hf_attn_patch
-from hf_attn_patch.attn import dispatch, ladder
+from hf_attn_patch.attn import ladder, plan
 from hf_attn_patch.decoding import cuda_graphs as graphs
 from hf_attn_patch.decoding import fusing, product_sites, step
 
@@ -32,9 +32,9 @@ def _our_kernels(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(step, "SHORT", 0)
     monkeypatch.setattr("hf_attn_patch.decoding.generating.SHORT", 0)
     monkeypatch.setattr(ladder, "_CPU", ("triton_decode", *(n for n in ladder._CPU if n != "triton_decode")))
-    dispatch.forget()
+    plan.forget()
     yield
-    dispatch.forget()
+    plan.forget()
 
 
 def model_of(model_type: str, dtype: torch.dtype = torch.float32, **others: Any) -> Any:

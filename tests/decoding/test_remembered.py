@@ -16,7 +16,7 @@ from decoding import SIZES, batch, generate
 from transformers.models.llama import modeling_llama
 
 import hf_attn_patch
-from hf_attn_patch.attn import dispatch, ladder
+from hf_attn_patch.attn import ladder, plan
 from hf_attn_patch.cache import beginnings
 from hf_attn_patch.compat.calls import generate_keyword
 from hf_attn_patch.decoding import cuda_graphs as graphs
@@ -49,9 +49,9 @@ def written(monkeypatch: pytest.MonkeyPatch) -> Iterator[Written]:
     monkeypatch.setattr(step, "SHORT", 0)
     monkeypatch.setattr("hf_attn_patch.decoding.generating.SHORT", 0)
     monkeypatch.setattr(ladder, "_CPU", ("triton_decode", *(n for n in ladder._CPU if n != "triton_decode")))
-    dispatch.forget()
+    plan.forget()
     yield count
-    dispatch.forget()
+    plan.forget()
 
 
 def llama(**others: Any) -> Any:

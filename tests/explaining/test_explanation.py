@@ -22,6 +22,7 @@ from zoo_cases import BY_NAME
 import hf_attn_patch
 from hf_attn_patch import AttentionError, explain
 from hf_attn_patch.attn import dispatch, plan
+from hf_attn_patch.attn.backends import registry
 
 
 @contextmanager
@@ -29,8 +30,8 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Any, str]]]
     """(request, backend) of every call that real tensors make, as the backends themselves see them."""
     seen: list[tuple[Any, str]] = []
     with monkeypatch.context() as patch:
-        for name in dispatch.BACKENDS:
-            module = dispatch.backend(name)
+        for name in registry.BACKENDS:
+            module = registry.backend(name)
 
             def run(*args: Any, name: str = name, run: Any = module.run) -> Any:  # q, k, v, request, operands
                 seen.append((args[3], name))
@@ -39,9 +40,9 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Any, str]]]
             patch.setattr(module, "run", run)
             if hasattr(module, "shorter"):
                 patch.setattr(module, "shorter", lambda request, layout: None)
-        dispatch.forget()
+        plan.forget()
         yield seen
-    dispatch.forget()
+    plan.forget()
 
 
 def asked(explanation: Any) -> Counter[Any]:
@@ -192,7 +193,7 @@ def test_nothing_is_changed_and_nothing_is_left() -> None:
     before = {name: (t.data_ptr(), t._version, t.clone()) for name, t in model.state_dict(keep_vars=True).items()}
     modes = [m.training for m in model.modules()]
     configured = model.config.to_dict()
-    dispatch.forget()
+    plan.forget()
     draws = torch.get_rng_state(), random.getstate(), _numpy_state().copy()
     for training in (False, True):
         explain(model, training=training, padded=True, kv_len=40)

@@ -12,7 +12,8 @@ import pytest
 import torch
 from conformance import assert_conforms
 
-from hf_attn_patch.attn.dispatch import BACKENDS, attend, backend
+from hf_attn_patch.attn.backends.registry import BACKENDS, backend
+from hf_attn_patch.attn.dispatch import attend
 from hf_attn_patch.attn.visibility import Dense, Padded, Visibility, full, packed
 from hf_attn_patch.errors import AttentionError
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from conformance import assert_conforms
 
-from hf_attn_patch.attn.dispatch import BACKENDS, attend
+from hf_attn_patch.attn.backends.registry import BACKENDS
+from hf_attn_patch.attn.dispatch import attend
 from hf_attn_patch.attn.visibility import full
 from hf_attn_patch.errors import AttentionError
 

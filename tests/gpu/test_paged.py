@@ -8,7 +8,7 @@ from conformance import assert_conforms
 from paged_requests import PagedRequests
 
 from hf_attn_patch import attention, attention_varlen
-from hf_attn_patch.attn.dispatch import BACKENDS
+from hf_attn_patch.attn.backends.registry import BACKENDS
 from hf_attn_patch.errors import AttentionError
 from hf_attn_patch.hf.paged_decode import paged_decode
 

@@ -11,7 +11,8 @@ import torch
 pytest.importorskip("triton")
 
 from hf_attn_patch.attn.backends import triton_decode
-from hf_attn_patch.attn.dispatch import attend, forget
+from hf_attn_patch.attn.dispatch import attend
+from hf_attn_patch.attn.plan import forget
 from hf_attn_patch.attn.visibility import full
 
 DEVICE = interpreter.DEVICE
