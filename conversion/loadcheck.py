@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from hf_attn_patch.compat.transformers import auto_model_classes, classes_of
-from hf_attn_patch.errors import ConversionError
+from hf_attn_patch.errors import ConversionError, one_line
 
 from .checkpoints.dtypes import torch_dtype
 from .families.config import architectures
@@ -52,7 +52,7 @@ def _check(raw: Mapping[str, Any], tensors: Mapping[str, tuple[str, tuple[int, .
     try:
         config = config_object(raw)
     except Exception as error:  # the classes validate by many exception types of their own
-        text = " ".join(str(error).split())[:300]
+        text = one_line(error)
         raise ConversionError(f"config.json of {what} is no valid {raw.get('model_type')} config: {text}") from None
     model_class = model_class_of(raw, config)
     if model_class is None:
@@ -78,9 +78,8 @@ def _check(raw: Mapping[str, Any], tensors: Mapping[str, tuple[str, tuple[int, .
         except ConversionError:
             raise
         except Exception as error:  # whatever a model's constructor refuses a config with
-            text = " ".join(str(error).split())[:300]
             raise ConversionError(
-                f"transformers cannot build {model_class.__name__} from config.json: {text}"
+                f"transformers cannot build {model_class.__name__} from config.json: {one_line(error)}"
             ) from None
     optional = "pooler" if _pooler_is_optional(model_class) else None
     for name in sorted(n for n in info["missing_keys"] if optional not in n.split(".")):

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from hf_attn_patch.documents.bars import no_progress
-from hf_attn_patch.errors import ConversionError, HFAttnError, sentence_of
+from hf_attn_patch.errors import ConversionError, HFAttnError, one_line, sentence_of
 
 #: how long a process waits for one that does not answer; one that was killed is noticed at once. Long, because the
 #: main one copies what is no attention meanwhile
@@ -293,7 +293,7 @@ def _tell(processes: Several, error: Exception) -> None:
     if processes.lost:
         return
     known = sentence_of(error)
-    sentence = known or f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    sentence = known or f"{type(error).__name__}: {one_line(error)}"
     try:
         processes.meet(sentence if processes.main else f"process {processes.number}: {sentence}")
     except LostProcessError:

@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from hf_attn_patch.errors import ConversionError
+from hf_attn_patch.errors import ConversionError, one_line
 
 from .checkpoints.hub import fetched
 from .checkpoints.reader import companions_of, inside
@@ -131,8 +131,7 @@ def _loaded(folder: Path, gguf: str | None) -> Any:
             if method in AFTERWARDS:
                 model = model.dequantize()
         except Exception as error:  # whatever the many formats' packages and devices refuse it with
-            text = " ".join(str(error).split())[:300]
-            raise ConversionError(f"{where} ({method}) cannot be unpacked here: {text}") from None
+            raise ConversionError(f"{where} ({method}) cannot be unpacked here: {one_line(error)}") from None
     for name, parameter in model.named_parameters():
         if not parameter.is_floating_point() or parameter.element_size() < 2:
             stays = str(parameter.dtype).removeprefix("torch.")
@@ -162,8 +161,7 @@ def _unpacking(raw: dict[str, Any], where: Path) -> tuple[str, Any]:
     try:
         return method, AutoQuantizationConfig.from_dict({**how, "dequantize": True})
     except Exception as error:  # the formats' classes check their options by exceptions of their own
-        text = " ".join(str(error).split())[:300]
-        raise ConversionError(f"{where} has no valid quantization_config: {text}") from None
+        raise ConversionError(f"{where} has no valid quantization_config: {one_line(error)}") from None
 
 
 def _gguf_config() -> Any:
@@ -211,7 +209,7 @@ def _write_tokenizer(folder: Path, gguf: str, target: Path) -> None:
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf, trust_remote_code=False)
         except Exception as error:  # a tokenizer that transformers has no converter for
-            text = " ".join(str(error).split())[:200]
+            text = one_line(error)
             warnings.warn(
                 f"{folder / gguf}: transformers cannot read its tokenizer ({type(error).__name__}: {text}), so the "
                 "result has none: put the tokenizer's files beside it",

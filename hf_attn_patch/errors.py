@@ -49,6 +49,15 @@ class TrainingError(HFAttnError, ValueError):
     """The run cannot start, or cannot go on, for a reason that its owner can change."""
 
 
+def one_line(error: object) -> str:
+    """What another package's error says, for one of our sentences: on one line, 300 characters at most.
+
+    >>> one_line(ValueError("no such file\\n  and a long story"))
+    'no such file and a long story'
+    """
+    return " ".join(str(error).split())[:300]
+
+
 def sentence_of(error: Exception) -> str | None:
     """What to tell of an error that a user, the disk or a lack of memory caused; None for a fault of ours.
 

@@ -22,13 +22,13 @@ from torch import Tensor, nn
 
 from hf_attn_patch.conversion.families.head_layouts import AttentionWeights
 from hf_attn_patch.conversion.methods.aligned import Aligned
-from hf_attn_patch.conversion.methods.apply import from_heads, to_heads
+from hf_attn_patch.conversion.methods.apply import from_heads
 from hf_attn_patch.conversion.plan_data import Plan, Unit
 from hf_attn_patch.conversion.processes import current
 from hf_attn_patch.documents.bars import progress_bar
 from hf_attn_patch.errors import ConversionError
 
-from .joined import heads_of, of_main
+from .joined import heads_of, merged_by
 from .layers import Block, LayerStack, called, caller, sides
 from .moments import Moments
 from .refit import LayerFunction, RefitRecipe, Rows, TwoStreams
@@ -287,17 +287,7 @@ class Calibrated:
             )
 
     def _merge(self, unit: Unit, moments: Moments) -> AttentionWeights:
-        prefix = unit.layer.prefix
-        for key, (moment, note) in zip((prefix, (prefix, "memory")), moments.results(), strict=False):
-            if note:
-                self.record["notes"].append(f"{prefix.rstrip('.')}: {note}")
-            if moment is not None:
-                self.aligned.moments[key] = moment
-        weights = to_heads(unit, {name: self.plan.source.read(name) for name in unit.reads})
-        merged = of_main(self.aligned(weights.on(self.device)))
-        for key in (prefix, (prefix, "memory")):
-            self.aligned.moments.pop(key, None)
-        return merged.on("cpu")
+        return merged_by(self.aligned, self.plan, unit, moments, self.device, self.record["notes"])
 
     def _student(
         self, block: Block, truth: nn.Module, units: list[tuple[Unit, str]], merged: list[AttentionWeights]

@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from hf_attn_patch.compat.torch import own_tensors
 from hf_attn_patch.conversion.families.head_layouts import AttentionWeights
+from hf_attn_patch.conversion.methods.aligned import Aligned
 from hf_attn_patch.conversion.methods.apply import from_heads, to_heads
 from hf_attn_patch.conversion.plan_data import Plan, Unit
 from hf_attn_patch.conversion.processes import current
 
 from .layers import attention_name, meta_model
+from .moments import Moments
 
 
 def joined(plan: Plan, original: Any, merged: Mapping[str, AttentionWeights]) -> tuple[Any, dict[str, nn.Parameter]]:
@@ -91,6 +93,24 @@ def polished(
         return merged
     record["held_out"] |= after
     return {unit.layer.prefix: heads_of(unit, own, merged[unit.layer.prefix]) for unit in plan.units}
+
+
+def merged_by(
+    aligned: Aligned, plan: Plan, unit: Unit, moments: Moments, device: torch.device, notes: list[str]
+) -> AttentionWeights:
+    """A unit's heads, merged on ``device`` by the moments of what its attention reads, on the CPU; ``notes`` are told
+    what had to be done to these."""
+    prefix = unit.layer.prefix
+    for key, (moment, note) in zip((prefix, (prefix, "memory")), moments.results(), strict=False):
+        if note:
+            notes.append(f"{prefix.rstrip('.')}: {note}")
+        if moment is not None:
+            aligned.moments[key] = moment
+    weights = to_heads(unit, {name: plan.source.read(name) for name in unit.reads})
+    merged = of_main(aligned(weights.on(device)))
+    for key in (prefix, (prefix, "memory")):
+        aligned.moments.pop(key, None)
+    return merged.on("cpu")
 
 
 def of_main(weights: AttentionWeights) -> AttentionWeights:

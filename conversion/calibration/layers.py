@@ -18,7 +18,7 @@ from hf_attn_patch.conversion.families.layer import LayerAttention
 from hf_attn_patch.conversion.families.layer_config import config_object
 from hf_attn_patch.conversion.loadcheck import model_class_of, quiet
 from hf_attn_patch.conversion.plan_data import Plan
-from hf_attn_patch.errors import ConversionError
+from hf_attn_patch.errors import ConversionError, one_line
 
 from .refit import Arguments, Rows, layer_inputs, run_layer
 
@@ -121,7 +121,7 @@ def caller(arguments: Arguments, device: torch.device, memory: Tensor | None) ->
         except torch.OutOfMemoryError:
             raise
         except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
-            text = " ".join(str(error).split())[:150]
+            text = one_line(error)
             raise ConversionError(
                 f"{type(layer).__name__} cannot be run by itself ({text}), so this model cannot be calibrated layer by "
                 "layer: --no-refit --polish TOKENS takes a causal language model as a whole, --method aligned needs no "
@@ -302,8 +302,7 @@ def load(plan: Plan, *, on_text: bool = True) -> Any:
         try:
             model = model_class.from_pretrained(plan.source.folder, config=config, dtype="auto")
         except Exception as error:  # whatever a model's constructor refuses
-            text = " ".join(str(error).split())[:300]
-            raise ConversionError(f"{plan.source.name} cannot be loaded for calibration: {text}") from None
+            raise ConversionError(f"{plan.source.name} cannot be loaded for calibration: {one_line(error)}") from None
     if on_text and model.main_input_name != "input_ids" and plan.family.reads == "text":
         raise ConversionError(f"{plan.model_type} reads {model.main_input_name}, no text; use --method aligned")
     model.config.use_cache = False

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from hf_attn_patch.conversion.families.layer import LayerAttention, attribute
 from hf_attn_patch.conversion.methods.aligned import Aligned
-from hf_attn_patch.errors import ConversionError
+from hf_attn_patch.errors import ConversionError, one_line
 
 from .layers import load, readers
 from .moments import Sum
@@ -108,7 +108,7 @@ def _run(plan: Plan, model: Any) -> None:
     given = noise(plan, model)
     if plan.text_config is not plan.config and model.main_input_name != "input_ids":
         body, given = _alone(plan, model, given)
-    _call(body, given)
+    send(body, given, "random inputs")
 
 
 @torch.no_grad()
@@ -118,16 +118,21 @@ def _run_parts(plan: Plan, model: Any, read: dict[str, list[Tensor]]) -> None:
     for name in sorted({stack.part for stack in stacks} - {""}):
         config = attribute(model.config, name)
         part = next(m for m in model.modules() if isinstance(m, PreTrainedModel) and m.config is config)
-        _call(part, {"input_ids": _ids(config, ROWS, torch.Generator().manual_seed(plan.seed))})
+        ids = _ids(config, ROWS, torch.Generator().manual_seed(plan.seed))
+        send(part, {"input_ids": ids}, "random inputs")
 
 
-def _call(body: Any, given: dict[str, Tensor]) -> None:
+def send(body: Any, given: dict[str, Tensor], what: str) -> None:
+    """Run ``body``, a model or a part of one, on ``what`` is given.
+
+    Raises:
+        ConversionError: the model's own code cannot.
+    """
     try:
         body(**given)
-    except Exception as error:  # a model's own code, on inputs that it may not know
-        text = " ".join(str(error).split())[:160]
-        what = f"{type(body).__name__} cannot run on random inputs"
-        raise ConversionError(f"{what} ({type(error).__name__}: {text})") from None
+    except Exception as error:
+        said = f"{type(error).__name__}: {one_line(error)}"
+        raise ConversionError(f"{type(body).__name__} cannot run on {what} ({said})") from None
 
 
 def _ids(text: Any, rows: int, draw: torch.Generator) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hf_attn_patch.documents.bars import progress_bar
-from hf_attn_patch.errors import ConversionError
+from hf_attn_patch.errors import ConversionError, one_line
 
 #: sequences that are written at a time
 MOST_ROWS = 1024
@@ -64,7 +64,7 @@ def _write(model: Any, rows: int, length: int, draw: torch.Generator, written: C
         try:
             said = model(input_ids=out[:, step - 1 : step], **given).logits[:, -1]
         except Exception as error:  # a model's own code, on a cache that it may not know
-            text = " ".join(str(error).split())[:160]
+            text = one_line(error)
             raise ConversionError(
                 f"{type(model).__name__} cannot write its own calibration text ({type(error).__name__}: {text}); give"
                 " --calibrate TEXT"

@@ -14,16 +14,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from hf_attn_patch.conversion.methods.aligned import Aligned
 from hf_attn_patch.conversion.plan_data import Plan
+from hf_attn_patch.documents.bars import progress_bar
 from hf_attn_patch.documents.pictures import Picture, pictures
-from hf_attn_patch.errors import ConversionError, TrainingError
+from hf_attn_patch.errors import ConversionError, TrainingError, one_line
 
 from .gather import parse_sources
 from .layers import load, readers
-from .meaningless import noise
+from .meaningless import noise, send
 from .moments import Sum
 from .samples import Samples
 from .text import tokenizer_of
@@ -45,14 +45,15 @@ def seen(plan: Plan, calibrate: str, count: int | None, *, group: str | None, de
     merge = Aligned(plan, group or "adjacent")
     found, parts = _found(plan, calibrate, count)
     model = load(plan).to(device)
-    reads = [(unit, [Sum() for _ in readers(model, plan, unit.layer)]) for unit in plan.units]
+    reads = [(unit, Sum()) for unit in plan.units]
     with contextlib.ExitStack() as stack, torch.no_grad():
-        for unit, sums in reads:
-            for module, total in zip(readers(model, plan, unit.layer), sums, strict=True):
-                stack.callback(module.register_forward_pre_hook(total.add).remove)
-        for batch in tqdm(_batches(plan, model, found), desc="calibrating", unit="batch", disable=None):
-            _run(model, batch)
-    for unit, (total, *_) in reads:
+        for unit, total in reads:
+            hook = readers(model, plan, unit.layer)[0].register_forward_pre_hook(total.add)
+            stack.callback(hook.remove)
+        body = getattr(model, model.base_model_prefix, model)
+        for batch in progress_bar(_batches(plan, model, found), desc="calibrating", unit="batch"):
+            send(body, batch, "the pictures")
+    for unit, total in reads:
         moment, note = total.result()
         if note:
             merge.record["notes"].append(f"{unit.layer.prefix.rstrip('.')}: {note}")
@@ -149,9 +150,8 @@ def processor_of(plan: Plan) -> Any:
             found = getattr(transformers, f"{name}Pil", None) or getattr(transformers, name)
             return found.from_pretrained(folder)
     except (OSError, ValueError, ImportError, AttributeError) as error:
-        text = " ".join(str(error).split())[:160]
         raise ConversionError(
-            f"--calibrate: {plan.source.name} has no image processor that can be loaded ({text}); put"
+            f"--calibrate: {plan.source.name} has no image processor that can be loaded ({one_line(error)}); put"
             " preprocessor_config.json beside the weights"
         ) from None
 
@@ -164,13 +164,3 @@ def _captions(plan: Plan, texts: list[str]) -> Tensor | None:
     rows = [tokenizer(text, truncation=True, max_length=most)["input_ids"] for text in texts]
     length = min(map(len, rows))
     return torch.tensor([row[:length] for row in rows])
-
-
-def _run(model: Any, given: dict[str, Tensor]) -> None:
-    body = getattr(model, model.base_model_prefix, model)
-    try:
-        body(**given)
-    except Exception as error:  # a model's own code, on what its own processor made
-        text = " ".join(str(error).split())[:160]
-        what = f"{type(model).__name__} cannot run on the pictures"
-        raise ConversionError(f"{what} ({type(error).__name__}: {text})") from None

@@ -17,7 +17,7 @@ from hf_attn_patch.documents.bars import progress_bar
 from hf_attn_patch.documents.paths import user_path
 from hf_attn_patch.documents.positions import positions_of
 from hf_attn_patch.documents.tokenizers import load_tokenizer
-from hf_attn_patch.errors import ConversionError, TrainingError
+from hf_attn_patch.errors import ConversionError, TrainingError, one_line
 
 from .installed import installed_documents
 
@@ -74,7 +74,7 @@ def documents(source: str, seed: int) -> Iterator[str]:
         except TrainingError as error:
             raise ConversionError(f"--calibrate: {error}") from None
         except Exception as error:  # a table or a data set that is broken in any way
-            text = " ".join(str(error).split())[:200]
+            text = one_line(error)
             raise ConversionError(f"--calibrate {source} cannot be read: {type(error).__name__}: {text}") from None
 
 

@@ -16,15 +16,14 @@ from torch import Tensor, nn
 
 from hf_attn_patch.conversion.families.head_layouts import AttentionWeights
 from hf_attn_patch.conversion.methods.aligned import Aligned
-from hf_attn_patch.conversion.methods.apply import to_heads
-from hf_attn_patch.conversion.plan_data import Plan, Unit
+from hf_attn_patch.conversion.plan_data import Plan
 from hf_attn_patch.conversion.processes import current
 from hf_attn_patch.documents.bars import progress_bar
 from hf_attn_patch.documents.positions import positions_of
 from hf_attn_patch.errors import ConversionError
 
 from .copies import LONGEST, joined_rows, with_copies
-from .joined import joined, of_main, polished
+from .joined import joined, merged_by, polished
 from .layers import attention_name, layer_name
 from .moments import Moments
 from .polish import PolishRecipe, Speaker, losses, polish
@@ -129,19 +128,9 @@ class Whole:
         merged = {}
         pairs = list(zip(self.plan.units, taken, strict=True))
         for unit, moments in progress_bar(pairs, desc="merging", unit="layer"):
-            merged[unit.layer.prefix] = self._merge(unit, moments)
-        return merged
-
-    def _merge(self, unit: Unit, moments: Moments) -> AttentionWeights:
-        prefix = unit.layer.prefix
-        ((moment, note),) = moments.results()
-        if note:
-            self.record["notes"].append(f"{prefix.rstrip('.')}: {note}")
-        if moment is not None:
-            self.aligned.moments[prefix] = moment
-        weights = to_heads(unit, {name: self.plan.source.read(name) for name in unit.reads})
-        merged = of_main(self.aligned(weights.on(self.original.device))).on("cpu")
-        self.aligned.moments.pop(prefix, None)
+            merged[unit.layer.prefix] = merged_by(
+                self.aligned, self.plan, unit, moments, model.device, self.record["notes"]
+            )
         return merged
 
 

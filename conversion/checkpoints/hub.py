@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from hf_attn_patch.documents.paths import user_path
-from hf_attn_patch.errors import ConversionError
+from hf_attn_patch.errors import ConversionError, one_line
 
 from .reader import COMPANION_NAMES, COMPANION_SUFFIXES, PICKLE_SINGLE, Source, no_reading_errors, open_source
 
@@ -75,12 +75,8 @@ def _download(repo_id: str, revision: str | None, more: tuple[str, ...]) -> Path
             (errors.RevisionNotFoundError, f"it has no revision {revision!r}"),
             (errors.LocalEntryNotFoundError, "the hub cannot be reached, and it is not in the cache"),
         ]
-        reason = next((text for kind, text in reasons if isinstance(error, kind)), _short(error))
+        reason = next((text for kind, text in reasons if isinstance(error, kind)), one_line(error))
         raise ConversionError(f"{repo_id} is neither a folder nor can it be fetched from the hub: {reason}") from None
-
-
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
 
 
 def check_repo_id(repo_id: str) -> None:
@@ -95,7 +91,7 @@ def check_repo_id(repo_id: str) -> None:
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise ConversionError(f"--push-to-hub {repo_id}: {_short(error)}") from None
+        raise ConversionError(f"--push-to-hub {repo_id}: {one_line(error)}") from None
 
 
 def push(folder: Path, repo_id: str, *, private: bool = False) -> str:
@@ -109,4 +105,6 @@ def push(folder: Path, repo_id: str, *, private: bool = False) -> str:
         api.upload_folder(repo_id=url.repo_id, folder_path=folder, commit_message="Upload converted checkpoint")
         return str(url)
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
-        raise ConversionError(f"{folder} is converted, but could not be pushed to {repo_id}: {_short(error)}") from None
+        raise ConversionError(
+            f"{folder} is converted, but could not be pushed to {repo_id}: {one_line(error)}"
+        ) from None

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from hf_attn_patch.documents.stranger_json import check_config_limits
-from hf_attn_patch.errors import ConversionError
+from hf_attn_patch.errors import ConversionError, one_line
 from hf_attn_patch.hf.auto_classes import PREFIX
 
 from .kv_field import KVField
@@ -286,5 +286,4 @@ def _config_object(raw: dict[str, Any], model_type: str, where: str) -> Any:
     try:
         return config_object(raw)
     except Exception as error:  # the classes validate by many exception types of their own
-        text = " ".join(str(error).split())
-        raise ConversionError(f"{where} is no valid {model_type} config: {text[:300]}") from None
+        raise ConversionError(f"{where} is no valid {model_type} config: {one_line(error)}") from None

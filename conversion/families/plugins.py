@@ -22,7 +22,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from hf_attn_patch.errors import ConversionError
+from hf_attn_patch.errors import ConversionError, one_line
 
 from .family import Family
 
@@ -39,10 +39,9 @@ def add_entry_points(register: Register) -> None:
             _add(point.load(), register, point.value)
         except Exception as error:  # whatever somebody else's module raises
             package = point.dist.name if point.dist else "an installed package"
-            text = " ".join(str(error).split())[:200]
             warnings.warn(
                 f"the families of {package} ({GROUP}: {point.name} = {point.value}) are not known here, because that "
-                f"raises {type(error).__name__}: {text}",
+                f"raises {type(error).__name__}: {one_line(error)}",
                 stacklevel=2,
             )
 
@@ -72,8 +71,7 @@ def add_module(name: str, register: Register) -> None:
     except ConversionError:
         raise
     except Exception as error:  # whatever somebody else's module raises
-        text = " ".join(str(error).split())[:200]
-        raise ConversionError(f"--register {name} raises {type(error).__name__}: {text}") from error
+        raise ConversionError(f"--register {name} raises {type(error).__name__}: {one_line(error)}") from error
 
 
 def _add(value: Any, register: Register, where: str) -> None:

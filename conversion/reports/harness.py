@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from hf_attn_patch.documents.paths import user_path
-from hf_attn_patch.errors import ConversionError
+from hf_attn_patch.errors import ConversionError, one_line
 
 #: requests at a time
 BATCH = 8
@@ -73,6 +73,5 @@ def run_lm_eval(model: Any, tokenizer: Any, tasks: str) -> dict[str, dict[str, f
             model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH), tasks=names, task_manager=manager
         )
     except (KeyError, ValueError, OSError) as error:  # an unknown task, a data set that is not there
-        text = " ".join(str(error).split())[:300]
-        raise ConversionError(f"--lm-eval {tasks}: {type(error).__name__}: {text}") from None
+        raise ConversionError(f"--lm-eval {tasks}: {type(error).__name__}: {one_line(error)}") from None
     return {task: {k: float(v) for k, v in r.items() if isinstance(v, float)} for task, r in found["results"].items()}

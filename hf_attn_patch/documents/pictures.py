@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from hf_attn_patch.errors import TrainingError
+from hf_attn_patch.errors import TrainingError, one_line
 
 from .media import Kind, found_in
 
@@ -50,4 +50,4 @@ def _decoded(file: Any, name: str) -> Any:
         with Image.open(file) as image:
             return image.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: of broken PNGs
-        raise TrainingError(f"{name} cannot be read as a picture: {' '.join(str(error).split())[:160]}") from None
+        raise TrainingError(f"{name} cannot be read as a picture: {one_line(error)}") from None

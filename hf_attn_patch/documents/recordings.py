@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_attn_patch.errors import TrainingError
+from hf_attn_patch.errors import TrainingError, one_line
 
 from .media import Kind, found_in
 
@@ -64,7 +64,7 @@ def _decoded(file: Any, name: str) -> tuple[Tensor, int]:
     try:
         wave, rate = soundfile.read(file, dtype="float32", always_2d=True)
     except (RuntimeError, OSError) as error:  # soundfile's own are RuntimeErrors
-        raise TrainingError(f"{name} cannot be read as sound: {' '.join(str(error).split())[:160]}") from None
+        raise TrainingError(f"{name} cannot be read as sound: {one_line(error)}") from None
     return torch.from_numpy(wave).mean(1), int(rate)
 
 

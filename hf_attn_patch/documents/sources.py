@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hf_attn_patch.documents.paths import files_below, user_path
-from hf_attn_patch.errors import TrainingError
+from hf_attn_patch.errors import TrainingError, one_line
 
 from .bars import no_progress_bars
 
@@ -86,7 +86,7 @@ def open_documents(
                 kind, data_files=[str(f) for f in files], split="train", streaming=True, **options
             )
         except Exception as error:  # of pyarrow, say
-            reason = " ".join(str(error).split())
+            reason = one_line(error)
             raise TrainingError(f"{name} can't be read as {kind} ({type(error).__name__}: {reason})") from error
     else:
         if not path.exists() and (name.startswith((".", "/", "~")) or _suffix(path) in TEXT_SUFFIXES | set(TABLES)):

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, NoReturn
 
 from hf_attn_patch.compat.python import actions_of
-from hf_attn_patch.errors import TrainingError
+from hf_attn_patch.errors import TrainingError, one_line
 
 from .loop.schedule import Count, token_budget
 
@@ -213,7 +213,7 @@ def yaml_arguments(path: str) -> list[str]:
         with open(path, encoding="utf-8") as file:
             found = yaml.safe_load(file) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise TrainingError(f"--config {path} can't be read: {' '.join(str(error).split())}") from error
+        raise TrainingError(f"--config {path} can't be read: {one_line(error)}") from error
     if not isinstance(found, dict):
         raise TrainingError(f"--config {path} is no list of options: each line is NAME: VALUE")
     given = {str(name).replace("-", "_"): value for name, value in found.items()}

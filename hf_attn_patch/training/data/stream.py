@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from hf_attn_patch.documents.sources import EmptyRecords, take_fields
-from hf_attn_patch.errors import TrainingError
+from hf_attn_patch.errors import TrainingError, one_line
 
 logger = logging.getLogger("hf_attn_patch")
 
@@ -131,7 +131,7 @@ class TokenStream:
         try:
             return list(itertools.islice(records, BLOCK))
         except Exception as error:  # of datasets, pyarrow, a network: all mean the same to the user
-            reason = " ".join(str(error).split())
+            reason = one_line(error)
             raise TrainingError(f"{self.name} can't be read to its end ({type(error).__name__}: {reason})") from error
 
     def _block(self, records: list[dict[str, Any]], place: Position, skip: int, offset: int) -> Iterator[Document]:

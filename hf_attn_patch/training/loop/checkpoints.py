@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hf_attn_patch.errors import TrainingError
+from hf_attn_patch.errors import TrainingError, one_line
 from hf_attn_patch.training.data.stream import Position
 
 STATE = "trainer_state.json"
@@ -161,7 +161,7 @@ def load_checkpoint(accelerator: Any, folder: Path, settings: dict[str, Any]) ->
     except Exception as error:  # of json, torch, safetensors or the operating system
         before = f"goes on from {found[-2].name}" if len(found) > 1 else "starts anew"
         raise TrainingError(
-            f"{found[-1]} can't be loaded ({type(error).__name__}: {' '.join(str(error).split())[:200]}); without that "
+            f"{found[-1]} can't be loaded ({type(error).__name__}: {one_line(error)}); without that "
             f"folder, --resume {before}"
         ) from error
     return progress
