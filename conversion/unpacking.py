@@ -17,6 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from hf_attn_patch.documents.paths import user_path
 from hf_attn_patch.errors import ConversionError, one_line
 
 from .checkpoints.hub import fetched
@@ -47,7 +48,7 @@ def dequantized(src: str | os.PathLike[str], beside: Path, *, revision: str | No
     if not processes.main:
         yield Path(processes.everybody(None)[0])
         return
-    parent = beside.expanduser().absolute().parent
+    parent = user_path(beside).absolute().parent
     parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{beside.name}.plain-", dir=parent) as folder:
         dequantize(src, folder, revision=revision)
@@ -64,7 +65,7 @@ def dequantize(src: str | os.PathLike[str], dst: str | os.PathLike[str], *, revi
         ConversionError: as :func:`dequantized`.
     """
     folder, gguf = _source(src, revision)
-    target = Path(dst).expanduser()
+    target = user_path(dst)
     if target.exists() and any(target.iterdir()):
         raise ConversionError(f"{target} is not empty")
     target.mkdir(parents=True, exist_ok=True)
@@ -80,7 +81,7 @@ def dequantize(src: str | os.PathLike[str], dst: str | os.PathLike[str], *, revi
 
 def _source(src: str | os.PathLike[str], revision: str | None) -> tuple[Path, str | None]:
     """The folder of a checkpoint, and the name of the GGUF file in it that is meant."""
-    path = Path(src).expanduser()
+    path = user_path(src)
     if path.is_file():
         with open(path, "rb") as file:
             start = file.read(4)

@@ -18,10 +18,10 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable
 from importlib.metadata import entry_points
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from hf_attn_patch.documents.paths import user_path
 from hf_attn_patch.errors import ConversionError, one_line
 
 from .family import Family
@@ -52,7 +52,7 @@ def add_module(name: str, register: Register) -> None:
     Raises:
         ConversionError: there is none, or it raises.
     """
-    path = Path(name).expanduser()
+    path = user_path(name)
     try:
         if path.suffix == ".py":
             if not path.is_file():

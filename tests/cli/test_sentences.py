@@ -52,9 +52,24 @@ def test_places_that_cannot_be_looked_at(name: str, tmp_path: Path, monkeypatch:
     monkeypatch.chdir(tmp_path)
     os.symlink("loop", "loop")
     (tmp_path / "~nobody-of-that-name" / "x").mkdir(parents=True)
-    for command in (("convert", name, "dst", "--kv-heads", "2"), ("inspect", name), ("verify", "src", name)):
+    convert = "convert", name, "dst", "--kv-heads", "2"
+    for command in (convert, (*convert, "--dequantize"), ("inspect", name), ("verify", "src", name)):
         done = run(*command)
         assert done.exit_code == 2 and "cannot be used: " in done.stderr, done.output
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (("convert", "~nobody/x", "dst", "--kv-heads", "2", "--dequantize"), "~nobody/x is no folder"),
+        (("inspect", "src", "--register", "~nobody/rows.py"), "--register ~nobody/rows.py: there is no such file"),
+    ],
+)
+def test_homes_of_nobody(command: tuple[str, ...], words: str) -> None:
+    from refusals import run
+
+    done = run(*command)
+    assert (done.exit_code, done.stderr) == (2, f"Error: {words}\n")
 
 
 def test_many_calibration_texts_are_no_long_path() -> None:
