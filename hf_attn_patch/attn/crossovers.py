@@ -93,7 +93,7 @@ def tuning_file(gpu: str) -> Path:
     """Where the numbers of a GPU are kept: ``$HF_ATTN_TUNING``, or a file named after it in the user's cache folder."""
     if named := os.environ.get("HF_ATTN_TUNING"):
         return Path(named)
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))  # a user may have no home
     return cache / "hf_attn_patch" / f"crossovers-{re.sub(r'[^A-Za-z0-9]+', '-', gpu)}.json"
 
 

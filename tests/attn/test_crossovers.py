@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import pwd
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,15 @@ def test_each_gpu_has_its_own_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert tuning_file(GPU) == Path("/elsewhere.json")
 
 
+def test_a_user_without_a_home_has_no_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A container's user whom /etc/passwd does not know: attention asks for the file at each new kind of call."""
+    for name in ("HF_ATTN_TUNING", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", dict[int, Any]().__getitem__)
+    monkeypatch.chdir(tmp_path)
+    assert not tuning_file(GPU).exists()
+
+
 def test_the_file_of_this_gpu_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HF_ATTN_TUNING", str(tmp_path / "numbers.json"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -73,7 +83,6 @@ def test_the_file_of_this_gpu_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     crossovers._of_this_machine.cache_clear()
     try:
         assert crossovers.crossovers() == SHIPPED
-        crossovers._of_this_machine.cache_clear()
         write(tmp_path / "numbers.json", GPU, Crossovers(1, 2, 3))
         assert crossovers.crossovers() == Crossovers(1, 2, 3)
     finally:
