@@ -6,7 +6,6 @@ import copy
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from hf_attn_patch.conversion.plan_data import Plan
 from hf_attn_patch.errors import ConversionError
@@ -16,7 +15,7 @@ from .own_pairs import own_pairs, read_by_encoder
 from .pairs import text_pairs
 from .samples import IGNORE, Samples
 from .sound import sound_samples
-from .text import longest, tokenizer_of
+from .text import longest, refuse_unknown_ids, tokenizer_of
 
 #: tokens of a sequence at most, where nothing else is asked for
 LENGTH, PAIR_LENGTH, ENCODER_LENGTH = 1024, 512, 128
@@ -60,7 +59,7 @@ def text_samples(
         longest=longest(plan, PAIR_LENGTH if both else LENGTH if causal else ENCODER_LENGTH, length),
         whole=not causal, device=device,
     )  # fmt: skip
-    _refuse_unknown(plan, original, ids)
+    refuse_unknown_ids(plan.source.name, original, ids)
     if not both:
         return Samples([ids], about, notes)
     encoder, decoder, about["pairs"] = text_pairs(ids, tokenizer, plan.config)
@@ -75,13 +74,8 @@ def _own_pairs(
     tokenizer = tokenizer_of(plan) if texts else None
     most = longest(plan, ENCODER_LENGTH if texts else OWN_LENGTH, length)
     read, about, notes = read_by_encoder(plan, tokenizer, calibrate, tokens=tokens, length=length, longest=most)
-    _refuse_unknown(plan, original, read)
+    refuse_unknown_ids(plan.source.name, original, read)
     writer = original if original.device == device else copy.deepcopy(original).to(device)
     samples = own_pairs(plan, writer, read, most if length is None else length, about)
     samples.notes += notes
     return samples
-
-
-def _refuse_unknown(plan: Plan, original: Any, ids: Tensor) -> None:
-    if int(ids.max()) >= original.get_input_embeddings().num_embeddings:
-        raise ConversionError(f"{plan.source.name}: its tokenizer has ids that the model has no embedding for")

@@ -234,6 +234,16 @@ def tokenizer_of(plan: Plan) -> Any:
         raise ConversionError(f"--calibrate: {error}; put the tokenizer's files beside the weights") from None
 
 
+def refuse_unknown_ids(name: str, model: Any, ids: Tensor) -> None:
+    """See that a model has an embedding for all ``ids`` of its tokenizer, of any shape.
+
+    Raises:
+        ConversionError: it has not.
+    """
+    if ids.numel() and int(ids.max()) >= model.get_input_embeddings().num_embeddings:
+        raise ConversionError(f"{name}: its tokenizer has ids that the model has no embedding for")
+
+
 def longest(plan: Plan, at_most: int, asked: int | None = None) -> int:
     """Tokens of a calibration sequence: what the model can read, and no more than ``at_most``.
 

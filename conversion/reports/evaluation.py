@@ -174,7 +174,7 @@ def evaluate(
     Raises:
         ConversionError: a model or the text is missing or unfit.
     """
-    from hf_attn_patch.conversion.calibration.text import documents
+    from hf_attn_patch.conversion.calibration.text import documents, refuse_unknown_ids
 
     if lm_eval:
         import_lm_eval()
@@ -197,8 +197,7 @@ def evaluate(
         except TrainingError as error:
             raise ConversionError(str(error).replace("the teacher", "the source")) from None
         ids = text_ids(tokenizer, content, tokens)
-        if len(ids) and int(ids.max()) >= model.get_input_embeddings().num_embeddings:
-            raise ConversionError(f"{name}: its tokenizer has ids that the model has no embedding for")
+        refuse_unknown_ids(name, model, ids)
         limit = positions_of(model.config) or context
         if limit < 2:
             raise ConversionError(f"{name} reads {limit} token at a time: nothing can be predicted from it")
