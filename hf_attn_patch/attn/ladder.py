@@ -32,8 +32,8 @@ _BIASED = (
 )  # fmt: skip
 
 #: queries of a tree that share a KV head, up to which our kernel, which reads K and V again for every 64 of them, beats
-#: cuDNN with a mask of scores (one H100: benchmarks/results/recorded_step.md)
-TREE_ROWS = 256
+#: cuDNN with a mask of scores, whose keys that nobody sees are cleaned (one H100: benchmarks/results/recorded_step.md)
+TREE_ROWS = 512
 
 
 def order(request: AttentionRequest) -> tuple[str, ...]:

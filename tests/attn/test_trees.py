@@ -85,8 +85,8 @@ def test_which_requests_are_trees() -> None:
         (17, (32, 8), "triton_decode"),
         (64, (32, 8), "triton_decode"),
         (64, (32, 32), "triton_decode"),
-        (32, (64, 8), "triton_decode"),
-        (64, (64, 8), "torch_sdpa"),  # 512 queries share a KV head: K and V would be read eight times
+        (64, (64, 8), "triton_decode"),
+        (33, (64, 4), "torch_sdpa"),  # 528 queries share a KV head: K and V would be read nine times
     ],
 )
 def test_who_is_asked_first_on_hopper(Sq: int, heads: tuple[int, int], first: str) -> None:
