@@ -20,11 +20,12 @@ from torch import Tensor
 from hf_attn_patch.conversion.plan_data import Plan
 from hf_attn_patch.conversion.processes import current
 from hf_attn_patch.documents.bars import progress_bar
+from hf_attn_patch.documents.positions import start_of
 from hf_attn_patch.errors import ConversionError
 
 from .gather import OWN, parse_sources
 from .layers import as_read
-from .samples import Samples, ended, start_of
+from .samples import Samples, ended
 from .text import CHARACTERS, documents, enough, paragraphs, typical_length
 from .written_pairs import written
 

@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_attn_patch.documents.positions import start_of
 from hf_attn_patch.errors import ConversionError
-
-from .samples import start_of
 
 NOISE, SPAN = 0.15, 3
 

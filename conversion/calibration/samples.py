@@ -44,17 +44,6 @@ class Samples:
         return Samples([x[rows] for x in self.inputs], self.about, self.notes, *more)
 
 
-def start_of(config: Any) -> int | None:
-    """The token that a decoder's words begin with, as ``generate`` finds it: where none is named, the decoder's first.
-
-    >>> from transformers import BartConfig, T5Config, T5GemmaConfig
-    >>> start_of(BartConfig(decoder_start_token_id=7)), start_of(T5GemmaConfig()), start_of(T5Config())
-    (7, 2, None)
-    """
-    given = getattr(config, "decoder_start_token_id", None)
-    return getattr(config.get_text_config(decoder=True), "bos_token_id", None) if given is None else given
-
-
 def ended(rows: Sequence[Sequence[int]], length: int, prefix: int, end: int) -> tuple[Tensor, Tensor, Tensor]:
     """Decoders' inputs out of whole sequences of unequal length.
 

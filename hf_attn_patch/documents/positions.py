@@ -1,4 +1,4 @@
-"""How long a sequence a model can read."""
+"""How long a sequence a model can read, and what a decoder's begins with."""
 
 from __future__ import annotations
 
@@ -33,3 +33,14 @@ def positions_of(config: Any) -> int | None:
         return int(most)  # ESM also has rotary positions
     padding = 1 if family == "mpnet" else int(text.pad_token_id or 0)
     return int(most) - padding - 1
+
+
+def start_of(config: Any) -> int | None:
+    """The token that a decoder's words begin with, as ``generate`` finds it: where none is named, the decoder's first.
+
+    >>> from transformers import BartConfig, T5Config, T5GemmaConfig
+    >>> start_of(BartConfig(decoder_start_token_id=7)), start_of(T5GemmaConfig()), start_of(T5Config())
+    (7, 2, None)
+    """
+    given = getattr(config, "decoder_start_token_id", None)
+    return getattr(config.get_text_config(decoder=True), "bos_token_id", None) if given is None else given

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from hf_attn_patch.documents.positions import start_of
 from hf_attn_patch.errors import TrainingError
 from hf_attn_patch.losses.chunked import IGNORE, Head, LossSums
 from hf_attn_patch.losses.output_head import head_matches, head_of
@@ -100,7 +101,7 @@ class EncoderObjective(Objective):
 
 def shift_right(labels: Tensor, config: Any) -> Tensor:
     """The decoder's input [B, St]: its start token, then the labels but the last."""
-    start = config.decoder_start_token_id
+    start = start_of(config)
     if start is None:
         raise TrainingError("the model's config has no decoder_start_token_id; set it and save the config")
     pad = config.pad_token_id if config.pad_token_id is not None else 0

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import random
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import T5Config, T5GemmaConfig
 
+from hf_attn_patch.errors import TrainingError
 from hf_attn_patch.losses.chunked import IGNORE
 from hf_attn_patch.training.data.chunks import Corruption, Pair, collate_pairs
 from hf_attn_patch.training.data.stream import Position
@@ -55,3 +58,10 @@ def test_padding_and_the_decoders_input():
 
     assert shift_right(batch.labels, Config).tolist() == [[3, 8, EOS], [3, 9, 9]]
     assert (batch.labels == torch.tensor([[8, EOS, IGNORE], [9, 9, EOS]])).all()
+
+
+def test_a_decoders_first_token_is_that_of_generate():
+    labels = torch.tensor([[8, EOS]])
+    assert shift_right(labels, T5GemmaConfig(decoder={"bos_token_id": 5})).tolist() == [[5, 8]]  # names no other
+    with pytest.raises(TrainingError, match="decoder_start_token_id; set it"):
+        shift_right(labels, T5Config())
