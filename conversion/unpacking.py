@@ -6,6 +6,8 @@ quantization_config, which is what a conversion reads. No code of the checkpoint
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import json
 import os
 import shutil
@@ -50,10 +52,37 @@ def dequantized(src: str | os.PathLike[str], beside: Path, *, revision: str | No
         return
     parent = user_path(beside).absolute().parent
     parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{beside.name}.plain-", dir=parent) as folder:
+    prefix = f".{beside.name}.plain-"
+    remove_left(parent, prefix)
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=parent) as folder, _locked(Path(folder)):
         dequantize(src, folder, revision=revision)
         processes.everybody(folder)
         yield Path(folder)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Meanwhile the folder is locked, which says that a process is at work in it; yields whether that could be done."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        locked = True
+    except OSError:  # another process is, or its file system knows no locks
+        locked = False
+    try:
+        yield locked
+    finally:
+        os.close(descriptor)
+
+
+def remove_left(parent: Path, prefix: str) -> None:
+    """Remove the unpacked checkpoints that killed runs of the same user left; they are as large as models are."""
+    for folder in sorted(parent.glob(f"{glob.escape(prefix)}*")):
+        if folder.is_symlink() or not folder.is_dir() or folder.stat().st_uid != os.geteuid():
+            continue
+        with _locked(folder) as unused:
+            if unused:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def dequantize(src: str | os.PathLike[str], dst: str | os.PathLike[str], *, revision: str | None = None) -> None:

@@ -29,8 +29,8 @@ GPU_TOKENS, TOKENS, MERGE_TOKENS = 1 << 20, 500_000, 1 << 12
 MERGE_LENGTH = 64
 #: recordings that a model makes itself where nothing is fitted
 MERGE_SAMPLES = 24
-#: tokens of the last pass end to end on a GPU
-POLISH = 4_000_000
+#: tokens of the last pass end to end on a GPU; of the text for a pass that is asked to be short, at least
+POLISH, POLISH_TOKENS = 4_000_000, 1 << 16
 #: tokens that encoders read, where their decoders' answers are then trained on; and of them layers are fitted on
 PAIR_TOKENS, FIT_TOKENS = 1 << 22, 1 << 17
 
@@ -71,7 +71,9 @@ def calibrated(
     if refit is None:
         refit = (texts and not gpu) if alone else (texts or gpu)
     if calibration_tokens is None:
-        trained = bool(polish) and (PAIR_TOKENS if pairs and gpu else GPU_TOKENS if alone or pairs else 0)
+        most = PAIR_TOKENS if pairs and gpu else GPU_TOKENS if alone or pairs else 0
+        # of what an encoder reads, a decoder says a part
+        trained = bool(polish) and min(most, max(POLISH_TOKENS, polish * (16 if pairs else 1)))
         calibration_tokens = trained or (TOKENS if texts or refit else MERGE_TOKENS)
     small = not (texts or refit or polish)
     if calibration_length is None and small and alone:

@@ -291,6 +291,8 @@ def load(plan: Plan, *, on_text: bool = True) -> Any:
     """
     import transformers
 
+    if not plan.source.folder.is_dir():
+        raise ConversionError(f"{plan.source.name} is no longer there: it was moved or removed meanwhile")
     raw = dict(plan.source.config)
     becomes = plan.family.becomes if plan.text_config is plan.config else None  # the model around a part calls it as is
     if becomes and raw["model_type"] != becomes and "pictures" not in plan.family.reads:

@@ -81,6 +81,11 @@ class LanguageModel:
             for (stack, layers), here in zip(stacks, found, strict=True)
             if here or not stack.optional
         ]
+        if not any(layers for _, layers in self.stacks):
+            raise ConversionError(
+                f"no layer of this {self.model_type} makes keys and values, so there are no KV heads to merge; a model "
+                "that drafts for another one reads that one's: convert that one"
+            )
 
     def write_kv_heads(self, raw: dict[str, Any], layers: list[LayerAttention]) -> None:
         """Change ``raw`` (a copy of config.json) so that it describes ``layers``."""

@@ -156,8 +156,11 @@ def _plain(src: str, dst: str | None, revision: str | None, *, unpack: bool) -> 
         return
     from hf_attn_patch.conversion.unpacking import dequantized
 
-    with dequantized(src, Path(dst or "converted"), revision=revision) as folder:
-        yield str(folder), None
+    try:
+        with dequantized(src, Path(dst or "converted"), revision=revision) as folder:
+            yield str(folder), None
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("what was unpacked is removed: begin anew") from None
 
 
 def _push(dst: str, repository: str, private: bool, quiet: bool) -> None:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 import os
-from typing import Any
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any, NoReturn
 
 import click
 
@@ -47,7 +52,36 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "verify": ("hf-attn verify meta-llama/Llama-2-7b-hf llama-2-7b-gqa8",),
 }
 
-EXIT_CODES = "Exit codes: 0 done, 1 verify found a difference, 2 an error of usage or input, 130 interrupted."
+EXIT_CODES = (
+    "Exit codes: 0 done, 1 verify found a difference, 2 an error of usage or input, 130 interrupted, 143 terminated."
+)
+
+
+@contextlib.contextmanager
+def terminated() -> Iterator[list[int]]:
+    """Meanwhile SIGTERM, by which machines ask a job to end, does what Ctrl-C does; a second one ends it at once.
+
+    Of several processes it goes on killing: their launcher ends those that wait for one that is gone.
+
+    Yields:
+        the signals that came.
+    """
+    came: list[int] = []
+
+    def interrupt(number: int, _frame: FrameType | None) -> NoReturn:
+        came.append(number)
+        signal.signal(number, signal.SIG_DFL)
+        raise KeyboardInterrupt
+
+    alone = os.environ.get("WORLD_SIZE", "1") == "1" and threading.current_thread() is threading.main_thread()
+    if not alone or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield came
+        return
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield came
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class LazyGroup(click.Group):
@@ -78,12 +112,14 @@ class LazyGroup(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt:
-            way_on = "; the conversion goes on where it stopped with --resume" * (ctx.invoked_subcommand == "convert")
+            with terminated() as signals:
+                return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            resumed = "the conversion goes on where it stopped with --resume" * (ctx.invoked_subcommand == "convert")
+            way_on = str(error) or resumed
             if os.environ.get("RANK", "0") == "0":  # of several processes, all of which are interrupted
-                click.echo(f"Interrupted{way_on}.", err=True)
-            ctx.exit(130)
+                click.echo(f"Interrupted{way_on and f'; {way_on}'}.", err=True)
+            ctx.exit(128 + (signals or [signal.SIGINT])[0])
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         placed = {name for names in SECTIONS.values() for name in names}

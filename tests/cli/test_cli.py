@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+import time
 
 import click
 import pytest
 from click.testing import CliRunner
 
 from hf_attn_patch.cli import main
-from hf_attn_patch.cli.main import COMMANDS, EXAMPLES, LazyGroup
+from hf_attn_patch.cli.main import COMMANDS, EXAMPLES, LazyGroup, terminated
 
 
 def run(*arguments: str) -> tuple[int, str]:
@@ -79,6 +82,27 @@ def test_control_c(target: str, arguments: list[str], text: str, monkeypatch: py
 
     monkeypatch.setattr(target, interrupted)
     assert run(*arguments) == (130, text)
+
+
+def test_a_request_to_end_is_told_as_control_c_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Slurm and Kubernetes send it; a program that hears it in its own way is left to."""
+
+    def asked(*_: object, **__: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
+    monkeypatch.setattr("hf_attn_patch.conversion.api.plan", asked)
+    text = "Interrupted; the conversion goes on where it stopped with --resume.\n"
+    assert run("convert", "a", "b", "--kv-heads", "2") == (143, text)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    heard: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: heard.append(number))
+    try:
+        with terminated():
+            os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    assert heard == [signal.SIGTERM]
 
 
 def test_a_wrong_flag_names_the_right_one() -> None:

@@ -107,6 +107,22 @@ def test_numbers_that_give_no_text_are_refused(name: str, number: int, src: Path
         plan(src, 2, **dict[str, Any]({name: number}))
 
 
+def test_a_short_pass_is_written_no_more_text_than_it_needs(src: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model on a CPU writes hundreds of tokens a second: a million for a pass of three thousand took hours."""
+    asked: list[int] = []
+
+    def gathered(*_: Any, tokens: int, **__: Any) -> None:
+        asked.append(tokens)
+        raise ConversionError("enough")
+
+    monkeypatch.setattr(choice, "gathered", gathered)
+    made = plan(src, 2, calibrate="own")
+    for polish in (3000, 300_000, 9_000_000):
+        with pytest.raises(ConversionError, match="enough"):
+            choice.calibrated(made, calibrate="own", polish=polish, device="cpu")
+    assert asked == [1 << 16, 300_000, 1 << 20]
+
+
 def test_equal_heads_lose_nothing_without_a_text(src: Path, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(src)
     with torch.no_grad():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -69,22 +71,37 @@ def test_fp8_becomes_what_its_blocks_say(tmp_path: Path) -> None:
     assert model(IDS).logits.isfinite().all()
 
 
-def test_the_command_unpacks_beside_the_result_and_leaves_nothing(tmp_path: Path) -> None:
+def test_the_command_unpacks_beside_the_result_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     meant = fp8_checkpoint(tmp_path / "src")
     call = ["convert", str(tmp_path / "src"), str(tmp_path / "dst"), "--kv-heads", "2", "--method", "mean", "-q"]
     refused = CliRunner().invoke(main, call)
     assert refused.exit_code == 2
     assert "--dequantize" in refused.output
+    for name in ("left", "held"):  # by a killed run; by one that is at work
+        (tmp_path / f".dst.plain-{name}").mkdir()
+    held = os.open(tmp_path / ".dst.plain-held", os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
     done = CliRunner().invoke(main, [*call, "--dequantize"])
     assert done.exit_code == 0, done.output
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".dst.plain-held", "dst", "src"]
+    os.close(held)
     name = "model.layers.1.self_attn.v_proj.weight"
     pooled = meant[name].unflatten(0, (2, 2, 8)).mean(1).flatten(0, 1)
     torch.testing.assert_close(tensors(tmp_path / "dst")[name].float(), pooled, rtol=2**-6, atol=1e-4)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["dst", "src"]
     assert json.loads((tmp_path / "dst" / "conversion.json").read_text())["source"]["name"] == str(tmp_path / "src")
     assert CliRunner().invoke(main, ["verify", *call[1:3], "--dequantize"]).exit_code == 0
     dry = CliRunner().invoke(main, [*call[:2], "--kv-heads", "2", "--method", "mean", "--dequantize", "--dry-run"])
     assert dry.exit_code == 0, dry.output
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hf_attn_patch.conversion.api.plan", interrupted)
+    stopped = CliRunner().invoke(main, [*call, "--dequantize", "--overwrite"])
+    assert (stopped.exit_code, stopped.output) == (130, "Interrupted; what was unpacked is removed: begin anew.\n")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["dst", "src"]
 
 
 #: the sixteen numbers of FP4 (E2M1), by their bits

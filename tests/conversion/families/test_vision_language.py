@@ -90,6 +90,13 @@ def test_the_decoder_of_a_model_put_together_of_two(tmp_path: Path) -> None:
     assert got.past_key_values.self_attention_cache.layers[0].keys.shape[1] == 2
 
 
+def test_layers_without_keys_of_their_own_are_told() -> None:
+    """A model that drafts for another one reads that one's keys and values (Gemma 4's assistant)."""
+    raw = json.loads(transformers.Lfm2Config(num_hidden_layers=2).to_json_string(use_diff=False))
+    with pytest.raises(ConversionError, match="no layer of this lfm2 makes keys and values"):
+        read_config(raw, "config.json").locate(["model.layers.1.self_attn.q_proj.weight"])
+
+
 @pytest.mark.parametrize(
     ("model_type", "prefix", "query", "path"),
     [  # names as transformers saves these models, and as they are published
