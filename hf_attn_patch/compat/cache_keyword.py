@@ -55,7 +55,10 @@ def take_cache(kwargs: dict[str, Any]) -> Any:
         if value is None:
             continue
         if cache is not None and value is not cache:
-            raise TypeError(f"two different caches were given, as {given} and as {name}")
+            raise TypeError(
+                f"two different caches were given, as {given} and as {name}: give one (prefix tuning of PEFT 0.21 "
+                "gives both where transformers is 5.24 or later, which takes PEFT 0.22)"
+            )
         cache, given = value, name
     return cache
 

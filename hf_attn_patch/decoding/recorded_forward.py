@@ -121,7 +121,10 @@ class RecordedForward:
 
     def __call__(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         if self.arguments.renames(kwargs):
-            args, kwargs = (), self.arguments.by_name(args, kwargs)
+            try:
+                args, kwargs = (), self.arguments.by_name(args, kwargs)
+            except TypeError:  # two caches, say: the model's own forward tells what it makes of them
+                return self.inner(model, *args, **kwargs)
         if (
             torch.compiler.is_compiling()
             or torch.is_grad_enabled()

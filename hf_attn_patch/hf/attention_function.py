@@ -42,6 +42,8 @@ NEVER = UNKNOWN | UNTAKEN
 #: set on modules by :func:`enable` with a backend
 BACKEND_ATTRIBUTE = "_hf_attn_backend"
 _NOT_PLAIN: PlainKind | None = None
+#: what autograd calls the writing of some keys into the memory of all
+_WRITTEN = frozenset({"IndexCopyBackward0", "IndexPutBackward0"})
 _collector = output_collector()
 
 
@@ -103,7 +105,7 @@ def attention_forward(
                 (request, _, run), rest = known
                 out, found = run(query, key, value, request, rest if s_aux is None else rest._replace(sinks=s_aux))
                 return out.transpose(1, 2).contiguous(), found
-    query, key, value = _one_dtype(module, query, key, value, tracing)
+    query, key, value = _as_taken(module, query, key, value, tracing)
     memo.asks(module, tracing)
     seen, bias = visibility_of(query, key, attention_mask, position_bias, position_ids, given, causal, window, tracing)
     out, found = attend(
@@ -127,7 +129,7 @@ def _by_parts(
     (query, key, value), (dropout, weights, _, name) = tensors, more
     split = context_parallel()
     if split is not None:
-        return split_forward(module, _one_dtype(module, *tensors, tracing), seen_by, scores, more, split), key, value
+        return split_forward(module, _as_taken(module, *tensors, tracing), seen_by, scores, more, split), key, value
     if type(key) is not LaterTensor:  # somebody else replaced torch's attention
         return None, key, value
     mask, ids, borders, is_causal, sliding_window = seen_by
@@ -205,10 +207,19 @@ def _weights_are_collected(module: torch.nn.Module, tracing: bool) -> bool:
     return bool(collected) and any("attentions" in key for key in collected)
 
 
-def _one_dtype(
+def _apart(states: Tensor) -> Tensor:
+    """Keys or values as they are now, where they are a static cache's memory, to which the next step writes: autograd
+    refuses what was changed since."""
+    return states.clone() if type(states.grad_fn).__name__ in _WRITTEN else states
+
+
+def _as_taken(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, tracing: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Under autocast the dtype that a matmul would take (as eager does); otherwise different dtypes are an error."""
+    """Under autocast the dtype that a matmul would take (as eager does); otherwise different dtypes are an error. Keys
+    and values that autograd will ask for are no memory that a cache writes to."""
+    if key.requires_grad and not tracing:
+        key, value = _apart(key), _apart(value)
     if query.dtype == key.dtype == value.dtype and not (
         query.dtype is torch.float32 and (tracing or any_autocast()) and torch.is_autocast_enabled(query.device.type)
     ):

@@ -244,3 +244,14 @@ def test_a_loop_goes_on_after_an_interrupt(behind: bool, monkeypatch: pytest.Mon
                 interrupted += 1
     assert interrupted == 1
     torch.testing.assert_close(torch.cat(found, 1), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(generate_keyword() != "cache", reason="this transformers has one name for a cache")
+def test_two_caches_are_left_to_the_model() -> None:
+    """As PEFT 0.21 gives them for prefix tuning: transformers takes one, with a warning."""
+    model, ids = build("llama", "cpu"), batch("cpu", 2, 9, padded=False)["input_ids"]
+    hf_attn_patch.enable(model)
+    caches = [hf_attn_patch.GrowingCache(config=model.config) for _ in range(2)]
+    with torch.no_grad(), pytest.warns(FutureWarning, match="Both `past_key_values` and `cache` are set"):
+        model(ids, cache=caches[0], past_key_values=caches[1])
+    assert [cache.get_seq_length() for cache in caches] == [9, 0]

@@ -10,8 +10,11 @@ import torch
 from conformance import assert_conforms
 from families import FAMILIES, families
 from family_inputs import make_inputs, normal
-from family_runs import IMPLEMENTATION, assert_close, build, functional, pair, run
+from family_runs import IMPLEMENTATION, assert_close, build, functional, gradients, pair, run
+from transformers import DynamicCache, StaticCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from hf_attn_patch.compat.calls import generate_keyword
 
 _CORE = families(trait="core")
 
@@ -164,3 +167,14 @@ def test_output_attentions(name: str, padding: str) -> None:
                 checked += 1
     if not checked:
         pytest.skip("the family returns no attention weights")
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-mha", "gemma2"])
+def test_gradients_through_steps_of_one_static_cache(name: str) -> None:
+    """The second step writes to the memory that the first one attended to."""
+    model, ids = build(name, IMPLEMENTATION), make_inputs(FAMILIES[name], S=9).kwargs["input_ids"]
+    found = []
+    for cache in (StaticCache(model.config, max_cache_len=12), DynamicCache(config=model.config)):
+        steps = [model(ids[:, piece], **{generate_keyword(): cache}).logits for piece in (slice(0, 5), slice(5, 9))]
+        found.append(gradients(model, {"logits": torch.cat(steps, 1)}))
+    assert_close(*found, rtol=2e-5)
