@@ -38,7 +38,8 @@ def enable(
     A call says all of it anew: what it does not name takes its default.
 
     Args:
-        model: a ``PreTrainedModel``; its sub-models (vision tower, text decoder) are switched with it.
+        model: a ``PreTrainedModel``; its sub-models (vision tower, text decoder) are switched with it. Or a module that
+            holds some (PEFT's, ``torch.compile``'s, DistributedDataParallel's): they all are.
         backend: insist on one backend (see :data:`~hf_attn_patch.attn.backends.registry.BACKENDS`);
             None leaves the choice to each
             call.
@@ -57,13 +58,12 @@ def enable(
         The model.
 
     Raises:
-        AttentionError: the model's attention does not go through transformers' attention interface, or an argument
-            can't be served; the model is as it was.
+        AttentionError: there is no transformers model in it, its attention does not go through transformers' attention
+            interface, or an argument can't be served; the model is as it was.
     """
     from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 
-    if not isinstance(model, PreTrainedModel):
-        raise AttentionError(f"{type(model).__name__} is not a transformers model; use hf_attn_patch.attention in it")
+    outermost = _models_in(model)
     refuse_outside(model)
     if backend is not None:
         backend_named(backend)
@@ -79,7 +79,8 @@ def enable(
     if not generates and (cache not in (None, "auto") or cuda_graphs in (True, "compiled", "unfused")):
         raise AttentionError(f"{type(model).__name__} cannot generate: it has no use for cache= and cuda_graphs=")
     register()
-    model.set_attn_implementation(NAME)
+    for one in outermost:
+        one.set_attn_implementation(NAME)
     kinds = {type(module.config) for module in model.modules() if isinstance(module, PreTrainedModel)}
     for module in model.modules():
         # up to 5.19 the call above misses stacks that hold a copy of their parent's config (the T5 family)
@@ -96,6 +97,30 @@ def enable(
     if generates:
         _speed_up_generate(model, cache, cuda_graphs)
     return model
+
+
+def _models_in(model: Any) -> list[Any]:
+    """The transformers models in a module that are in no other one.
+
+    Raises:
+        AttentionError: there are none.
+    """
+    from transformers import PreTrainedModel
+
+    found: dict[Any, None] = {}
+    pending = [model] if isinstance(model, torch.nn.Module) else []
+    while pending:
+        one = pending.pop()
+        if isinstance(one, PreTrainedModel):
+            found[one] = None
+        else:
+            pending += one.children()
+    if found:
+        return list(found)
+    name = type(model).__name__
+    if isinstance(getattr(model, "model", None), PreTrainedModel):  # a pipeline, a trainer
+        raise AttentionError(f"{name} is no model: call enable() on its .model")
+    raise AttentionError(f"{name} is not a transformers model, nor is one in it; use hf_attn_patch.attention in it")
 
 
 def _speed_up_generate(model: torch.nn.Module, cache: str | None, cuda_graphs: bool | str | None) -> None:

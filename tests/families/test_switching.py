@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -32,6 +33,19 @@ def test_enable_a_loaded_model(name: str) -> None:
     assert _calls(model, inputs) == family.calls
     with torch.no_grad():
         assert_close(run(model, inputs), run(pair(name)[1], inputs))
+
+
+def test_wrappers_are_looked_through() -> None:
+    model, inputs = build("llama", "eager"), make_inputs(FAMILIES["llama"])
+    wrapper = torch.nn.Sequential(torch.nn.ModuleList([model]), torch.nn.Linear(2, 2))
+    assert hf_attn_patch.enable(wrapper, cache="growing") is wrapper
+    assert _calls(model, inputs) == 2
+    with pytest.raises(hf_attn_patch.AttentionError, match="Linear is not a transformers model, nor is one in it"):
+        hf_attn_patch.enable(wrapper[1])
+    with pytest.raises(
+        hf_attn_patch.AttentionError, match=r"SimpleNamespace is no model: call enable\(\) on its .model"
+    ):
+        hf_attn_patch.enable(SimpleNamespace(model=model))
 
 
 def test_enable_reaches_layers_with_an_older_config() -> None:
