@@ -269,9 +269,9 @@ def coded(layer: Any, kind: Kind, growth: float, expected_length: int | None, of
     if layer.is_initialized and layer.keys.dim() == 4:
         with torch.no_grad():
             made.update(layer.keys, layer.values)
-        if made.is_sliding:
-            for part in (made.codes, made.scales):
-                part.cumulative_length, part.record_past = layer.cumulative_length, layer.record_past
+    if made.is_sliding:
+        for part in (made.codes, made.scales):
+            part.cumulative_length, part.record_past = layer.cumulative_length, layer.record_past
     return made
 
 

@@ -226,6 +226,19 @@ def test_states_that_were_there_before_become_codes() -> None:
     torch.testing.assert_close(cache.layers[0].values, rounded(v, "int8"))
 
 
+def test_windows_that_record_their_past_go_on_recording() -> None:
+    """As those of an assistant, whose tokens are taken back."""
+    before = DynamicCache(config=FAMILIES["mistral"]().config)  # windows of 48
+    before.activate_past_recording()
+    cache = GrowingCache.from_dynamic(before, dtype="int8")
+    k, v = torch.randn(1, 2, 60, 8), torch.randn(1, 2, 60, 8)
+    with torch.no_grad():
+        cache.layers[0].update(k, v)
+        cache.layers[0].crop(-20)
+    assert cache.layers[0].get_seq_length() == 40
+    torch.testing.assert_close(cache.layers[0].keys, rounded(k[:, :, :40], "int8"))
+
+
 def test_offloaded_codes_travel_as_codes() -> None:
     layer = GrowingCache(dtype="int8").layer_class_to_replicate()
     layer.update(torch.randn(1, 2, 3, 8), torch.randn(1, 2, 3, 8))

@@ -42,9 +42,7 @@ def test_wrappers_are_looked_through() -> None:
     assert _calls(model, inputs) == 2
     with pytest.raises(hf_attn_patch.AttentionError, match="Linear is not a transformers model, nor is one in it"):
         hf_attn_patch.enable(wrapper[1])
-    with pytest.raises(
-        hf_attn_patch.AttentionError, match="SimpleNamespace is no model: call enable"
-    ):
+    with pytest.raises(hf_attn_patch.AttentionError, match="SimpleNamespace is no model: call enable"):
         hf_attn_patch.enable(SimpleNamespace(model=model))
 
 
