@@ -259,7 +259,7 @@ def coded(layer: Any, kind: Kind, growth: float, expected_length: int | None, of
     elif isinstance(layer, DynamicLayer):
         raise TypeError(
             f"a {type(layer).__name__} holds more than keys and values, and is not kept as {kind.name} codes: make the "
-            "cache without dtype="
+            'cache without dtype= (of generate: enable(model, cache="growing"))'
         )
     else:
         return layer
