@@ -37,13 +37,14 @@ def test_enable_a_loaded_model(name: str) -> None:
 
 def test_wrappers_are_looked_through() -> None:
     model, inputs = build("llama", "eager"), make_inputs(FAMILIES["llama"])
+    pipeline: Any = SimpleNamespace(model=model)
     wrapper = torch.nn.Sequential(torch.nn.ModuleList([model]), torch.nn.Linear(2, 2))
     assert hf_attn_patch.enable(wrapper, cache="growing") is wrapper
     assert _calls(model, inputs) == 2
     with pytest.raises(hf_attn_patch.AttentionError, match="Linear is not a transformers model, nor is one in it"):
         hf_attn_patch.enable(wrapper[1])
     with pytest.raises(hf_attn_patch.AttentionError, match="SimpleNamespace is no model: call enable"):
-        hf_attn_patch.enable(SimpleNamespace(model=model))
+        hf_attn_patch.enable(pipeline)
 
 
 def test_enable_reaches_layers_with_an_older_config() -> None:
