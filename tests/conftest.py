@@ -3,6 +3,7 @@
 Nothing is read from the user's home or left there: what Hugging Face's libraries keep, and a GPU's own crossovers.
 """
 
+import gc
 import os
 import tempfile
 from pathlib import Path
@@ -58,6 +59,12 @@ ONCE = (
     "training/loop/",
     "training/test_options.py",
 )
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: transformers often collects garbage, and need not look for it there."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import gc
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -29,6 +28,9 @@ from .torch import missing_operators
 #: more integers or bools than so many have no values (the S x S mask of a long sequence), and more floats
 MOST_REAL, MOST_FLOATS = 1 << 24, 1 << 20
 _META, _CPU = torch.device("meta"), torch.device("cpu")
+#: what operators gave on meta tensors, since layers are alike and a rule of torch takes a millisecond
+MOST_KNOWN = 4096
+_known: dict[Any, list[tuple[Any, Any, torch.dtype]]] = {}
 aten = torch.ops.aten
 
 
@@ -137,9 +139,20 @@ def rehearsal(device: torch.device, *, floats: bool = True) -> Iterator[None]:
 @functools.lru_cache(maxsize=1)
 def _cached_functions(modules: int) -> list[Any]:
     """What modeling files have under functools.lru_cache; looked for anew when there are more ``modules``."""
-    kind = type(_cached_functions)
-    found = [one for one in gc.get_objects() if type(one) is kind]
+    kind, found = type(_cached_functions), []
+    for file in [module for name, module in list(sys.modules.items()) if ".modeling_" in name]:
+        classes = [one for one in vars(file).values() if isinstance(one, type) and one.__module__ == file.__name__]
+        for function in [one for owner in (file, *classes) for one in vars(owner).values()]:
+            function = getattr(function, "__func__", function)  # of a static method
+            found += [one for one in (function, *_closed_over(function)) if type(one) is kind]
     return [function for function in found if ".modeling_" in (function.__module__ or "")]
+
+
+def _closed_over(function: Any) -> Iterator[Any]:
+    """Such as the cached function inside what transformers' own decorator makes."""
+    for cell in getattr(function, "__closure__", None) or ():
+        with contextlib.suppress(ValueError):  # it is empty
+            yield cell.cell_contents
 
 
 class _Names(TorchFunctionMode):
@@ -240,11 +253,35 @@ def _on_meta(func: Any, args: Any, kwargs: Any, elements: int) -> Any:
     if func in _BY_VALUES:
         return None
     try:
-        return _call(func, args, kwargs, _META, _shapes)
+        call = (func, torch.get_default_dtype(), _told(args), _told(tuple(kwargs.items())))
+        known = _known.get(call)
+    except TypeError:  # a generator, for one
+        call = known = None
+    if known is not None:
+        outs = [torch.empty_strided(size, stride, dtype=dtype, device=_META) for size, stride, dtype in known]
+        return outs[0] if len(outs) == 1 else tuple(outs)
+    try:
+        made = _call(func, args, kwargs, _META, _shapes)
     except (NotImplementedError, RuntimeError):
         if elements > MOST_REAL:
             raise
         return None
+    outs = made if isinstance(made, tuple) and len(made) > 1 else (made,)
+    if call is not None and all(type(out) is Tensor for out in outs):  # a stand-in is an argument that was written to
+        if len(_known) >= MOST_KNOWN:
+            _known.clear()
+        _known[call] = [(out.size(), out.stride(), out.dtype) for out in outs]
+    return made
+
+
+def _told(item: Any) -> Any:
+    """What an operator's results on meta tensors depend on."""
+    if isinstance(item, Tensor):
+        inner = _inner(item)
+        return inner.size(), inner.stride(), inner.storage_offset(), inner.dtype
+    if isinstance(item, (tuple, list)):
+        return tuple(map(_told, item))
+    return type(item), item  # 1 is True, and 1.0
 
 
 def _device(named: Any, tensors: list[Tensor], target: torch.device | None) -> torch.device:
