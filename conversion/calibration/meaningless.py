@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from hf_attn_patch.conversion.families.layer import LayerAttention, attribute
 from hf_attn_patch.conversion.methods.aligned import Aligned
+from hf_attn_patch.documents.positions import positions_of
 from hf_attn_patch.errors import ConversionError, one_line
 
 from .layers import load, readers
@@ -137,8 +138,7 @@ def send(body: Any, given: dict[str, Tensor], what: str) -> None:
 
 def _ids(text: Any, rows: int, draw: torch.Generator) -> Tensor:
     """Random ids [rows, length] of a vocabulary; as many as its config has positions for."""
-    limits = [getattr(text, name, None) for name in ("max_position_embeddings", "max_target_positions")]
-    length = min([LENGTH, *(limit - 2 for limit in limits if limit)])  # RoBERTa's positions begin at 2
+    length = min(LENGTH, positions_of(text) or LENGTH)
     return torch.randint(0, int(text.vocab_size), (rows, length), generator=draw)
 
 
