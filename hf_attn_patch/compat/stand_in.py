@@ -252,14 +252,14 @@ def _on_meta(func: Any, args: Any, kwargs: Any, elements: int) -> Any:
     """What the operator gives on meta tensors; None where torch has no rule for its shape."""
     if func in _BY_VALUES:
         return None
+    call: Any = (func, torch.get_default_dtype(), _told(args), _told(tuple(kwargs.items())))
     try:
-        call = (func, torch.get_default_dtype(), _told(args), _told(tuple(kwargs.items())))
         known = _known.get(call)
-    except TypeError:  # a generator, for one
+    except TypeError:  # an argument has no hash
         call = known = None
     if known is not None:
-        outs = [torch.empty_strided(size, stride, dtype=dtype, device=_META) for size, stride, dtype in known]
-        return outs[0] if len(outs) == 1 else tuple(outs)
+        again = [torch.empty_strided(size, stride, dtype=dtype, device=_META) for size, stride, dtype in known]
+        return again[0] if len(again) == 1 else tuple(again)
     try:
         made = _call(func, args, kwargs, _META, _shapes)
     except (NotImplementedError, RuntimeError):
