@@ -25,14 +25,14 @@ def parse_sources(text: str) -> list[tuple[str, float]]:
     """Sources with their shares: ``TEXT``, or several with commas, each perhaps with ``:SHARE``.
 
     Raises:
-        ConversionError: a share is not above 0.
+        ConversionError: a share is not above 0, or a source has no name.
 
-    >>> parse_sources("own,python"), parse_sources("own:1,notes.txt:3")
-    ([('own', 0.5), ('python', 0.5)], [('own', 0.25), ('notes.txt', 0.75)])
+    >>> parse_sources("own,python"), parse_sources("own:1,notes.txt:2,own:1")
+    ([('own', 0.5), ('python', 0.5)], [('own', 0.5), ('notes.txt', 0.5)])
     """
     if os.path.exists(os.path.expanduser(text)):
         return [(text, 1.0)]
-    found = []
+    found: list[tuple[str, float]] = []
     for part in text.split(","):
         name, _, share = part.strip().rpartition(":")
         try:
@@ -41,8 +41,13 @@ def parse_sources(text: str) -> list[tuple[str, float]]:
             found.append((part.strip(), 1.0))
     if any(not 0 < share < float("inf") for _, share in found):
         raise ConversionError(f"--calibrate {text}: shares are numbers above 0, as in own:1,notes.txt:3")
+    if not all(name for name, _ in found):
+        raise ConversionError(f"--calibrate {text}: there is no source between two commas, or behind the last one")
     total = sum(share for _, share in found)
-    return [(name, share / total) for name, share in found]
+    shares: dict[str, float] = {}
+    for name, share in found:  # one that is named twice is one source: its text is not read twice
+        shares[name] = shares.get(name, 0.0) + share / total
+    return list(shares.items())
 
 
 def reads_text(calibrate: str) -> bool:

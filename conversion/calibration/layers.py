@@ -63,7 +63,15 @@ class LayerStack:
             memory: the encoder's output for the first sequence, [1, S', E].
         """
         run = self.run if memory is None else lambda block: self.run(block, memory.expand(len(block), -1, -1))
-        self.hidden, found, self.seen = layer_inputs(run, [b.original for b in self.blocks], ids)
+        try:
+            self.hidden, found, self.seen = layer_inputs(run, [b.original for b in self.blocks], ids)
+        except torch.OutOfMemoryError:
+            raise
+        except (TypeError, ValueError, LookupError, AttributeError) as error:  # of the model's own code
+            text = " ".join(str(error).split())[:150]
+            raise ConversionError(
+                f"the model cannot run on the calibration data ({type(error).__name__}: {text}); use --method aligned"
+            ) from error
         self.arguments = [_marked(given, memory) for given in found]
 
 

@@ -60,9 +60,15 @@ def own_pairs(plan: Plan, model: Any, read: Tensor, length: int, about: dict[str
 
 
 def end_of(plan: Plan) -> int:
-    """The token that ends what a decoder says; where the config names none, the one that it starts with."""
+    """The token that ends what a decoder says; where the config names none, the one that it starts with.
+
+    Raises:
+        ConversionError: it names neither.
+    """
     end = plan.config.eos_token_id
     found: Any = start_of(plan.config) if end is None else end
+    if found is None:
+        raise ConversionError("config.json names neither eos_token_id nor decoder_start_token_id: no decoder can write")
     return int(found if isinstance(found, int) else found[0])
 
 

@@ -16,6 +16,7 @@ from hf_attn_patch.conversion.plan_data import Plan
 from hf_attn_patch.documents.bars import progress_bar
 from hf_attn_patch.documents.paths import user_path
 from hf_attn_patch.documents.positions import positions_of
+from hf_attn_patch.documents.sources import PACKED
 from hf_attn_patch.documents.tokenizers import load_tokenizer
 from hf_attn_patch.errors import ConversionError, TrainingError, one_line
 
@@ -25,6 +26,8 @@ from .installed import installed_documents
 CHARACTERS = 12
 #: what stands for the text of the installed Python (:mod:`.installed`)
 INSTALLED = "python"
+#: files with a record a line (or a list of them); files that datasets reads: tables, and what it unpacks
+JSON, TABLES = (".jsonl", ".json", ".ndjson"), (".parquet", *sorted(PACKED))
 #: fewer tokens say nothing about a layer's inputs
 FEWEST = 16
 
@@ -57,45 +60,72 @@ def documents(source: str, seed: int) -> Iterator[str]:
     path = user_path(source)
     if source == INSTALLED and not path.exists():
         yield from installed_documents(seed)
-    elif path.is_file() and path.suffix.lower() in (".jsonl", ".json", ".ndjson"):
+    elif path.is_file() and path.suffix.lower() in JSON:
         try:
             yield from _json_lines(path)
         except TrainingError as error:
             raise ConversionError(str(error)) from None
-    elif path.is_file() and path.suffix.lower() != ".parquet":
+    elif path.is_file() and path.suffix.lower() not in TABLES:
         yield read_text(path)
     else:
-        from hf_attn_patch.documents.sources import open_documents, take_fields
-
         try:
-            records = open_documents(source)
-            for record in records if path.exists() else records.shuffle(seed=seed, buffer_size=1000):
-                yield take_fields(record, ("text",), source)[0]
+            yield from _records(source, None if path.exists() else seed)
         except TrainingError as error:
             raise ConversionError(f"--calibrate: {error}") from None
+        except ConversionError:
+            raise
         except Exception as error:  # a table or a data set that is broken in any way
             text = one_line(error)
             raise ConversionError(f"--calibrate {source} cannot be read: {type(error).__name__}: {text}") from None
+
+
+def _records(source: str, seed: int | None) -> Iterator[str]:
+    """The texts of a table, a folder or a data set; with a ``seed`` in an order drawn by it."""
+    from hf_attn_patch.documents.sources import EmptyRecords, open_documents, take_fields
+
+    records, empty = open_documents(source), EmptyRecords(source, ("text",))
+    for number, record in enumerate(records if seed is None else records.shuffle(seed=seed, buffer_size=1000), 1):
+        (text,) = take_fields(record, ("text",), source)
+        if text.count("\0") + text.count("\ufffd") > len(text) / 10:
+            raise ConversionError(
+                f"--calibrate {source}: document {number}, which begins with {text[:20]!r}, is no text (it has bytes "
+                "that are not UTF-8); convert it, or leave it out"
+            )
+        if empty.see((text,)):
+            yield text
+    empty.end()
 
 
 def _json_lines(path: Path) -> Iterator[str]:
     from hf_attn_patch.documents.sources import EmptyRecords
 
     empty = EmptyRecords(str(path), ("text",))
-    # not splitlines(): JSON may hold U+2028, U+0085 and the like as they are
-    for number, line in enumerate(read_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            raise ConversionError(f"{path}, line {number} is no JSON; JSONL has one object a line") from None
+    for where, record in _json_records(path):
         text = record.get("text", "") if isinstance(record, dict) else 0
         if not isinstance(text, (str, type(None))):
-            raise ConversionError(f'{path}, line {number} has no field "text" with a text in it')
+            raise ConversionError(f'{path}, {where} has no field "text" with a text in it')
         if empty.see((text or "",)):
             yield _whole_characters(str(text))
     empty.end()
+
+
+def _json_records(path: Path) -> Iterator[tuple[str, Any]]:
+    """The records of JSONL, or of one list of them (as .json often has), each with where it stands."""
+    text = read_text(path)
+    if path.suffix.lower() == ".json" and text.lstrip().startswith("["):
+        try:
+            yield from ((f"record {number}", record) for number, record in enumerate(json.loads(text), 1))
+        except (ValueError, RecursionError):
+            raise ConversionError(f"{path} begins like a list, and is no JSON") from None
+        return
+    # not splitlines(): JSON may hold U+2028, U+0085 and the like as they are
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            yield f"line {number}", json.loads(line)
+        except (ValueError, RecursionError):
+            raise ConversionError(f"{path}, line {number} is no JSON; JSONL has one object a line") from None
 
 
 def _whole_characters(text: str) -> str:

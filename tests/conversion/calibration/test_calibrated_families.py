@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -139,3 +140,8 @@ def test_what_reads_no_text_or_cannot_go_layer_by_layer_is_refused(text: str, tm
         with pytest.raises(ConversionError, match="use --method aligned"):
             convert(tmp_path / name, tmp_path / "dst", 2, calibrate=text, method="auto")
         assert not (tmp_path / "dst").exists()
+    made("roberta", tmp_path / "roberta")
+    config = tmp_path / "roberta" / "config.json"  # its own code counts positions by the padding's id
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"pad_token_id": None}))
+    with pytest.raises(ConversionError, match=r"cannot run on the calibration data .*; use --method aligned"):
+        convert(tmp_path / "roberta", tmp_path / "dst", 2, calibrate=text, **SMALL)

@@ -182,7 +182,10 @@ def test_without_data_less_is_lost_than_by_the_mean(stock: str, tmp_path: Path) 
 
 
 def test_what_cannot_be_made_is_replaced_or_refused(tmp_path: Path) -> None:
-    """A Whisper without its feature extractor."""
+    """A T5 whose config does not say how its decoder begins and ends; a Whisper without its feature extractor."""
+    BY_NAME["t5"].make(None, decoder_start_token_id=None, eos_token_id=None).save_pretrained(tmp_path / "bare")
+    record = convert(tmp_path / "bare", tmp_path / "made", 1)
+    assert any("neither eos_token_id nor decoder_start_token_id" in note for note in record["details"]["notes"])
     src = made("whisper", tmp_path / "src")
     record = convert(src, tmp_path / "dst", 1)
     assert any("random inputs" in note and "feature extractor" in note for note in record["details"]["notes"])

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 from pathlib import Path
 
+import datasets
 import pytest
 
 from hf_attn_patch.conversion import ConversionError
+from hf_attn_patch.conversion.calibration.gather import parse_sources
 from hf_attn_patch.conversion.calibration.text import documents
 
 
@@ -21,6 +25,41 @@ from hf_attn_patch.conversion.calibration.text import documents
 def test_records_as_the_world_writes_them(raw: bytes, texts: list[str], tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(raw)
     assert list(documents(str(tmp_path / "a.jsonl"), 0)) == texts
+
+
+def test_a_list_of_records_and_packed_files_are_read_as_folders_of_them_are(tmp_path: Path) -> None:
+    texts = ["one two", "three\nfour"]
+    (tmp_path / "a.json").write_text(json.dumps([{"text": text} for text in texts], indent=1))
+    (tmp_path / "a.jsonl.gz").write_bytes(
+        gzip.compress("".join(f'{{"text": {json.dumps(t)}}}\n' for t in texts).encode())
+    )
+    for name in ("a.json", "a.jsonl.gz"):
+        assert list(documents(str(tmp_path / name), 0)) == texts
+    (tmp_path / "a.json").write_text('[{"text": "one"}, {"text": [1]}]')
+    with pytest.raises(ConversionError, match="record 2 has no field"):
+        list(documents(str(tmp_path / "a.json"), 0))
+
+
+def test_what_is_no_text_in_a_folder_or_a_table(tmp_path: Path) -> None:
+    """A file in UTF-16 is refused there as it is alone; records without text are passed over, all of them refused."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "a.txt").write_text("plain text")
+    (folder / "b.txt").write_bytes("text of two bytes a letter".encode("utf-16"))
+    with pytest.raises(ConversionError, match=r"document 2, which begins with .* is no text"):
+        list(documents(str(folder), 0))
+    table = tmp_path / "a.parquet"
+    datasets.Dataset.from_dict({"text": ["one", None, "", "two"]}).to_parquet(table)
+    assert list(documents(str(table), 0)) == ["one", "two"]
+    datasets.Dataset.from_dict({"text": [" ", ""]}).to_parquet(table)
+    with pytest.raises(ConversionError, match="none of its 2 records"):
+        list(documents(str(table), 0))
+
+
+@pytest.mark.parametrize("sources", [",", "own,", "own,,python"])
+def test_sources_without_a_name_are_not_the_folder_that_one_stands_in(sources: str) -> None:
+    with pytest.raises(ConversionError, match="no source between two commas"):
+        parse_sources(sources)
 
 
 def test_records_of_any_depth_are_refused_by_their_line(tmp_path: Path) -> None:
