@@ -45,8 +45,8 @@ def parse_sources(text: str) -> list[tuple[str, float]]:
         raise ConversionError(f"--calibrate {text}: there is no source between two commas, or behind the last one")
     total = sum(share for _, share in found)
     shares: dict[str, float] = {}
-    for name, share in found:  # one that is named twice is one source: its text is not read twice
-        shares[name] = shares.get(name, 0.0) + share / total
+    for name, number in found:  # one that is named twice is one source: its text is not read twice
+        shares[name] = shares.get(name, 0.0) + number / total
     return list(shares.items())
 
 
