@@ -20,7 +20,6 @@ from transformers import PreTrainedModel
 
 from hf_attn_patch.conversion.families.layer import LayerAttention, attribute
 from hf_attn_patch.conversion.methods.aligned import Aligned
-from hf_attn_patch.documents.positions import positions_of
 from hf_attn_patch.errors import ConversionError, one_line
 
 from .layers import load, readers
@@ -138,7 +137,9 @@ def send(body: Any, given: dict[str, Tensor], what: str) -> None:
 
 def _ids(text: Any, rows: int, draw: torch.Generator) -> Tensor:
     """Random ids [rows, length] of a vocabulary; as many as its config has positions for."""
-    length = min(LENGTH, positions_of(text) or LENGTH)
+    limits = [getattr(text, name, None) for name in ("max_position_embeddings", "max_target_positions")]
+    # RoBERTa's positions begin at 2; CSM's depth decoder has no head for its last one
+    length = min([LENGTH, *(limit - 2 for limit in limits if limit)])
     return torch.randint(0, int(text.vocab_size), (rows, length), generator=draw)
 
 
