@@ -27,7 +27,9 @@ from .mask_pattern import Pattern
 
 #: families whose layers read or extend the mask that they are given (scores of their own, routers, attention in their
 #: own code beside the interface): they get what eager would get
-EXTENDS_MASKS = frozenset({"bigbird_pegasus", "deepseek_v4", "doge", "gemma4_audio", "git", "informer", "nllb-moe"})
+EXTENDS_MASKS = frozenset(
+    {"bigbird_pegasus", "deepseek_v4", "doge", "gemma4_audio", "git", "informer", "lasr_encoder", "nllb-moe"}
+)
 
 #: families whose last layers see some of the queries alone, with their rows of the mask (from transformers 5.23 on)
 SLICES_MASKS = frozenset({"gemma4_text", "gemma4_unified_text"})

@@ -69,7 +69,21 @@ def gemma4_audio() -> tuple[Any, dict[str, Any]]:
     return audio.Gemma4AudioModel(config), {"input_features": torch.randn(2, 64, 128), "attention_mask": mask}
 
 
-OTHERS: dict[str, Callable[[], tuple[Any, dict[str, Any]]]] = {"gemma4_audio": gemma4_audio, "informer": informer}
+def lasr_encoder() -> tuple[Any, dict[str, Any]]:
+    config = transformers.AutoConfig.for_model(
+        "lasr_encoder", hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48,
+        num_mel_bins=80, subsampling_conv_channels=8, conv_kernel_size=5,
+    )  # fmt: skip
+    mask = torch.arange(80) < torch.tensor([[50], [80]])
+    return transformers.AutoModel.from_config(config), {
+        "input_features": torch.randn(2, 80, 80),
+        "attention_mask": mask.long(),
+    }
+
+
+OTHERS: dict[str, Callable[[], tuple[Any, dict[str, Any]]]] = {
+    "gemma4_audio": gemma4_audio, "informer": informer, "lasr_encoder": lasr_encoder,
+}  # fmt: skip
 
 
 def test_every_such_family_is_tried() -> None:
