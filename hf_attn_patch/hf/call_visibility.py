@@ -118,7 +118,7 @@ def from_positions(
 def from_carrier(query: Tensor, key: Tensor, carrier: Tensor, ids: Tensor | None) -> Visibility:
     """A carrier of ours: its pattern if it still knows it, else its integers."""
     B, Sq, Sk = query.shape[0], query.shape[2], key.shape[2]
-    if not is_carrier(carrier, Sq):
+    if not is_carrier(carrier, Sq, Sk):
         raise AttentionError(
             f"an attention mask of dtype int32 and shape {tuple(carrier.shape)} reached a layer. If it is yours, pass "
             "a bool mask (True: may be seen) or a float mask (added to the scores); if the model changes the masks "

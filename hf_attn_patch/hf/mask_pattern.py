@@ -295,11 +295,18 @@ def of_carrier(carrier: Tensor) -> Pattern | None:
     return found
 
 
-def is_carrier(mask: Tensor, q_len: int) -> bool:
-    """Whether an int32 tensor has the shape of a carrier for so many queries, or of some rows of one without bits."""
+def is_carrier(mask: Tensor, q_len: int, kv_len: int) -> bool:
+    """Whether an int32 tensor has the shape of a carrier for so many queries, or of some rows of one without bits.
+
+    A layer that cuts its mask to the keys that it has cuts nothing, but where they are two the third of the words with
+    bits, which says nothing of them.
+    """
     if mask.dim() != 4:
         return False
-    return mask.shape[2] == q_len if mask.shape[-1] == 2 else mask.shape[-1] == 3 and mask.shape[2] > q_len
+    rows, width = mask.shape[2:]
+    if rows > q_len:
+        return width == 3 or width == kv_len == 2
+    return rows == q_len and width == 2
 
 
 def hand_over(carrier: Tensor, mask: Tensor) -> None:

@@ -98,3 +98,14 @@ def test_a_mask_of_more_keys_than_there_are_is_refused(dtype: torch.dtype) -> No
     q = torch.randn(1, 2, 3, 8)
     with pytest.raises(AttentionError, match="mask of 5 keys reached a layer that has 3: layers with a window"):
         attention_forward(torch.nn.Module(), q, q, q, torch.ones(1, 1, 3, 5, dtype=dtype))
+
+
+def test_a_layer_may_cut_its_mask_to_its_keys() -> None:
+    """As Pix2Struct does, whose prompts may have two tokens."""
+    q, module = torch.randn(2, 2, 2, 8), torch.nn.Module()
+    mask = build_mask(2, 2, 2, attention_mask=torch.tensor([[False, True], [True, True]]))
+    assert mask is not None
+    expected, _ = attention_forward(module, q, q, q, mask)
+    found, _ = attention_forward(module, q, q, q, mask[:, :, :, :2])
+    torch.testing.assert_close(found[0, 1], expected[0, 1])
+    torch.testing.assert_close(found[1], expected[1])
