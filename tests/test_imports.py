@@ -27,8 +27,9 @@ FOLDERS = {
 # Each statement runs in a process of its own, which has what the first argument imports. Then: what does transformers
 # know of us?
 PROBE = """
-import os, sys, traceback
+import gc, os, sys, traceback
 exec(sys.argv[1])
+gc.disable()  # a third of what an import takes
 
 def known():
     from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, LlamaConfig
@@ -56,7 +57,13 @@ for statement in sys.argv[2:]:
     os.waitpid(child, 0)
 """
 #: what transformers itself imports, so that each process need not
-ITS_REQUIREMENTS = "import accelerate, torch, torch._dynamo, torch.distributed.tensor"
+ITS_REQUIREMENTS = """
+import accelerate, huggingface_hub, jinja2, tokenizers, torch, torch._dynamo, torch.distributed.tensor
+try:
+    import torchao.prototype.safetensors.safetensors_support
+except ImportError:
+    pass
+"""
 EXPECTED = (
     "hf_attn_patch.hf.attention_function hf_attn_patch.hf.attention_function hf_attn_patch.hf.mask_function "
     "hf_attn_patch.modeling.gpt2 "
