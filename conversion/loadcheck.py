@@ -74,6 +74,7 @@ def _check(raw: Mapping[str, Any], tensors: Mapping[str, tuple[str, tuple[int, .
                 device_map="meta",
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
+                local_files_only=True,  # some configs name further files (Jev), which would be asked of the hub
             )
         except ConversionError:
             raise

@@ -61,7 +61,7 @@ def from_pretrained(
         raise ConversionError(
             f"{model_class.__name__} cannot share KV heads: pass an Auto class, which knows {config.model_type}"
         )
-    kwargs.setdefault("dtype", "auto")
+    kwargs = {"dtype": "auto", "local_files_only": True, **kwargs}  # all that is loaded is here
     loaded = model_class.from_pretrained(None, config=config, state_dict=state, **kwargs)
     model = loaded[0] if isinstance(loaded, tuple) else loaded
     if (made.source.folder / "generation_config.json").is_file() and model.can_generate():

@@ -10,7 +10,7 @@ import transformers
 from checkpoints import same
 from tiny_families import tiny_model
 
-from hf_attn_patch.conversion import ConversionError, convert, from_pretrained
+from hf_attn_patch.conversion import ConversionError, convert, from_pretrained, plan
 
 IDS = torch.tensor([[5, 9, 33, 2, 17, 60, 41]])
 
@@ -28,6 +28,23 @@ def test_conversion_while_loading_equals_conversion_on_disk(model_type: str, tmp
     assert torch.equal(loaded(IDS).logits, written(IDS).logits)
     loaded.save_pretrained(tmp_path / "saved")
     same(tmp_path / "saved", tmp_path / "dst")
+
+
+def test_no_file_is_asked_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a checkpoint that is here: a class of config may name further files, which its owner has or has not."""
+    from transformers import modeling_utils
+
+    asked: list[bool] = []
+
+    def cached_file(*_: object, local_files_only: bool = False, **__: object) -> None:
+        asked.append(local_files_only)
+
+    tiny_model("llama").save_pretrained(tmp_path / "src")
+    monkeypatch.setattr(transformers.LlamaConfig, "extra_files", ("head.safetensors",), raising=False)
+    monkeypatch.setattr(modeling_utils, "cached_file", cached_file)
+    assert plan(tmp_path / "src", 2).units
+    from_pretrained(transformers.LlamaForCausalLM, tmp_path / "src", num_key_value_heads=2)
+    assert all(asked)
 
 
 def test_conversion_while_loading_takes_the_usual_arguments(tmp_path: Path) -> None:
