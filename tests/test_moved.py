@@ -11,14 +11,14 @@ from hf_attn_patch.moved import MOVED, install
 
 PROBE = """
 import importlib, sys, warnings
-old, new = sys.argv[1:]
-with warnings.catch_warnings(record=True) as seen:
-    warnings.simplefilter("always")
-    module = importlib.import_module(old)
-assert module is importlib.import_module(new), module
-assert module.__name__ == module.__spec__.name == new
-(said,) = [str(w.message) for w in seen if "hf_attn_patch" in str(w.message)]
-assert said == f"{old} is now {new}", said
+for old, new in zip(sys.argv[1::2], sys.argv[2::2]):
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        module = importlib.import_module(old)
+    assert module is importlib.import_module(new), module
+    assert module.__name__ == module.__spec__.name == new
+    (said,) = [str(w.message) for w in seen if "hf_attn_patch" in str(w.message)]
+    assert said == f"{old} is now {new}", said
 """
 
 
@@ -28,9 +28,9 @@ def fresh(code: str, *arguments: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("old", ["layout", "training.losses", "conversion.kvfield"])
-def test_an_old_path_is_the_new_module(old: str) -> None:
-    fresh(PROBE, f"hf_attn_patch.{old}", f"hf_attn_patch.{MOVED[old]}")
+def test_an_old_path_is_the_new_module() -> None:
+    olds = ["layout", "training.losses", "conversion.kvfield"]
+    fresh(PROBE, *(f"hf_attn_patch.{path}" for old in olds for path in (old, MOVED[old])))
 
 
 def test_every_old_path_answers() -> None:
