@@ -99,7 +99,7 @@ DECODERS = [
     Family(("lara_mini",), (replace(_NORMED, sparse=True),)),
     Family(("lfm2", "lfm2_moe"), (_OUT_PROJ,)),
     # lfm3's gate and laguna's are numbers for each head, which change no basis; laguna's may be for each dimension
-    Family(("lfm3",), (replace(_NORMED, sparse=True, others=("gate_proj",), ordered_heads=True),)),
+    Family(("lfm3",), (replace(_NORMED, sparse=True, others=("gate_proj", "g_proj"), ordered_heads=True),)),
     Family(
         ("laguna",),
         (
@@ -113,7 +113,7 @@ DECODERS = [
         ("step3p5",),
         (replace(_NORMED, kv_field=KVField(varies="layers"), others=("g_proj",), ordered_heads=True),),
     ),
-    Family(("flint",), (replace(_NORMED, others=("softmax_offset",), ordered_heads=True),)),
+    Family(("flint",), (replace(_NORMED, others=("softmax_offset", "sinks"), ordered_heads=True),)),
     Family(("nanochat",), (_BARE_NORMS,)),
     Family(("llama4_text",), (replace(_BARE_NORMS, keys_fixed="use_qk_norm", rope="interleaved"),)),
     Family(("cohere2_moe", "ernie4_5_vl_moe_text", "glm4v_text", "glm_ocr_text"), (Stack(rope="interleaved"),)),
@@ -123,7 +123,7 @@ DECODERS = [
     Family(("muse_glimmer_text", "muse_spark_text"), (replace(_GATED, keys_fixed=True, ordered_heads=True),)),
     Family(
         ("dory",),
-        (replace(_GATED, keys_fixed=True, others=("g_proj", "sqk", "s_gate"), ordered_heads=True),),
+        (replace(_GATED, keys_fixed=True, others=("g_proj", "gate_proj", "sqk", "s_gate"), ordered_heads=True),),
         prefixes=("backbone.", "model.", ""),
     ),
     Family(("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"), (_GATE_IN_Q,)),
@@ -140,12 +140,15 @@ DECODERS = [
             ),
         ),
     ),
-    # sinks that the checkpoint calls otherwise than the model: they stay where they are
+    # sinks that a published checkpoint calls otherwise than the model: they stay where they are
     Family(
         ("mimo_v2_flash",),
-        (Stack(kv_field=KVField(twice="sliding_attention"), value_dim="v_head_dim", others=("attention_sink_bias",),
-            ordered_heads=True,
-        ),),
+        (
+            Stack(
+                kv_field=KVField(twice="sliding_attention"), value_dim="v_head_dim",
+                others=("attention_sink_bias", "sinks"), ordered_heads=True,
+            ),
+        ),
     ),
     Family(
         ("dbrx",),

@@ -49,8 +49,8 @@ TEXT_PREFIXES = (
 
 FAMILIES: list[Family] = [
     Family((
-        "llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "gemma", "gemma2", "granite", "granite_swa", "granitemoe",
-        "granitemoe_swa", "granitemoeshared", "olmo", "starcoder2", "arcee", "aria_text", "cwm", "hyperclovax", "jais2",
+        "llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "gemma", "gemma2", "granite", "granitemoe",
+        "granitemoeshared", "olmo", "starcoder2", "arcee", "aria_text", "cwm", "hyperclovax", "jais2",
         "ministral", "ministral3", "phimoe", "seed_oss", "solar_open", "vaultgemma", "qwen2_vl_text", "qwen2_5_vl_text",
     )),
     Family(
@@ -62,7 +62,7 @@ FAMILIES: list[Family] = [
         (Stack(shared_qk_norm=True),),
         other=(Family((), (replace(DIFFUSERS, shared_qk_norm=True),), ("",)),),  # Cosmos 3
     ),
-    Family(("gpt_oss",), (Stack(sinks="sinks"),)),
+    Family(("gpt_oss", "granite_swa", "granitemoe_swa"), (Stack(sinks="sinks"),)),
     Family(("ernie4_5", "ernie4_5_moe", "helium"), (Stack(rope="interleaved"),)),
     Family(("olmo2", "olmo3", "olmoe", "flex_olmo", "minimax_m2"), (Stack(norms=_FLAT_NORMS),)),
     Family(("smollm3",), (Stack(no_rope_layers="no_rope_layers"),)),

@@ -100,6 +100,8 @@ EVERY: dict[str, dict[str, Any]] = {
     "glm_ocr_text": {"pad_token_id": 0, **mrope(1, 1, 0)},
     "granite4_vision_text": {},
     "granite_docling_text": {"pad_token_id": 0},
+    "granite_swa": {},
+    "granitemoe_swa": {},
     "granitemoehybrid": {
         "layer_types": ["mamba", "attention"], **LOCAL_MOE, "shared_intermediate_size": 32,
         "position_embedding_type": "rope", **MAMBA2,

@@ -131,6 +131,17 @@ def test_attentions_that_share_a_field_have_one_number(tmp_path: Path) -> None:
     assert {layer.new_kv_heads for layer in plan(tmp_path / "src", {"self": 2, "cross": 2}).layers} == {2}
 
 
+@pytest.mark.parametrize("model_type", ["dory", "flint", "granite_swa", "granitemoe_swa", "lfm3", "mimo_v2_flash"])
+def test_what_stands_beside_the_projections_by_the_names_of_the_model(model_type: str, tmp_path: Path) -> None:
+    """Sinks and gates have other names in published checkpoints; transformers can save them by its own too."""
+    if model_type not in known_here():
+        pytest.skip("unknown to this transformers")
+    model_of(with_kv_heads(model_type, 8)).save_pretrained(tmp_path / "src", save_original_format=False)
+    made = plan(tmp_path / "src", 2, method="aligned")
+    written = {name for unit in made.units for name in unit.writes}
+    assert any(name.endswith("self_attn.sinks") for name in written) == model_type.startswith("granite")  # by heads
+
+
 #: families in whose forward something stands after the keys, or after the values, that knows their basis
 KEYS_KNOWN = {
     "afmoe", "apertus1p5_text", "beam", "diffusion_gemma_text", "dory", "dots1", "flint", "gemma3n_text", "gemma4_text",
