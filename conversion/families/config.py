@@ -64,7 +64,8 @@ class LanguageModel:
         raise ConversionError(
             f"the checkpoint has no tensor {wanted!r} (under {', '.join(map(repr, dict.fromkeys(prefixes)))}), "
             f"where {self.model_type} keeps it; where transformers loads it from other names, "
-            "model.save_pretrained(folder, save_original_format=False) gives a checkpoint with these"
+            "model.save_pretrained(folder, save_original_format=False) gives a checkpoint with these (of ViT and "
+            "Sarvam without that option)"
         )
 
     def _take(self, names: Collection[str], prefix: str, stacks: Stacks, found: list[bool]) -> None:

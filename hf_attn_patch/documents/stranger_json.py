@@ -19,7 +19,10 @@ from hf_attn_patch.errors import ConversionError
 BOUNDS = (
     (re.compile(r"num_labels|n_labels"), 1_000_000),
     (re.compile(r"expert"), 65_536),
-    (re.compile(r"(^|_)(n|num|number)_?(\w+_)?(layers?|blocks?|stages?|codebooks?|adapters?|hash\w*)$"), 1_024),
+    (
+        re.compile(r"(^|_)(n|num|number)_?(\w+_)?(layers?|blocks?|stages?|codebooks?|adapters?|hash(es|_functions)?)$"),
+        1_024,
+    ),
     (re.compile(r"layers?$|blocks?$|depths?$|stages?$|^n_layers?$|attention_types|layers_block_type"), 1_024),
 )
 #: of one JSON file: each takes some 64 bytes or more of memory, however few of the file

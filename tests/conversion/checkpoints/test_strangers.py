@@ -128,8 +128,9 @@ def test_a_config_chooses_no_kernel(key: str, name: object, tmp_path: Path) -> N
 
 
 def test_real_configs_are_believed() -> None:
-    """The largest numbers of public models: 126 layers, 384 experts, 21,843 labels, 48 blocks in a stage."""
+    """The largest numbers of public models: 126 layers, 384 experts, 21,843 labels, 48 blocks in a stage, buckets."""
     config = {"num_hidden_layers": 126, "n_routed_experts": 384, "num_labels": 21_843, "depths": [3, 4, 48, 3]}
+    config |= {"num_hash_functions": 8, "num_hash_buckets": 16_384}  # CANINE
     check_config_limits({**config, "vocab_size": 262_144, "max_position_embeddings": 10_485_760}, "config.json")
 
 
