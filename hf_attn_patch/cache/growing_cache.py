@@ -27,6 +27,7 @@ from hf_attn_patch.attn.codes import kind_named
 from hf_attn_patch.compat.generation import PREFILL, PREPARE_CACHE, generate_method
 from hf_attn_patch.handle import Asked, Handle, of_each
 
+from .beforehand import make_together
 from .beginnings import begin_with, can_begin, rows_of, take_rows
 from .coded_layers import grown, grown_new
 from .layers import GrowingLayer, GrowingMixin, GrowingSlidingWindowLayer
@@ -272,12 +273,14 @@ def _prepare(inner: Callable[..., Any], standing: _StandsBefore, *args: Any, **k
         if not isinstance(cache, Cache) or id(cache) in before:  # what the user passed is the user's
             continue
         if type(cache) is DynamicCache:
-            model_kwargs[name] = GrowingCache.from_dynamic(cache, expected_length=expected, **wanted._asdict())
+            model_kwargs[name] = _growing(standing.model, cache, expected, wanted)
         elif type(cache) is EncoderDecoderCache and type(cache.self_attention_cache) is DynamicCache:
-            cache.self_attention_cache = GrowingCache.from_dynamic(
-                cache.self_attention_cache, expected_length=expected, **wanted._asdict()
-            )
+            cache.self_attention_cache = _growing(standing.model, cache.self_attention_cache, expected, wanted)
     return result
+
+
+def _growing(model: Any, cache: DynamicCache, expected: int | None, wanted: Growth) -> GrowingCache:
+    return make_together(model, GrowingCache.from_dynamic(cache, expected_length=expected, **wanted._asdict()))
 
 
 def use_growing_cache(model: torch.nn.Module, *, growth: float = 1.25, dtype: str | None = None) -> Handle:

@@ -25,6 +25,7 @@ class GrowingMixin:
     growth: float = 1.25
     expected_length: int | None = None
     bounded_to: int | None = None
+    beforehand: Any = None  # a Beforehand, which layers of one kind have in common
     _room: KVBuffers | None = None
 
     keys: Any
@@ -72,6 +73,8 @@ class GrowingMixin:
             if not self._fits(key_states, value_states):
                 return None
             stored = self.keys.shape[2] if self.keys.dim() == 4 else 0
+            if stored and self.beforehand is not None:
+                self.beforehand.drop()
             if limit is not None and stored + new > limit:
                 return None
             if room is None or not room.has_room(new):
@@ -83,7 +86,11 @@ class GrowingMixin:
         """Larger buffers that start with the stored states and have room for one more ``like`` them."""
         needed = stored + like_keys.shape[2]
         capacity = capacity_for(needed, self.growth, self.expected_length, limit, self.bounded_to)
-        buffers = (buffer_from(self.keys, like_keys, capacity), buffer_from(self.values, like_values, capacity))
+        buffers = None
+        if not stored and self.beforehand is not None:
+            buffers = self.beforehand.take(like_keys, like_values, capacity)
+        if buffers is None:
+            buffers = buffer_from(self.keys, like_keys, capacity), buffer_from(self.values, like_values, capacity)
         return KVBuffers(buffers, 0, stored)
 
     def _limit(self) -> int | None:
@@ -95,6 +102,8 @@ class GrowingMixin:
         to be had in place."""
         if not in_place_allowed() or not self.is_initialized or self.keys.dim() != 4 or not self.keys.numel():
             return None
+        if self.beforehand is not None:
+            self.beforehand.drop()
         room = self._held()
         if room is None or not room.has_room(1):
             if room is not None and room.has_room(0) and room.move_to_front(self.keys.shape[2]):
@@ -191,6 +200,7 @@ class GrowingMixin:
         """Copies and pickles carry the states at their size, and share no buffer with the original."""
         state, room = self.__dict__.copy(), self._held()
         state.pop("_room", None)
+        state.pop("beforehand", None)
         if room is not None:
             state["keys"], state["values"] = (v.clone(memory_format=torch.contiguous_format) for v in room.views)
         return state

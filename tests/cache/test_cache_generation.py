@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import pickle
+import weakref
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
@@ -27,6 +29,7 @@ from transformers import (
 )
 
 from hf_attn_patch import AttentionError, enable
+from hf_attn_patch.cache import beforehand
 from hf_attn_patch.cache import buffers as cache_room
 from hf_attn_patch.cache.growing_cache import GrowingCache, use_growing_cache
 from hf_attn_patch.cache.layers import GrowingMixin
@@ -83,6 +86,13 @@ PATHS: dict[str, dict[str, Any]] = {
     "chunked prefill": {"prefill_chunk_size": 4},
     "prompt lookup": {"prompt_lookup_num_tokens": 3},
 }
+
+
+@pytest.fixture(autouse=True)
+def _buffers_made_beforehand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, and however small they are."""
+    monkeypatch.setattr(beforehand, "DEVICES", {"cpu"})
+    monkeypatch.setattr(beforehand, "WORTH", 0)
 
 
 def build(family: str, attention: str = "sdpa", seed: int = 0) -> PreTrainedModel:
@@ -214,6 +224,52 @@ def test_room_ends_where_generate_ends() -> None:
     out = model.generate(input_ids=ids, max_new_tokens=20, return_dict_in_generate=True, do_sample=False)
     assert out.past_key_values.capacity() == 512
     assert out.past_key_values.layers[0].expected_length in (319, 320)
+
+
+class _Made(TorchDispatchMode):
+    """Notes the memory [B, 2, 256, 8] of a cache as it is made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.memory: list[Any] = []
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = op(*args, **(kwargs or {}))
+        if op is torch.ops.aten.new_empty.default and tuple(out.shape[1:]) == (2, 256, 8):
+            self.memory.append(weakref.ref(out.untyped_storage()))
+        return out
+
+    def held(self) -> int:
+        return sum(storage() is not None for storage in self.memory)
+
+
+def test_all_buffers_are_made_before_the_first_mlp() -> None:
+    """Also of a model that runs fewer layers than its config has, and where one of them takes none."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SIZES | {"num_hidden_layers": 4}, num_key_value_heads=2)).eval()
+    layers = model.model.layers = model.model.layers[:3]
+    use_growing_cache(model)
+    seen: list[tuple[int, int]] = []
+    with _Made() as made:
+        for layer in layers:
+            layer.mlp.register_forward_pre_hook(lambda *_: seen.append((len(made.memory), made.held())))
+        model.generate(INPUT_IDS, max_new_tokens=2)
+        assert seen == [(6, 6)] * 6
+        made.memory.clear()
+        layers[1].forward = lambda hidden_states, *_, **__: hidden_states
+        model.generate(INPUT_IDS, max_new_tokens=2)
+        assert seen[6:] == [(6, 6), (6, 6), (6, 4), (6, 4)]  # what no layer took is gone at the next token
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_layers_that_differ_make_their_own_buffers(inference: bool) -> None:
+    together, narrow, wide = beforehand.Beforehand(3), torch.ones(2, 1, 5, 8), torch.ones(2, 4, 5, 8)
+    first = together.take(narrow, narrow.double(), 256)
+    assert first is not None and [t.dtype for t in first] == [torch.float32, torch.float64]
+    with torch.inference_mode(inference):
+        other = (narrow, narrow.double()) if inference else (wide, wide.double())
+        assert together.take(*other, 256) is None
+    assert not together.made and together.take(narrow, narrow.double(), 256) is None
 
 
 @pytest.mark.parametrize("implementation", ["static", "dynamic"])

@@ -14,7 +14,7 @@ from transformers import DynamicCache, EncoderDecoderCache, FalconH1Config, Llam
 from hf_attn_patch import AttentionError, GrowingCache, enable, explain
 from hf_attn_patch.attn.codes import E4M3, INT8, KINDS, Codes, pack, unpack
 from hf_attn_patch.attn.shared import Parted
-from hf_attn_patch.cache import beginnings
+from hf_attn_patch.cache import beforehand, beginnings
 from hf_attn_patch.cache.coded_layers import CodedLayer, CodedSlidingWindowLayer
 from hf_attn_patch.cache.growing_cache import use_growing_cache
 from hf_attn_patch.cache.shared_prefix import SharedLayer
@@ -34,6 +34,8 @@ CALLS: dict[str, dict[str, Any]] = {
 @pytest.fixture(autouse=True)
 def _share_short_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(beginnings, "SHARE_FROM", 1)
+    monkeypatch.setattr(beforehand, "DEVICES", {"cpu"})
+    monkeypatch.setattr(beforehand, "WORTH", 0)
 
 
 def tokens(model: Any, inputs: dict[str, Any], **options: Any) -> Any:

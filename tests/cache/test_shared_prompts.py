@@ -14,7 +14,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from hf_attn_patch import GrowingCache, enable
 from hf_attn_patch.attn import shared_attend
-from hf_attn_patch.cache import beginnings, repeated_prompts
+from hf_attn_patch.cache import beforehand, beginnings, repeated_prompts
 from hf_attn_patch.cache.growing_cache import use_growing_cache
 from hf_attn_patch.cache.shared_prefix import SharedLayer
 from hf_attn_patch.compat.calls import generate_keyword
@@ -29,6 +29,8 @@ WITH_FULL_LAYERS = {"llama", "gemma2", "gemma3", "gpt2"}
 @pytest.fixture(autouse=True)
 def _share_short_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(beginnings, "SHARE_FROM", 1)
+    monkeypatch.setattr(beforehand, "DEVICES", {"cpu"})
+    monkeypatch.setattr(beforehand, "WORTH", 0)
 
 
 @pytest.fixture
