@@ -50,9 +50,10 @@ def enable(
         cuda_graphs: whether decoding steps on a GPU are recorded as CUDA graphs, one launch a token (see
             :func:`~hf_attn_patch.decoding.cuda_graphs.use_cuda_graphs`). "auto": wherever they can be; what cannot be
             recorded runs as it always did, and the log says why, once, as information. True: the same, and a warning
-            says why. "compiled": steps of the model compiled by torch.compile, the fastest, after a minute of
-            compiling. "unfused": as True, each operator of the model with its own kernels; else several small ones
-            share one wherever that is as exact (``explain(model)`` says where). False: no more; None: as it is.
+            says why. "compiled": steps of the model compiled by torch.compile, after up to a minute of
+            compiling; on Hopper no faster than True. "unfused": as True, each operator of the model with its own
+            kernels; else several small ones share one wherever that is as exact (``explain(model)`` says where).
+            False: no more; None: as it is.
 
     Returns:
         The model.

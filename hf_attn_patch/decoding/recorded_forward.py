@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import Cache
 
 from hf_attn_patch.compat.calls import Arguments
+from hf_attn_patch.compat.inductor import find_tuned_kernels
 from hf_attn_patch.compat.transformers import attention_name
 from hf_attn_patch.hf.attention_function import NAME
 
@@ -178,9 +179,11 @@ class RecordedForward:
 
     def _compiled_for(self, call: StepCall) -> Callable[..., Any]:
         """The forward, compiled. Of one row's products inductor makes kernels of its own, which read the weights faster
-        than cuBLAS, if it may try out their tiles."""
+        than cuBLAS, if it may try out their tiles; once, and not in each process."""
         one_row = call.device.type == "cuda" and call.tokens.shape[0] == 1
         if one_row not in self._compiled:
+            if one_row:
+                find_tuned_kernels()
             options: dict[str, Any] = {"options": {"coordinate_descent_tuning": True}} if one_row else {}
             self._compiled[one_row] = torch.compile(self.inner, fullgraph=True, **options)
         return self._compiled[one_row]
