@@ -26,6 +26,10 @@ _FULL = (
 _MASKED = (
     "flash4", "flash3", "flash2", "torch_varlen", "flex", "torch_sdpa", "reference", "triton_decode", "triton_bias",
 )  # fmt: skip
+#: before Ampere: Triton has multiplied without tensor cores there since 3.3, torch's memory-efficient kernel has them
+_EARLY = (
+    "torch_sdpa", "flex", "reference", "triton_decode", "triton_bias", "torch_varlen", "flash4", "flash3", "flash2",
+)  # fmt: skip
 #: training with a bias, in half precision: before what sums the bias's gradient in memory of B x H x Sq x Sk
 _BIASED = (
     "flash4", "flash3", "flash2", "torch_varlen", "flex", "triton_bias", "torch_sdpa", "reference", "triton_decode",
@@ -48,6 +52,8 @@ def _ours(request: AttentionRequest) -> tuple[str, ...]:
         return _CPU
     if request.q_class < 17 and not request.grad:  # decoding: bytes, not arithmetic
         return _first(rival(request), _DECODE) if has_many_rows(request) else _DECODE
+    if request.capability < 80:
+        return _EARLY
     if request.tree and request.rows <= TREE_ROWS:
         return _first("triton_decode", _MASKED)
     if request.visibility == FULL and not request.windowed and not request.bias:

@@ -11,11 +11,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_attn_patch.attn import devices, plan
-from hf_attn_patch.attn.backends import _sdpa_members, flash2, flash3, flash4, torch_sdpa, triton_decode
+from hf_attn_patch.attn.backends import (
+    _flex_tiles,
+    _sdpa_members,
+    flash2,
+    flash3,
+    flash4,
+    flex,
+    torch_sdpa,
+    triton_decode,
+)
 from hf_attn_patch.attn.backends.registry import BACKENDS
 from hf_attn_patch.attn.backends.registry import backend as backend_named
 from hf_attn_patch.attn.devices import Device, device_of
-from hf_attn_patch.attn.kernels.decode_plan import choose
+from hf_attn_patch.attn.kernels.decode_plan import block_rows, choose
 from hf_attn_patch.attn.plan import reasons
 from hf_attn_patch.attn.request import AttentionRequest, Operands, kind_of, request_of
 from hf_attn_patch.attn.visibility import DENSE, FULL, PADDED, Dense, Padded, Visibility, full, packed
@@ -96,7 +105,7 @@ def test_bf16_before_ampere_is_told_once_a_kind(caplog: pytest.LogCaptureFixture
     ("capability", "prefill", "padded", "decoding"),
     [
         (70, "torch_sdpa", "torch_sdpa", "triton_decode"),
-        (75, "torch_sdpa", "flex", "triton_decode"),
+        (75, "torch_sdpa", "torch_sdpa", "triton_decode"),
         (80, "torch_sdpa", "flash2", "triton_decode"),
         (89, "torch_sdpa", "flash2", "triton_decode"),
         (90, "flash4", "flash4", "triton_decode"),
@@ -111,7 +120,8 @@ def test_the_ladder_of_each_generation(capability: int, prefill: str, padded: st
 
 
 @pytest.mark.parametrize(("capability", "narrow", "wide"), [
-    (75, "flex", "flex"), (80, "triton_bias", "flex"), (90, "triton_bias", "flex"), (120, "triton_bias", "flex"),
+    (75, "torch_sdpa", "torch_sdpa"),
+    (80, "triton_bias", "flex"), (90, "triton_bias", "flex"), (120, "triton_bias", "flex"),
 ])  # fmt: skip
 def test_the_ladder_of_training_with_a_bias(capability: int, narrow: str, wide: str) -> None:
     """T5's and ALiBi's; what flex refuses of wide heads is still not summed in memory of B x H x Sq x Sk."""
@@ -124,6 +134,81 @@ def test_the_ladder_of_training_with_a_bias(capability: int, narrow: str, wide: 
         assert next(name for name, refused in reasons(settled) if refused is None) == "triton_bias"
     wide_type = asked._replace(dtype=torch.float32, head_dim=64, value_dim=64)
     assert next(name for name, refused in reasons(wide_type) if refused is None) != "triton_bias"
+
+
+def test_before_ampere_nothing_runs_without_tensor_cores_that_can_have_them() -> None:
+    """Triton multiplies without them there; flex is for what torch's kernel refuses."""
+    for facts in ({"visibility": DENSE}, {"windowed": True}, {"bias": True}, {"tree": True, "visibility": DENSE}):
+        for grad in (False, True):
+            assert ladder(request(75, grad=grad, **facts))[0] == "torch_sdpa"
+    assert ladder(request(75, softcap=True))[0] == "flex"
+    assert ladder(request(70, softcap=True)) == ["reference"]
+
+
+#: (from Ampere on, queries a tile, keys, stages, warps, the larger head dimension to a power of two, a number for each
+#: score is read) -> bytes, as Triton 3.7 compiled flex_attention's loads and products for 7.5, 8.6 and 8.9
+FLEX_FORWARD = {
+    (False, 64, 32, 1, 4, 128, False): 49152, (False, 64, 32, 1, 4, 128, True): 49152,
+    (False, 32, 16, 1, 4, 256, False): 49152, (False, 32, 16, 1, 4, 256, True): 49152,
+    (False, 64, 64, 3, 4, 64, False): 32768, (False, 64, 64, 3, 4, 64, True): 32768,
+    (True, 128, 64, 3, 4, 64, False): 49152, (True, 64, 64, 2, 4, 64, True): 40960,
+    (True, 128, 64, 3, 8, 128, False): 98304, (True, 64, 64, 2, 4, 128, True): 73728,
+    (True, 32, 64, 2, 4, 256, False): 86016, (True, 32, 64, 2, 4, 256, True): 94208,
+    (True, 32, 64, 3, 4, 256, False): 151552,
+}  # fmt: skip
+#: (from Ampere on, tiles, stages, larger head dimension) -> bytes
+FLEX_BACKWARD = {
+    (False, 16, 1, 128): 24576, (False, 16, 1, 256): 49152,
+    (True, 64, 2, 128): 68096, (True, 64, 3, 128): 84992, (True, 64, 2, 256): 135680, (True, 32, 1, 256): 65536,
+}  # fmt: skip
+
+
+@given(
+    capability=st.sampled_from([c for c in CAPABILITIES if c >= 75]),
+    D=st.sampled_from([64, 72, 96, 128, 160, 192, 256]),
+    Dv=st.sampled_from([64, 72, 96, 128, 160, 192, 256]),
+    scored=st.booleans(),
+)
+def test_tiles_of_flex_fit_into_shared_memory(capability: int, D: int, Dv: int, scored: bool) -> None:
+    """Torch gives A10, L4, RTX 3090 and 4090 the tiles of an A100 ("no valid triton configs"), and a T4 some of its own
+    that do not fit either."""
+    early, kib = capability < 80, {75: 64, 80: 163, 86: 99, 87: 163, 89: 99, 120: 99, 121: 99}.get(capability, 227)
+    options = _flex_tiles.tiles(capability, D, Dv, scored)
+    if kib == 227:
+        assert not options
+        return
+    width = next(n for n in (64, 128, 256) if max(D, Dv) <= n)
+    # where torch's own are left, they are those of its tables
+    own = {64: (64 if early else 128, 64, 3, 4), 128: (128, 64, 3, 8), 256: (32, 64, 3, 4)}[width]
+    forward = tuple(v for k, v in options.items() if k.startswith("fwd_")) or own
+    if kib == 163 and width <= 128:  # with room for a bias in fp32 of 128 x 64, three times
+        assert not options
+    else:
+        assert FLEX_FORWARD[(not early, *forward, width, scored)] + 1024 <= kib * 1024
+    M1, N1, M2, N2, stages, _ = tuple(v for k, v in options.items() if k.startswith("bwd_")) or (
+        (16, 16, 16, 16, 1, 4) if early else (64, 64, 64, 64, 2 + (width == 128), 4)
+    )
+    if width == 64:  # torch's, which take less than those for 128
+        assert (M1, stages) in ((16, 1), (64, 2))
+        return
+    assert len({M1, N1, M2, N2}) == 1
+    fetched = M1 * N1 * 2 * (stages - 1) * scored
+    assert FLEX_BACKWARD[not early, M1, stages, width] + fetched + 1024 <= kib * 1024
+
+
+def test_flex_is_told_its_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Any] = []
+
+    def compiled(q: Any, k: Any, v: Any, kernel_options: Any, **_: Any) -> Any:
+        told.append(kernel_options)
+        return q, q[..., 0]
+
+    monkeypatch.setattr(flex, "_compiled", lambda: compiled)
+    q, layout = torch.randn(1, 4, 200, 256, dtype=torch.float16), full(200, 200, False, (None, None), 1)
+    asked = request_of(kind_of(q, q, q, None, None, None, 0.0, False, False, None, layout.facts))
+    for capability in (90, 89):
+        flex.run(q, q, q, asked._replace(device="cuda", capability=capability), Operands(layout, 0.25))
+    assert told == [None, _flex_tiles.tiles(89, 256, 256, False)]
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
@@ -286,6 +371,42 @@ def test_keys_and_values_are_not_copied_for_the_group(Sq: int, monkeypatch: pyte
     assert {t.untyped_storage().data_ptr() for t in given_keys} == {k.untyped_storage().data_ptr()}
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize(("D", "Dv", "offset"), [(59, 59, 0), (10, 16, 0), (16, 6, 0), (16, 16, 1), (16, 16, 0)])
+def test_rows_of_the_memory_efficient_kernel_begin_at_16_bytes(
+    D: int, Dv: int, offset: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From Ampere on torch has no kernel for others ("no kernel found to launch"); its public function does without."""
+
+    def kernel(
+        q: Any, k: Any, v: Any, scores: Any, save: bool, dropout: float, causal: bool, scale: float
+    ) -> tuple[torch.Tensor, None]:
+        for t in (q, k, v, scores):
+            assert t.data_ptr() % 16 == 0 and all(stride * t.itemsize % 16 == 0 for stride in t.stride()[:-1])
+        rows = [t.float() for t in (q, k, v)]
+        return torch.nn.functional.scaled_dot_product_attention(*rows, scores.float(), scale=scale).to(dtype), None
+
+    monkeypatch.setattr(_sdpa_members, "efficient_attention_op", kernel)
+    torch.manual_seed(0)
+    q, k, v = (
+        torch.randn(2, H, S, n + offset, dtype=dtype)[..., offset:] for H, S, n in ((4, 5, D), (2, 7, D), (2, 7, Dv))
+    )
+    mask = torch.rand(2, 4, 5, 7) < 0.6
+    layout = Dense(2, 5, 7, mask=mask)
+    inputs = [t.detach().requires_grad_() for t in (q, k, v)]
+    asked = request_of(kind_of(*inputs, None, None, None, 0.0, False, False, None, layout.facts))
+    asked = asked._replace(device="cuda", capability=80)
+    assert torch_sdpa.kernel(asked) == "efficient"
+    out, _ = torch_sdpa.run(*inputs, asked, Operands(layout, 0.3))
+    want = truth(*inputs, mask, None, 0.3)
+    close = {"atol": 2e-3, "rtol": 2e-3} if dtype == torch.float16 else {"atol": 2e-6, "rtol": 2e-5}
+    torch.testing.assert_close(out.double(), want, **close)
+    aim = torch.randn_like(want)
+    found = torch.autograd.grad((out * aim).sum(), inputs)
+    for f, w in zip(found, torch.autograd.grad((want * aim).sum(), inputs), strict=True):
+        torch.testing.assert_close(f, w.nan_to_num(), atol=10 * close["atol"], rtol=10 * close["rtol"])
+
+
 @given(
     D=st.sampled_from([8, 64, 128, 256, 512]),
     dtype=st.sampled_from([torch.float16, torch.float32]),
@@ -305,3 +426,24 @@ def test_a_tile_of_the_decode_kernel_fits_into_shared_memory(
         assert tile * (1 if capability < 80 else 2) + 8192 <= kib * 1024  # as Triton's compiler counts it
     else:
         assert (D, dtype) == (512, torch.float32) and kib < 163
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "D", "rows", "compiled"),
+    [  # the rows of a tile that fits, and bytes as Triton 3.7 compiled it
+        (75, torch.float16, 128, 64, (64, 65536)), (75, torch.float16, 256, 64, (32, 65536)),
+        (75, torch.float16, 512, 64, (16, 65536)), (75, torch.float16, 512, 8, (16, 65536)),
+        (89, torch.float16, 128, 64, (64, None)), (89, torch.float16, 512, 32, (32, 99328)),
+        (89, torch.float16, 512, 64, (32, 99328)), (89, torch.float16, 512, 4, (16, 82432)),
+        (89, torch.float16, 256, 64, (32, None)), (89, torch.int8, 256, 64, (64, 86016)),
+        (80, torch.float16, 512, 64, (64, 133120)), (90, torch.float16, 256, 64, (64, 102400)),
+    ],
+)  # fmt: skip
+def test_queries_of_the_decode_kernel_fit_beside_its_keys(
+    capability: int, dtype: torch.dtype, D: int, rows: int, compiled: tuple[int, int | None]
+) -> None:
+    room = devices.tile_room(capability)
+    block_n = choose(dtype, D, D, 96, 8192, 132, False, room, rows).block_n
+    found, taken = compiled
+    assert block_rows(rows, 2, dtype, D, D, block_n, capability) == found
+    assert taken is None or taken <= devices.shared_memory(capability)

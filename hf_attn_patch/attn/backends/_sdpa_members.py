@@ -23,14 +23,25 @@ from ._unseen import without_unseen
 def efficient(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, request: AttentionRequest, operands: Operands
 ) -> Tensor:
-    """The memory-efficient kernel knows no grouping."""
+    """The memory-efficient kernel knows no grouping, and from Ampere on no row that begins between 16 bytes."""
     save = request.grad or operands.sinks is not None
+    DV = v.shape[-1]
 
     def kernel(q: Tensor, k: Tensor, v: Tensor, scores: Tensor | None) -> tuple[Tensor, Tensor]:
         found = efficient_attention_op(q, k, v, scores, save, operands.dropout, causal, scale=operands.scale)
         return found[0], found[1]
 
-    return _by_member(q, k, v, mask, request, operands, kernel)
+    return _by_member(_in_units(q), _in_units(k), _in_units(v), mask, request, operands, kernel)[..., :DV]
+
+
+def _in_units(t: Tensor) -> Tensor:
+    """Rows of whole units of 16 bytes: zeros behind them change no score, and no value but those cut off again."""
+    unit = 16 // t.itemsize
+    if t.shape[-1] % unit:
+        return F.pad(t, (0, -t.shape[-1] % unit))
+    if t.storage_offset() % unit or any(stride % unit for stride in t.stride()[:-1]):
+        return t.clone(memory_format=torch.contiguous_format)
+    return t
 
 
 def public(

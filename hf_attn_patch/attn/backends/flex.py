@@ -11,10 +11,11 @@ from torch import Tensor
 
 from hf_attn_patch.attn.devices import lacks, needs_nvidia, no_bf16
 from hf_attn_patch.attn.request import AttentionRequest, Operands
-from hf_attn_patch.attn.visibility import Dense, Full, Packed, Visibility
+from hf_attn_patch.attn.visibility import DENSE, Dense, Full, Packed, Visibility
 from hf_attn_patch.compat.torch import recompile_limit
 
 from ._common import as_dtype, cut, cut_bias, rescale_by_sinks
+from ._flex_tiles import tiles
 from ._scores import unseen_of
 from ._unseen import without_unseen
 
@@ -83,12 +84,19 @@ def run(q: Tensor, k: Tensor, v: Tensor, request: AttentionRequest, operands: Op
         scale=operands.scale,
         enable_gqa=q.shape[1] != k.shape[1],
         return_lse=True,
-        # below 128 queries flex would take its decoding kernel, which has no choice for many shapes
-        kernel_options={"FORCE_USE_FLEX_ATTENTION": True} if q.shape[2] < _BLOCK else None,
+        kernel_options=_kernel_options(request, q.shape[2]),
     )
     if operands.sinks is not None:
         out = rescale_by_sinks(out, lse, operands.sinks)
     return out, None
+
+
+def _kernel_options(request: AttentionRequest, queries: int) -> dict[str, Any] | None:
+    scored = request.bias or request.visibility == DENSE
+    options: dict[str, Any] = dict(tiles(request.capability, request.head_dim, request.value_dim, scored))
+    if queries < _BLOCK:  # flex would take its decoding kernel, which has no choice for many shapes
+        options["FORCE_USE_FLEX_ATTENTION"] = True
+    return options or None
 
 
 def _captured(bias: Tensor, dtype: torch.dtype) -> Tensor:

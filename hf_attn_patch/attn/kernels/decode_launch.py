@@ -16,7 +16,7 @@ from .decode_codes import FP8, INT8
 from .decode_kernel import decode_kernel
 from .decode_line import LOG2E
 from .decode_operands import DecodeOperands, Sizes, check
-from .decode_plan import Tuning, choose, merge_shape, overlaps, plan, power_of_two, sm_count
+from .decode_plan import Tuning, block_rows, choose, merge_shape, overlaps, plan, power_of_two, sm_count
 from .launcher import Launch
 from .mask_bounds import has_words, mask_bounds, mask_words
 
@@ -183,9 +183,9 @@ def _plan(o: DecodeOperands, tuning: Tuning | None) -> tuple[LaunchPlan, tuple[i
     varlen = o.first is not None or o.end is not None
     span = Sk if o.window is None else min(Sk, window + Sq - 1)
     sms = sm_count(o.q.device)
-    room = tile_room(device_of(o.q.device).capability or 90)
-    tuning = tuning or choose(o.k.dtype, D, DV, B * HKV, span, sms, varlen, room, G * Sq)
-    block_m = tuning.block_m or min(64, max(16, power_of_two(G * Sq)))
+    capability, dtype = device_of(o.q.device).capability or 90, o.k.dtype
+    tuning = tuning or choose(dtype, D, DV, B * HKV, span, sms, varlen, tile_room(capability), G * Sq)
+    block_m = tuning.block_m or block_rows(G * Sq, o.q.itemsize, dtype, D, DV, tuning.block_n, capability)
     m_tiles = max(1, -(-G * Sq // block_m))
     slots = max(1, sms * tuning.per_sm * tuning.waves // m_tiles)
     split, workers = plan(B * HKV, -(-span // tuning.block_n), slots, tuning, varlen)

@@ -7,6 +7,8 @@ from functools import cache
 
 import torch
 
+from hf_attn_patch.attn.devices import shared_memory
+
 
 @dataclass(frozen=True, slots=True)
 class Tuning:
@@ -92,6 +94,34 @@ def choose(
     if heads * span <= sms * block_n and span >= 8 * block_n > 128:
         block_n //= 2
     return Tuning(block_n=block_n, direct=even or None, least=2)
+
+
+def block_rows(rows: int, q_size: int, dtype: torch.dtype, D: int, DV: int, block_n: int, capability: int) -> int:
+    """Query rows a tile: the least power of two that holds the group, 16 to 64, and no more than fit into a block's
+    shared memory beside the keys; further ones are tiles of their own, which read the keys again.
+
+    Bytes as compiled by Triton 3.7. From Ampere on: queries, two tiles in flight, weights; of codes values as fp16 too.
+    Before, where there is one tile, each operand twice.
+
+    Args:
+        q_size: bytes of a number of the queries.
+        dtype: of K and V.
+
+    >>> block_rows(64, 2, torch.float16, 256, 256, 32, 90), block_rows(64, 2, torch.float16, 256, 256, 32, 89)
+    (64, 32)
+    """
+    width, out = power_of_two(D), power_of_two(DV)
+    keys = block_n * (2 * (width + out) * dtype.itemsize + 2 * out * (dtype.itemsize == 1))
+    block = min(64, max(16, power_of_two(rows)))
+
+    def fits(block: int) -> bool:
+        if capability < 80:
+            return (block + block_n) * (width + out) * q_size <= shared_memory(capability)
+        return keys + block * (width + block_n) * q_size + 512 <= shared_memory(capability)
+
+    while block > 16 and not fits(block):
+        block //= 2
+    return block
 
 
 def plan(heads: int, tiles: int, slots: int, tuning: Tuning, varlen: bool) -> tuple[bool, int]:
