@@ -147,7 +147,7 @@ def test_before_ampere_nothing_runs_without_tensor_cores_that_can_have_them() ->
 
 #: (from Ampere on, queries a tile, keys, stages, warps, the larger head dimension to a power of two, a number for each
 #: score is read) -> bytes, as Triton 3.7 compiled flex_attention's loads and products for 7.5, 8.6 and 8.9
-FLEX_FORWARD = {
+FLEX_FORWARD: dict[tuple[int, ...], int] = {
     (False, 64, 32, 1, 4, 128, False): 49152, (False, 64, 32, 1, 4, 128, True): 49152,
     (False, 32, 16, 1, 4, 256, False): 49152, (False, 32, 16, 1, 4, 256, True): 49152,
     (False, 64, 64, 3, 4, 64, False): 32768, (False, 64, 64, 3, 4, 64, True): 32768,
@@ -157,7 +157,7 @@ FLEX_FORWARD = {
     (True, 32, 64, 3, 4, 256, False): 151552,
 }  # fmt: skip
 #: (from Ampere on, tiles, stages, larger head dimension) -> bytes
-FLEX_BACKWARD = {
+FLEX_BACKWARD: dict[tuple[int, ...], int] = {
     (False, 16, 1, 128): 24576, (False, 16, 1, 256): 49152,
     (True, 64, 2, 128): 68096, (True, 64, 3, 128): 84992, (True, 64, 2, 256): 135680, (True, 32, 1, 256): 65536,
 }  # fmt: skip
@@ -184,7 +184,8 @@ def test_tiles_of_flex_fit_into_shared_memory(capability: int, D: int, Dv: int, 
     if kib == 163 and width <= 128:  # with room for a bias in fp32 of 128 x 64, three times
         assert not options
     else:
-        assert FLEX_FORWARD[(not early, *forward, width, scored)] + 1024 <= kib * 1024
+        kind = (not early, *forward, width, scored)
+        assert FLEX_FORWARD[kind] + 1024 <= kib * 1024
     M1, N1, M2, N2, stages, _ = tuple(v for k, v in options.items() if k.startswith("bwd_")) or (
         (16, 16, 16, 16, 1, 4) if early else (64, 64, 64, 64, 2 + (width == 128), 4)
     )
@@ -383,28 +384,28 @@ def test_rows_of_the_memory_efficient_kernel_begin_at_16_bytes(
     ) -> tuple[torch.Tensor, None]:
         for t in (q, k, v, scores):
             assert t.data_ptr() % 16 == 0 and all(stride * t.itemsize % 16 == 0 for stride in t.stride()[:-1])
-        rows = [t.float() for t in (q, k, v)]
-        return torch.nn.functional.scaled_dot_product_attention(*rows, scores.float(), scale=scale).to(dtype), None
+        q, k, v, scores = (t.float() for t in (q, k, v, scores))
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, scores, scale=scale).to(dtype), None
 
     monkeypatch.setattr(_sdpa_members, "efficient_attention_op", kernel)
     torch.manual_seed(0)
     q, k, v = (
-        torch.randn(2, H, S, n + offset, dtype=dtype)[..., offset:] for H, S, n in ((4, 5, D), (2, 7, D), (2, 7, Dv))
+        torch.randn(2, H, S, n + offset, dtype=dtype)[..., offset:].requires_grad_()
+        for H, S, n in ((4, 5, D), (2, 7, D), (2, 7, Dv))
     )
     mask = torch.rand(2, 4, 5, 7) < 0.6
     layout = Dense(2, 5, 7, mask=mask)
-    inputs = [t.detach().requires_grad_() for t in (q, k, v)]
-    asked = request_of(kind_of(*inputs, None, None, None, 0.0, False, False, None, layout.facts))
+    asked = request_of(kind_of(q, k, v, None, None, None, 0.0, False, False, None, layout.facts))
     asked = asked._replace(device="cuda", capability=80)
     assert torch_sdpa.kernel(asked) == "efficient"
-    out, _ = torch_sdpa.run(*inputs, asked, Operands(layout, 0.3))
-    want = truth(*inputs, mask, None, 0.3)
-    close = {"atol": 2e-3, "rtol": 2e-3} if dtype == torch.float16 else {"atol": 2e-6, "rtol": 2e-5}
-    torch.testing.assert_close(out.double(), want, **close)
+    out, _ = torch_sdpa.run(q, k, v, asked, Operands(layout, 0.3))
+    want = truth(q, k, v, mask, None, 0.3)
+    atol = 2e-3 if dtype == torch.float16 else 2e-5
+    torch.testing.assert_close(out.double(), want, atol=atol, rtol=atol)
     aim = torch.randn_like(want)
-    found = torch.autograd.grad((out * aim).sum(), inputs)
-    for f, w in zip(found, torch.autograd.grad((want * aim).sum(), inputs), strict=True):
-        torch.testing.assert_close(f, w.nan_to_num(), atol=10 * close["atol"], rtol=10 * close["rtol"])
+    found = torch.autograd.grad((out * aim).sum(), (q, k, v))
+    for f, w in zip(found, torch.autograd.grad((want * aim).sum(), (q, k, v)), strict=True):
+        torch.testing.assert_close(f, w, atol=10 * atol, rtol=10 * atol)
 
 
 @given(
