@@ -10,6 +10,7 @@ import fcntl
 import glob
 import json
 import os
+import re
 import shutil
 import tempfile
 import warnings
@@ -33,6 +34,8 @@ GGUF_DTYPE = "bfloat16"
 WHILE_LOADING = ("fp8", "mxfp4", "compressed-tensors", "metal")
 #: formats whose loaded model can be unpacked, where their package runs
 AFTERWARDS = ("bitsandbytes", "higgs")
+#: what transformers up to 5.20 leaves of compressed-tensors beside weights that it has unpacked
+LEFT_OVER = re.compile(r"\.(weight|input|output|q|k|v)_(scale|zero_point|global_scale|g_idx|shape)$")
 
 
 @contextmanager
@@ -163,6 +166,8 @@ def _loaded(folder: Path, gguf: str | None) -> Any:
         except Exception as error:  # whatever the many formats' packages and devices refuse it with
             raise ConversionError(f"{where} ({method}) cannot be unpacked here: {one_line(error)}") from None
     for name, parameter in model.named_parameters():
+        if LEFT_OVER.search(name):
+            continue
         if not parameter.is_floating_point() or parameter.element_size() < 2:
             stays = str(parameter.dtype).removeprefix("torch.")
             raise ConversionError(
@@ -216,7 +221,8 @@ def _write(model: Any, target: Path) -> None:
     with quiet():
         with torch.device("meta"):
             plain = type(model)(config_object(raw))
-        missing, unknown = plain.load_state_dict(model.state_dict(), strict=False, assign=True)
+        state = {name: tensor for name, tensor in model.state_dict().items() if not LEFT_OVER.search(name)}
+        missing, unknown = plain.load_state_dict(state, strict=False, assign=True)
         plain.tie_weights()
         left = [name for name in missing if plain.get_parameter(name).is_meta]
         if left or unknown:

@@ -108,7 +108,29 @@ def shadow(model: nn.Module, device: torch.device, dtype: torch.dtype | None) ->
         forget_wrappers(module)
         if getattr(module, "gradient_checkpointing", False) is True:
             module.__dict__["gradient_checkpointing"] = False
+        for name, child in module.named_children():
+            if _is_packed(child):
+                setattr(module, name, _AnyLinear(child.out_features))
     return made
+
+
+def _is_packed(module: nn.Module) -> bool:
+    """A linear layer of a quantized model, whose own code reads numbers that a stand-in has not."""
+    held = [*module.parameters(False), *module.buffers(False)]
+    packed = any(t.element_size() == 1 or not t.is_floating_point() for t in held)
+    return packed and all(type(getattr(module, name, None)) is int for name in ("in_features", "out_features"))
+
+
+class _AnyLinear(nn.Module):
+    """What the forwards of all linear layers share: shapes, the dtype of what comes in, and whether it is trained."""
+
+    def __init__(self, outputs: int) -> None:
+        super().__init__()
+        self.outputs = outputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., inputs] to [..., outputs]."""
+        return x[..., :1] + x.new_empty(self.outputs)
 
 
 def built(config: Any, device: torch.device, dtype: torch.dtype | None) -> nn.Module:

@@ -71,6 +71,20 @@ def test_fp8_becomes_what_its_blocks_say(tmp_path: Path) -> None:
     assert model(IDS).logits.isfinite().all()
 
 
+def test_what_a_format_leaves_beside_its_unpacked_weights_is_not_written(tmp_path: Path) -> None:
+    """As compressed-tensors under transformers up to 5.20: scales and shapes stay."""
+    from hf_attn_patch.conversion.unpacking import _write
+
+    model = llama()
+    meant = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    projection = model.model.layers[1].self_attn.v_proj
+    projection.weight_scale = torch.nn.Parameter(torch.ones(32, 1))
+    projection.weight_shape = torch.nn.Parameter(torch.tensor([32, 64]), requires_grad=False)
+    _write(model, tmp_path)
+    got = tensors(tmp_path)
+    assert got.keys() == meant.keys() and all(torch.equal(got[name], meant[name]) for name in meant)
+
+
 def test_the_command_unpacks_beside_the_result_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
