@@ -27,7 +27,8 @@ def resolve(src: str | os.PathLike[str], *, revision: str | None = None, allow_p
             raise ConversionError(f"--revision belongs to a hub id, but {text} is a folder")
         with no_reading_errors(text):
             return open_source(folder, name=text, allow_pickle=allow_pickle)
-    snapshot = fetched(text, revision, more=(PICKLE_SINGLE.replace(".bin", "*.bin"),) if allow_pickle else ())
+    pickles = (PICKLE_SINGLE.replace(".bin", "*.bin"), f"[1-9]_*/{PICKLE_SINGLE}") if allow_pickle else ()
+    snapshot = fetched(text, revision, more=pickles)
     commit = snapshot.name if snapshot.parent.name == "snapshots" else None
     with no_reading_errors(text):
         return open_source(snapshot, name=text, revision=commit, allow_pickle=allow_pickle)

@@ -150,7 +150,9 @@ def open_source(
                 f"{folder} holds GGUF files: hf-attn convert unpacks one with --dequantize, or give the "
                 "safetensors checkpoint that they were made from"
             )
-        raise ConversionError(f"{folder} has no config.json")
+        inner = next((p.parent for p in sorted(folder.glob("0_*/config.json"))), None)  # old sentence-transformers
+        where = "" if inner is None else f"; its model lies in {inner.name}, which can be converted by itself"
+        raise ConversionError(f"{folder} has no config.json{where}")
     config = parse_json_object(read_small(config_path, CONFIG_BYTES), str(config_path))
     check_config_limits(config, str(config_path))
     source = Source(folder, name or str(folder), revision, config, companions=companions_of(folder))
@@ -248,10 +250,22 @@ def companions_of(folder: Path) -> list[str]:
         if path.is_file() and keep and path.name not in NOT_COMPANIONS and not index:
             found.append(str(inside(folder, path.name).relative_to(folder)))
         elif path.is_dir() and COMPANION_FOLDERS.fullmatch(path.name):
+            _refuse_empty_dense(path)
             for file in sorted(path.iterdir()):
-                if file.is_file() and file.name.endswith((*COMPANION_SUFFIXES, ".safetensors")):
+                weights = file.name == PICKLE_SINGLE or file.suffix == ".safetensors"  # copied, never loaded
+                if file.is_file() and (weights or file.name.endswith(COMPANION_SUFFIXES)):
                     found.append(str(inside(folder, f"{path.name}/{file.name}").relative_to(folder)))
     return found
+
+
+def _refuse_empty_dense(module: Path) -> None:
+    """A linear layer of sentence-transformers whose weights are not here: pickles are fetched only when asked for."""
+    config = module / "config.json"
+    dense = config.is_file() and b'"in_features"' in config.read_bytes()[:CONFIG_BYTES]
+    if dense and not any((module / name).is_file() for name in (SINGLE, PICKLE_SINGLE)):
+        raise ConversionError(
+            f"{module} has no weights ({SINGLE}); if they are pickled, pass --allow-pickle to bring them along"
+        )
 
 
 @contextmanager

@@ -109,16 +109,17 @@ def shadow(model: nn.Module, device: torch.device, dtype: torch.dtype | None) ->
         if getattr(module, "gradient_checkpointing", False) is True:
             module.__dict__["gradient_checkpointing"] = False
         for name, child in module.named_children():
-            if _is_packed(child):
-                setattr(module, name, _AnyLinear(child.out_features))
+            if (outputs := _packed_outputs(child)) is not None:
+                setattr(module, name, _AnyLinear(outputs))
     return made
 
 
-def _is_packed(module: nn.Module) -> bool:
-    """A linear layer of a quantized model, whose own code reads numbers that a stand-in has not."""
+def _packed_outputs(module: Any) -> int | None:
+    """The width of a quantized model's linear layer, whose own code reads numbers that a stand-in has not."""
     held = [*module.parameters(False), *module.buffers(False)]
     packed = any(t.element_size() == 1 or not t.is_floating_point() for t in held)
-    return packed and all(type(getattr(module, name, None)) is int for name in ("in_features", "out_features"))
+    outputs = getattr(module, "out_features", None) if packed and hasattr(module, "in_features") else None
+    return outputs if type(outputs) is int else None
 
 
 class _AnyLinear(nn.Module):

@@ -44,6 +44,9 @@ def src(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "modeling_evil.py").write_text("raise SystemExit")
     (folder / "1_Pooling").mkdir()
     (folder / "1_Pooling" / "config.json").write_text("{}")
+    (folder / "2_Dense").mkdir()
+    (folder / "2_Dense" / "config.json").write_text('{"in_features": 32}')
+    (folder / "2_Dense" / "pytorch_model.bin").write_bytes(b"not read")  # LaBSE's
     (folder / ".git").mkdir()
     (folder / "training_args.bin").write_bytes(b"x")
     return folder
@@ -59,8 +62,9 @@ def test_a_conversion_from_end_to_end(src: Path, tmp_path: Path) -> None:
     names = {p.name for p in dst.iterdir()}
     assert names == {
         "config.json", "generation_config.json", "model.safetensors", "conversion.json", "README.md", "tokenizer.json",
-        "chat_template.jinja", "bpe.codes", "1_Pooling",
+        "chat_template.jinja", "bpe.codes", "1_Pooling", "2_Dense",
     }  # fmt: skip
+    assert (dst / "2_Dense" / "pytorch_model.bin").read_bytes() == b"not read"
     before, after = json.loads((src / "config.json").read_text()), json.loads((dst / "config.json").read_text())
     assert after == {**before, "num_key_value_heads": 2}
     record = json.loads((dst / "conversion.json").read_text())

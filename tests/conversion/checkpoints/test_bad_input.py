@@ -118,6 +118,13 @@ def test_configs_that_disagree(src: Path, changes: dict[str, Any], words: str) -
     convert(src, words=words)
 
 
+def test_the_model_of_an_old_sentence_transformers_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "0_Transformer").mkdir()
+    (tmp_path / "0_Transformer" / "config.json").write_text("{}")
+    with pytest.raises(ConversionError, match="its model lies in 0_Transformer"):
+        plan(tmp_path, 2)
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"model_type": "llama"', "\x00\x01"])
 def test_configs_that_are_none(src: Path, text: str) -> None:
     (src / "config.json").write_text(text)

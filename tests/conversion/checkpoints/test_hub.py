@@ -40,6 +40,12 @@ def test_a_hub_id_is_fetched_and_recorded(snapshot: Path, tmp_path: Path, monkey
     assert record["source"]["name"] == "org/model"
     assert record["source"]["revision"] == "0a1b2c"
     assert "base_model: org/model" in (tmp_path / "dst" / "README.md").read_text()
+    (snapshot / "2_Dense").mkdir()  # sentence-transformers' layer, its pickled weights not fetched
+    (snapshot / "2_Dense" / "config.json").write_text('{"in_features": 32}')
+    refused = CliRunner().invoke(main, [*command, "--overwrite"])
+    assert refused.exit_code == 2 and "2_Dense has no weights" in refused.output and "--allow-pickle" in refused.output
+    CliRunner().invoke(main, [*command, "--overwrite", "--allow-pickle"])
+    assert "[1-9]_*/pytorch_model.bin" in asked["allow_patterns"]
 
 
 @pytest.mark.parametrize(
