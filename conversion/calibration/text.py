@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,21 @@ def read_text(path: Path) -> str:
         raise ConversionError(f"{path} is no text (it has bytes that are not UTF-8); give text, JSONL or a data set")
     if not text.strip():
         raise ConversionError(f"{path} holds no text")
+    _tell_of_other_encodings(raw, path)
     return text
+
+
+def _tell_of_other_encodings(raw: bytes, path: Path) -> None:
+    """Warn of a few bytes that are not UTF-8: too few say nothing about which encoding they are of."""
+    try:
+        raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        warnings.warn(
+            f"{path}, line {line}: byte {raw[error.start]:#04x} is not UTF-8, and it and others like it were read as "
+            f"U+FFFD; if the file is Latin-1, say, convert it: iconv -f LATIN1 -t UTF-8 {path.name}",
+            stacklevel=3,
+        )
 
 
 def documents(source: str, seed: int) -> Iterator[str]:
@@ -83,13 +98,20 @@ def _records(source: str, seed: int | None) -> Iterator[str]:
     """The texts of a table, a folder or a data set; with a ``seed`` in an order drawn by it."""
     from hf_attn_patch.documents.sources import EmptyRecords, open_documents, take_fields
 
-    records, empty = open_documents(source), EmptyRecords(source, ("text",))
+    records, empty, odd = open_documents(source), EmptyRecords(source, ("text",)), False
     for number, record in enumerate(records if seed is None else records.shuffle(seed=seed, buffer_size=1000), 1):
         (text,) = take_fields(record, ("text",), source)
         if text.count("\0") + text.count("\ufffd") > len(text) / 10:
             raise ConversionError(
                 f"--calibrate {source}: document {number}, which begins with {text[:20]!r}, is no text (it has bytes "
                 "that are not UTF-8); convert it, or leave it out"
+            )
+        if "\ufffd" in text and not odd:
+            odd = True
+            warnings.warn(
+                f"--calibrate {source}: document {number} has U+FFFD in it, which stands for bytes that are not UTF-8; "
+                "if that is not meant, convert the file to UTF-8, or leave it out",
+                stacklevel=3,
             )
         if empty.see((text,)):
             yield text

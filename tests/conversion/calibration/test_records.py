@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import warnings
 from pathlib import Path
 
 import datasets
@@ -38,6 +39,24 @@ def test_a_list_of_records_and_packed_files_are_read_as_folders_of_them_are(tmp_
     (tmp_path / "a.json").write_text('[{"text": "one"}, {"text": [1]}]')
     with pytest.raises(ConversionError, match="record 2 has no field"):
         list(documents(str(tmp_path / "a.json"), 0))
+
+
+def test_a_few_bytes_of_another_encoding_are_told(tmp_path: Path) -> None:
+    """Latin-1 with one accent is no Latin-1 for sure: it is read, and where it stands is said."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name in ("a.txt", "b.txt"):
+        (folder / name).write_bytes(b"one line\n" + "a café by the sea, and more plain words".encode("latin-1"))
+    with pytest.warns(UserWarning, match=r"a.txt, line 2: byte 0xe9 is not UTF-8.*iconv -f LATIN1") as told:
+        (text,) = documents(str(folder / "a.txt"), 0)
+    assert len(told) == 1 and "caf\ufffd by" in text
+    with pytest.warns(UserWarning, match="document 1 has U[+]FFFD") as told:
+        assert len(list(documents(str(folder), 0))) == 2
+    assert len(told) == 1
+    (folder / "a.txt").write_text("meant as it is: \ufffd", encoding="utf-8")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        list(documents(str(folder / "a.txt"), 0))
 
 
 def test_what_is_no_text_in_a_folder_or_a_table(tmp_path: Path) -> None:
