@@ -8,7 +8,10 @@ import torch
 def assert_conforms(
     out: torch.Tensor, low: torch.Tensor, ref: torch.Tensor, *, factor: float = 2.0, where: torch.Tensor | None = None
 ) -> None:
-    """``max|out - ref| <= factor * max|low - ref| + atol``, all finite.
+    """``max|out - ref| <= factor * max(max|low - ref|, u * max|ref|) + atol``, all finite.
+
+    u is the unit roundoff of the tested dtype: of a few numbers PyTorch's own may all be right by luck, and still
+    nobody can be asked for less than one rounding of the largest.
 
     Args:
         out: what is tested, any dtype.
@@ -30,5 +33,6 @@ def assert_conforms(
     # the rule's own absolute term is nothing where ref is 0: a floor of a few rounding errors of values around 1
     floor = 2e-5 if low_dtype.itemsize == 2 else 5e-6
     atol = 2 * float(((small + 0.3 - 0.3) - small).abs().max()) + floor
-    error, allowed = float((out - ref).abs().max()), factor * float((low - ref).abs().max()) + atol
+    rounding = torch.finfo(low_dtype).eps / 2 * float(ref.abs().max())
+    error, allowed = float((out - ref).abs().max()), factor * max(float((low - ref).abs().max()), rounding) + atol
     assert error <= allowed, f"error {error:.3g} is over {allowed:.3g}"
