@@ -28,6 +28,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.generate import FORMS, HALF_LLAMA_3_8B, SMALL, build, generate, prompts, switch, worst_choice
 from benchmarks.measure import DEVICE, environment, median_seconds, table, write_json
+from hf_attn_patch.decoding.cuda_graphs import recording_of
 
 SIZES = HALF_LLAMA_3_8B | {"num_hidden_layers": 8, "vocab_size": 32000}
 #: of the forms of benchmarks/generate.py
@@ -56,16 +57,20 @@ def measure(folder: str, args: argparse.Namespace) -> list[dict[str, Any]]:
 
             speed = B * args.tokens / (seconds(1 + args.tokens) - seconds(1))
             memory = None if DEVICE == "cpu" else torch.cuda.memory_allocated()
+            steps = recording_of(model)
             switch(model, FORMS[0])
             worst = worst_choice(model, inputs, chosen)
             if not worst <= 0.25:
                 raise AssertionError(f"{form.name}: a token was {worst:.2f} standard deviations below the best one")
             rows.append({
                 "gpus": args.processes, "form": form.name, "B": B, "tokens_per_second": speed,
-                "allocated_bytes": memory, "worst_choice": worst,
+                "allocated_bytes": memory, "worst_choice": worst, "steps": steps,
             })  # fmt: skip
             if not int(os.environ.get("RANK", 0)):
-                print(f"  {args.processes} GPU(s), B {B}, {form.name}: {speed:,.0f} tokens/s", flush=True)
+                print(
+                    f"  {args.processes} GPU(s), B {B}, {form.name}: {speed:,.0f} tokens/s; steps {steps or 'as ever'}",
+                    flush=True,
+                )
     return rows
 
 

@@ -51,12 +51,15 @@ TAIL = """
 On two H100s, `pytest -m gpu2` (2026-11-27, torch 2.11, transformers 5.17, accelerate 1.15, NCCL):
 
 - tensor parallelism (`tp_plan="auto"`) with a growing cache and recorded steps: the tokens of one GPU, greedy, sampled
-  and with beams. Its speed is not measured to the end (`benchmarks/tensor_parallel.py`, a quarter of Llama-3-8B, one
-  prompt of 512): sdpa decodes 115 tokens a second on one H100 and 46 on two, `enable(model)` 515 on one
+  and with beams. It is for models that one GPU cannot hold, not for speed (`benchmarks/tensor_parallel.py`, a quarter
+  of Llama-3-8B, one prompt of 512): sdpa decodes 115 tokens a second on one H100 and 46 on two, `enable(model)` 515 on
+  one, and 383 on two H200s. **With transformers 5.24 that gain was not there**: on two H200s sdpa 61 and
+  `enable(model)` 50, on four 49 and 49 (one run; why is not known: on two processes of a CPU the steps are recorded,
+  to the same tokens)
 - [calibration by two processes](convert.md): the weights of one but for 0.7 % of what was learned (fitted), 0.2 %
   (polished)
 - [FSDP2 with context parallelism](run.md#texts-too-long-for-one-gpu): the step that every packed document by itself
-  asks for
+  asks for (once more on two H200s, with the refusals of what cannot be split)
 
 Not here: models that bitsandbytes quantizes, which `enable` switches like others; their checkpoints are refused by
 `hf-attn convert` with the same sentence as torchao's.
