@@ -230,6 +230,22 @@ try:
 except ImportError:  # nobody can watch operators then
     DispatchMode = object  # type: ignore[misc, assignment]
 
+try:
+    from torch._subclasses.fake_tensor import FakeTensor
+except ImportError:  # then none is made either
+    FakeTensor = None  # type: ignore[assignment, misc]
+
+
+def has_no_numbers(kind: type) -> bool:
+    """Whether a class of tensors is torch's own for shapes and dtypes alone, which rules of operators are asked with
+    (FakeTensor; torch 2.11 to 2.13).
+
+    >>> has_no_numbers(torch.Tensor)
+    False
+    """
+    return FakeTensor is not None and issubclass(kind, FakeTensor)
+
+
 #: whether a :data:`DispatchMode` sees operators
 operators_can_be_watched = DispatchMode is not object
 
@@ -238,10 +254,11 @@ def _operator(name: str) -> Any:
     return getattr(getattr(torch.ops.aten, name, None), "default", None)
 
 
-#: the operators behind ``Tensor.to`` and behind the views of a linear layer's result (torch 2.11 to 2.13; else None,
-#: which no step has)
+#: the operators behind ``Tensor.to``, behind the views of a linear layer's result and behind tensors made of Python's
+#: numbers (torch 2.11 to 2.13; else None, which no step has)
 to_copy_op = _operator("_to_copy")
 unsafe_view_op = _operator("_unsafe_view")
+literal_op = _operator("lift_fresh")
 
 
 def is_operator(function: Any) -> bool:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
@@ -22,12 +22,15 @@ from transformers import PretrainedConfig
 
 from hf_attn_patch.compat.torch import own_attributes
 
-from .tape import Program
+from .tape import Program, Tape
 
 if TYPE_CHECKING:
     from .fusing import Fused
 
 LIBRARIES = frozenset({"torch", "transformers", "peft", "hf_attn_patch"})
+#: where the forwards are from that transformers puts before those of modules whose weights are shared out: they keep
+#: what they know in the tensors that they make
+SHARDING = ("transformers.distributed.", "transformers.integrations.tensor_parallel")
 MOST = 32  # programs that are kept for one model, some hundred kilobytes of Python each
 MOST_REASONS = 64
 _DEEP = 6  # dicts in lists in configs ...
@@ -70,8 +73,10 @@ def code_of(model: Any) -> list[Any] | None:
             kind = type(module)
             if kind.__module__.partition(".")[0] not in LIBRARIES:
                 return None
-            if module is not model and "forward" in vars(module):
-                return None
+            if module is not model and (own := vars(module).get("forward")) is not None:
+                if not str(getattr(own, "__module__", "")).startswith(SHARDING):
+                    return None
+                files[own.__module__] = None
             files[kind.__module__] = None
             found += (name, _The(kind), _The(kind.forward))
             for attribute, value in own_attributes(module):
@@ -85,6 +90,19 @@ def code_of(model: Any) -> list[Any] | None:
     return found
 
 
+def _shard(value: Tensor) -> Tensor | None:
+    """This process's part of a tensor that is shared out (a DTensor), without a copy; None if it is none."""
+    if not hasattr(value, "to_local"):
+        return None
+    with torch.no_grad():
+        local = value.to_local()
+    return local if type(local) in (Tensor, torch.nn.Parameter) else None
+
+
+def _memory(t: Tensor) -> Any:
+    return t.data_ptr(), t.shape, t.stride(), t.dtype
+
+
 def _told(value: Any, configs: dict[int, int], deep: int) -> Any:
     """A value that is equal to another one's where the code cannot tell them apart."""
     kind = type(value)
@@ -93,7 +111,9 @@ def _told(value: Any, configs: dict[int, int], deep: int) -> Any:
     if kind is Tensor or kind is torch.nn.Parameter:
         return value.data_ptr(), value.shape, value.stride(), value.dtype, value.device
     if isinstance(value, Tensor):
-        raise _UnknownError
+        if (shard := _shard(value)) is None:
+            raise _UnknownError
+        return kind, value.shape, _told(shard, configs, deep)
     if not deep:
         raise _UnknownError
     if isinstance(value, dict):
@@ -182,20 +202,24 @@ def keep(
     key: Any,
     fused: Fused,
     tensors: Sequence[Tensor | None],
-    slot_of: Callable[[Tensor], int | None],
+    tape: Tape,
 ) -> None:
     """Remember a step, without the tensors of its call.
 
     Args:
         key: all that is to know of the form of the call.
         tensors: those of the call, which another call has others of.
-        slot_of: where they are in the program.
+        tape: which the step was made of.
     """
-    slots = [None if t is None else slot_of(t) for t in tensors]
+    slots: list[int | None] = [None if t is None else tape.slot_of(t) for t in tensors]
     of_call = {slot for slot in slots if slot is not None}
-    own = {id(t) for t in (*model.parameters(), *model.buffers())}
+    known_by_code = of_call | tape.literals
+    weights = [*model.parameters(), *model.buffers()]
+    own = {id(t) for t in weights}
+    shards = {_memory(shard) for t in weights if (shard := _shard(t)) is not None}  # each call has others of them
     program: Program = fused.program
-    if any(slot not in of_call and id(t) not in own for slot, t in enumerate(program.first) if t is not None):
+    others = [t for slot, t in enumerate(program.first) if t is not None and slot not in known_by_code]
+    if any(id(t) not in own and _memory(t) not in shards for t in others):
         return  # it reads what is neither the call's nor the model's
     code = code_of(model)
     if code is None:

@@ -15,7 +15,7 @@ from transformers.utils import ModelOutput
 from hf_attn_patch.compat.torch import any_length
 
 from . import fusing, remembered
-from .capture import Recording, Repetition, not_collecting, record, rehearse
+from .capture import Recording, Repetition, WaitsError, not_collecting, record, rehearse
 from .fusing import Fused
 from .outputs import CACHE, map_output, reason_of, tensors_of
 from .step_call import StepCall, growing_of
@@ -151,7 +151,18 @@ class Step:
         """The step, unrecorded; written down, if it is to have fewer kernels."""
         with not_collecting() if self.fuses else contextlib.nullcontext():  # some ten thousand objects, for a moment
             self.tape = self._new_tape() if self.fuses else None
-            result = rehearse(functools.partial(self.work, cache), self.device, self.runs >= self.unwatched)
+            work, watched = functools.partial(self.work, cache), self.runs >= self.unwatched
+            try:
+                result = rehearse(work, self.device, watched)
+            except WaitsError:
+                raise
+            except Exception as error:  # is it what watches the operators?
+                model = self.model()
+                if self.tape is None or model is None:
+                    raise
+                self.tape = self.written = None
+                result = rehearse(work, self.device, watched)
+                self._not_fused(model, error)
             self._fuse()
         return result
 
@@ -172,7 +183,7 @@ class Step:
             self.fused = Fused(model, tape, self.written, self.tokens_form)
             fusing.told[model] = self.fused.kinds
             if type(model).forward is self.inner:
-                remembered.keep(model, self.form, self.fused, self._tensors(), tape.slot_of)
+                remembered.keep(model, self.form, self.fused, self._tensors(), tape)
         except Exception as error:  # a model may run anything; nothing is lost but speed
             self._not_fused(model, error)
         self.written = None

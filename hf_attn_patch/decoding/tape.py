@@ -5,6 +5,9 @@ What is written down is one call with tensors that hold numbers: shapes, memory 
 which a recorded step keeps anyway. Kernels that PyTorch does not see (started by Python code, past its operators) are
 not on the tape. Where there may be some, :meth:`Tape.why_not` says so: by memory that is read though nobody wrote it,
 and by operators that, run again (:meth:`Tape.run_again`), give something else than what stands in their memory.
+
+A tensor subclass (the DTensor of tensor parallelism, say) is written down as the plain operators that it makes of each
+call, and a collective as a function of its own (``collectives.py``).
 """
 
 from __future__ import annotations
@@ -17,9 +20,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hf_attn_patch.compat.torch import DispatchMode, is_composite, is_operator, schema_of
+from hf_attn_patch.compat.torch import DispatchMode, has_no_numbers, is_composite, is_operator, literal_op, schema_of
+
+from .collectives import Collective, collective_of
 
 _EMPTY = ("empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "resize_", "empty_permuted")
+_PLAIN = (Tensor, torch.nn.Parameter)
 _TOLERANCE = 2e-2  # operators run again may choose another algorithm, no more
 
 
@@ -38,12 +44,14 @@ class Nature(NamedTuple):
         views: it returns memory of its arguments.
         draws: it takes random numbers.
         makes_room: its result is memory that nobody wrote.
+        meets: it waits for other processes, which do the same.
     """
 
     mutates: bool = False
     views: bool = False
     draws: bool = False
     makes_room: bool = False
+    meets: bool = False
 
     @property
     def computes(self) -> bool:
@@ -65,7 +73,8 @@ class Op:
     """One operator: what is called with what, and where its results go.
 
     Args:
-        run: called with the arguments; a function that writes to some of them has the attribute ``writes``.
+        run: called with the arguments; a function that writes to some of them has the attribute ``writes``, one that
+            waits for other processes ``meets``.
         args, kwargs: a :class:`Slot` for each tensor, also in lists and tuples.
         inputs: all those slots.
         outputs: slots of the tensors that it returns, flat; :data:`NONE` for what is none.
@@ -78,7 +87,8 @@ class Op:
     ) -> None:
         self.run, self.args, self.kwargs, self.inputs, self.outputs = run, args, kwargs, inputs, outputs
         known = is_operator(run)
-        self.nature = nature_of(run) if known else Nature(getattr(run, "writes", False))
+        own = Nature(mutates=getattr(run, "writes", False), meets=getattr(run, "meets", False))
+        self.nature = nature_of(run) if known else own
 
     def __call__(self, values: Sequence[Any]) -> list[Any]:
         """Run on the tensors of the slots; its results, flat."""
@@ -118,14 +128,21 @@ class Tape(DispatchMode):
         self.values: list[Tensor] = []
         self.given: set[int] = set()
         self._slots: dict[int, Slot] = {}
+        self._left: dict[int, Tensor] = {}  # tensors whose memory a collective wrote to by another name
+        self._by_memory: dict[int, list[Slot]] = {}  # of the first ``_looked_at`` slots
+        self._looked_at = 0
         self._strange: str | None = None
         self._wrong: list[Tensor] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if any(kind not in _PLAIN for kind in types):  # it makes plain operators of the call, which come here
+            return func(*args, **kwargs) if any(map(has_no_numbers, types)) else NotImplemented
         if is_composite(func):
             with self:
                 return func.decompose(*args, **kwargs)
+        if (collective := collective_of(func)) is not None:
+            return self._meet(collective, args, kwargs)
         inputs: list[Slot] = []
         told = tuple([self._told(a, inputs) for a in args])
         told_by_name = {k: self._told(v, inputs) for k, v in kwargs.items()} if kwargs else kwargs
@@ -135,6 +152,41 @@ class Tape(DispatchMode):
             self._strange = f"it reads numbers of the device ({func})"
         self.ops.append(Op(func, told, told_by_name, inputs, outputs))
         return result
+
+    def _meet(self, collective: Collective, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A collective. What it writes in place is another slot's from then on: on the tape, it only computes."""
+        if collective.waits:
+            return collective.func(*args, **kwargs)
+        inputs: list[Slot] = []
+        told = tuple([self._told(a, inputs) for a in args])
+        if not collective.known or kwargs:
+            self._strange = f"its processes meet in {collective.func}"
+        elif collective.in_place:
+            for tensor in args[0]:
+                self._leave(tensor)
+        result = collective.func(*args, **kwargs)
+        outputs = [self._slot(v) for v in flat(result) if isinstance(v, Tensor)]
+        self.ops.append(Op(collective, told, kwargs, inputs, [*outputs]))
+        return result
+
+    def _leave(self, tensor: Tensor) -> None:
+        """A tensor is written to: its slot, and those of its views, keep what stands there now; the tensor gets another
+        slot, and its views are not to be read any more."""
+        for i in range(self._looked_at, len(self.values)):
+            self._by_memory.setdefault(self.memory(i), []).append(Slot(i))
+        self._looked_at = len(self.values)
+        storage = tensor.untyped_storage()
+        slots, copied = self._by_memory.pop(storage.data_ptr()), storage.clone()
+        for slot in slots:
+            if slot in self.given:
+                self._strange = "a collective writes to memory that the step did not make"
+            old = self.values[slot]
+            del self._slots[id(old)]
+            if old is not tensor:
+                self._left[id(old)] = old
+            same = torch.empty(0, dtype=old.dtype, device=old.device)
+            self.values[slot] = same.set_(copied, old.storage_offset(), old.shape, old.stride())
+        self._by_memory[copied.data_ptr()] = slots
 
     def _told(self, value: Any, inputs: list[Slot]) -> Any:
         """An argument with slots for its tensors, which are added to ``inputs``."""
@@ -149,8 +201,10 @@ class Tape(DispatchMode):
         known = self._slots.get(id(tensor))
         if known is not None:
             return known
-        if type(tensor) not in (Tensor, torch.nn.Parameter):
+        if type(tensor) not in _PLAIN:
             self._strange = f"its operators take a {type(tensor).__name__}"
+        elif id(tensor) in self._left:
+            self._strange = "it reads by another name what a collective wrote"
         slot = self._slots[id(tensor)] = Slot(len(self.values))
         if given:
             self.given.add(slot)
@@ -180,9 +234,17 @@ class Tape(DispatchMode):
                         found |= {self.memory(v) for v in flat(value) if type(v) is Slot}
         return found
 
+    @functools.cached_property
+    def literals(self) -> set[int]:
+        """Slots of tensors that were made of numbers in the code, and stay what they are."""
+        made = {slot for op in self.ops if op.run is literal_op for slot in op.inputs}
+        return {slot for slot in made & self.given if self.memory(slot) not in self.written}
+
     def run_again(self) -> None:
         """Run the operators that write nothing in place once more, right after the call, and compare; waits for
         nothing."""
+        if self._strange is not None:
+            return
         self._wrong = [
             _differs(again, self.values[slot])
             for op in self.ops
@@ -283,7 +345,7 @@ def _needed(ops: Sequence[Op], wanted: set[int]) -> list[Op]:
     """The operators without those whose results nobody reads."""
     kept: list[Op] = []
     for op in reversed(ops):
-        if op.nature.mutates or op.nature.draws or not wanted.isdisjoint(op.outputs):
+        if op.nature.mutates or op.nature.draws or op.nature.meets or not wanted.isdisjoint(op.outputs):
             kept.append(op)
             wanted.update(op.inputs)
     return kept[::-1]

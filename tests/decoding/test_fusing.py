@@ -174,6 +174,18 @@ def test_fewer_kernels_that_cannot_be_recorded_are_left(monkeypatch: pytest.Monk
     assert torch.equal(tokens, expected)
 
 
+def test_a_step_that_cannot_even_be_watched_is_recorded_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    def odd(self: Any) -> None:
+        raise RuntimeError("an operator of a kind that nobody knows\nand more")
+
+    monkeypatch.setattr(step.Tape, "run_again", odd)
+    model = model_of("llama")
+    told, tokens, expected = fused(model)
+    assert told == "RuntimeError: an operator of a kind that nobody knows"
+    assert str(graphs.recording_of(model)).startswith("recorded as CUDA graphs, each operator with its own kernels")
+    assert torch.equal(tokens, expected)
+
+
 def test_what_changes_between_calls_is_seen() -> None:
     """The step is written down anew for each cache: what was verified before is not what runs."""
     model = model_of("llama")

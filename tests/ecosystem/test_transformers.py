@@ -151,3 +151,7 @@ def test_tensor_parallel(multi_head: Path) -> None:
     told = on_two("tests/helpers/tensor_parallel_generate.py", str(multi_head))
     for rank in range(2):
         assert f"rank {rank}: the same tokens; recorded as CUDA graphs; steps in flight: [" in told
+        for turn, known in (("first", False), ("again", True)):
+            kinds = "2 gated activations, 5 norms, 2 rotary embeddings with the cache's new token; known"
+            said = f"rank {rank}, {turn}: the same tokens; recorded as CUDA graphs, with one kernel each for {kinds}"
+            assert f"{said} {known}" in told

@@ -18,3 +18,7 @@ def test_two_gpus_give_the_tokens_of_one(tmp_path: Path) -> None:
     told = on_two("tests/helpers/tensor_parallel_generate.py", str(tmp_path), devices="cuda")
     for rank in range(2):
         assert f"rank {rank}: the same tokens; recorded as CUDA graphs" in told
+        for turn, known in (("first", False), ("again", True)):
+            said = f"rank {rank}, {turn}: the same tokens; recorded as CUDA graphs, with one kernel each for "
+            assert said in told
+            assert f"4 rotary embeddings with the cache's new token; known {known}" in told.split(said)[1]

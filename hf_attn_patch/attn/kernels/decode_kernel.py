@@ -230,11 +230,11 @@ def decode_kernel(
                 low = tl.min(low.to(tl.int32), 0) > 0
                 if CODES:
                     k_scale, v_scale = _finite_where(low, k_scale), _finite_where(low, v_scale)
-                else:
-                    k = _finite_where(low[:, None], k)
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * row_scale
             if CODES:
                 s *= k_scale[None, :]
+            elif BIAS:  # not in K itself: that would take it through registers, at a third of the time
+                s = _finite_where(low[None, :], s)
             if SOFTCAP:
                 s = _tanh(s) * softcap_log2
             if BIAS:
@@ -280,8 +280,9 @@ def decode_kernel(
                 k_scale = tl.load(k_scales + ahead, mask=ahead < hi, other=0.0).to(tl.float32)
                 v_scale = tl.load(v_scales + ahead, mask=ahead < hi, other=0.0).to(tl.float32)
             else:
-                if BIAS:
-                    v = _finite_where(low[:, None], v)
+                if BIAS:  # noqa: SIM102 (a constant)
+                    if tl.max(low.to(tl.int32), 0) > 0:  # seldom, and dear
+                        v = _finite_where(low[:, None], v)
                 acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
 
         if PDL and SPLIT:  # noqa: SIM102 (constants). The merge is set up while the last results are written
