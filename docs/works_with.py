@@ -48,14 +48,20 @@ heads: [the same greedy tokens, and how near the log probabilities are](serving.
 """
 
 TAIL = """
-On two H100s, `pytest -m gpu2` (2026-11-27, torch 2.11, transformers 5.17, accelerate 1.15, NCCL):
+On H100s, `pytest -m gpu2` (2026-11-27, torch 2.11, transformers 5.17 and 5.24, accelerate 1.15, NCCL):
 
-- tensor parallelism (`tp_plan="auto"`) with a growing cache and recorded steps: the tokens of one GPU, greedy, sampled
-  and with beams. It is for models that one GPU cannot hold, not for speed (`benchmarks/tensor_parallel.py`, a quarter
-  of Llama-3-8B, one prompt of 512): sdpa decodes 115 tokens a second on one H100 and 46 on two, `enable(model)` 515 on
-  one, and 383 on two H200s. **With transformers 5.24 that gain was not there**: on two H200s sdpa 61 and
-  `enable(model)` 50, on four 49 and 49 (one run; why is not known: on two processes of a CPU the steps are recorded,
-  to the same tokens)
+- tensor parallelism (`tp_plan="auto"`) with a growing cache and recorded steps, on transformers 5.24: the tokens of one
+  GPU, greedy, sampled and with beams. Steps are recorded with their collectives and get the same few kernels as on one
+  GPU, so that more GPUs also make them faster. Tokens a second, a quarter of Llama-3-8B, prompts of 512
+  (`benchmarks/tensor_parallel.py`, results/tensor_parallel.json; for one row two runs on two GPUs differed that much):
+
+  | H100s | 1 row: sdpa | `enable(model)` | 16 rows: sdpa | `enable(model)` |
+  |---|---|---|---|---|
+  | one | 79 | 604 | 1,675 | 9,232 |
+  | two | 49, 44 | 430, 712 | 630, 668 | 11,000, 10,948 |
+  | four | 45 | 895 | 765 | 11,689 |
+
+  transformers 5.17, one row on two: 53 and 751
 - [calibration by two processes](convert.md): the weights of one but for 0.7 % of what was learned (fitted), 0.2 %
   (polished)
 - [FSDP2 with context parallelism](run.md#texts-too-long-for-one-gpu): the step that every packed document by itself
