@@ -50,6 +50,11 @@ def whole_blocks(model: Any) -> set[str]:
     return set(getattr(model, "_no_split_modules", None) or ())  # a wrapper may pass a model's on
 
 
+#: attributes in which ``from_pretrained`` leaves a model how its weights are called in files (5.17 to 5.24); no forward
+#: reads them
+OF_FILES = frozenset({"_weight_conversions"})
+
+
 @known("transformers", "the names of a model's tied weights (_tied_weights_keys)")
 def tied_names(model: Any) -> set[str]:
     """The weights that a model shares with others and that its checkpoints leave out."""

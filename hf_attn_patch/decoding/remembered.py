@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from hf_attn_patch.compat.torch import own_attributes
+from hf_attn_patch.compat.transformers import OF_FILES
 
 from .tape import Program, Tape
 
@@ -80,7 +81,8 @@ def code_of(model: Any) -> list[Any] | None:
             files[kind.__module__] = None
             found += (name, _The(kind), _The(kind.forward))
             for attribute, value in own_attributes(module):
-                found += (attribute, _told(value, configs, _DEEP))
+                if attribute not in OF_FILES:
+                    found += (attribute, _told(value, configs, _DEEP))
     except _UnknownError:
         return None
     for file in files:

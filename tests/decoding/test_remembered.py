@@ -7,6 +7,7 @@ import copy
 import gc
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -70,6 +71,21 @@ def plain(model: Any, inputs: Any, tokens: int = TOKENS) -> torch.Tensor:
 def same(model: Any, inputs: Any) -> None:
     found = generate(model, inputs, max_new_tokens=TOKENS)
     torch.testing.assert_close(found, plain(model, inputs), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mixtral", "gpt_neox"])
+def test_models_from_files_are_remembered_too(model_type: str, written: Written, tmp_path: Path) -> None:
+    """``from_pretrained`` leaves with a model how its weights were renamed, where they were."""
+    torch.manual_seed(0)
+    sizes = {**SIZES, "num_hidden_layers": 1, "num_local_experts": 2}
+    config = transformers.AutoConfig.for_model(model_type, **sizes)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    model = hf_attn_patch.enable(
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    )
+    for length in (30, 41):
+        same(model, batch("cpu", 3, length))
+    assert written.times == 1
 
 
 def test_later_calls_write_nothing_down(written: Written) -> None:
