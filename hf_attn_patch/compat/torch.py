@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -230,11 +231,6 @@ try:
 except ImportError:  # nobody can watch operators then
     DispatchMode = object  # type: ignore[misc, assignment]
 
-try:
-    from torch._subclasses.fake_tensor import FakeTensor
-except ImportError:  # then none is made either
-    FakeTensor = None  # type: ignore[assignment, misc]
-
 
 def has_no_numbers(kind: type) -> bool:
     """Whether a class of tensors is torch's own for shapes and dtypes alone, which rules of operators are asked with
@@ -243,7 +239,9 @@ def has_no_numbers(kind: type) -> bool:
     >>> has_no_numbers(torch.Tensor)
     False
     """
-    return FakeTensor is not None and issubclass(kind, FakeTensor)
+    module = sys.modules.get("torch._subclasses.fake_tensor")  # not loaded: none was made
+    fake = getattr(module, "FakeTensor", None)
+    return fake is not None and issubclass(kind, fake)
 
 
 #: whether a :data:`DispatchMode` sees operators

@@ -53,6 +53,9 @@ def whole_blocks(model: Any) -> set[str]:
 #: attributes in which ``from_pretrained`` leaves a model how its weights are called in files (5.17 to 5.24); no forward
 #: reads them
 OF_FILES = frozenset({"_weight_conversions"})
+#: how the modules' names begin whose functions stand before the forwards of modules with a part of their weights
+#: (``tp_plan``; 5.17, 5.24): what they do depends on nothing that changes
+OF_SHARDING = ("transformers.integrations.tensor_parallel", "transformers.distributed.")
 
 
 @known("transformers", "the names of a model's tied weights (_tied_weights_keys)")

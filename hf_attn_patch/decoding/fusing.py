@@ -21,7 +21,8 @@ from hf_attn_patch.attn.devices import interpreted
 from hf_attn_patch.compat.torch import operators_can_be_watched, to_copy_op
 
 from .outputs import CACHE, UnfitError, map_output, tensors_of
-from .tape import NONE, Op, Program, Slot, Tape
+from .program import Program
+from .tape import NONE, Op, Slot, Tape
 
 #: what was fused in a model's steps: kind -> how many in a step; or why nothing was
 told: weakref.WeakKeyDictionary[torch.nn.Module, Counter[str] | str] = weakref.WeakKeyDictionary()

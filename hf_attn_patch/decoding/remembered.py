@@ -21,17 +21,15 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from hf_attn_patch.compat.torch import own_attributes
-from hf_attn_patch.compat.transformers import OF_FILES
+from hf_attn_patch.compat.transformers import OF_FILES, OF_SHARDING
 
-from .tape import Program, Tape
+from .program import Program
+from .tape import Tape
 
 if TYPE_CHECKING:
     from .fusing import Fused
 
 LIBRARIES = frozenset({"torch", "transformers", "peft", "hf_attn_patch"})
-#: where the forwards are from that transformers puts before those of modules whose weights are shared out: they keep
-#: what they know in the tensors that they make
-SHARDING = ("transformers.distributed.", "transformers.integrations.tensor_parallel")
 MOST = 32  # programs that are kept for one model, some hundred kilobytes of Python each
 MOST_REASONS = 64
 _DEEP = 6  # dicts in lists in configs ...
@@ -75,7 +73,7 @@ def code_of(model: Any) -> list[Any] | None:
             if kind.__module__.partition(".")[0] not in LIBRARIES:
                 return None
             if module is not model and (own := vars(module).get("forward")) is not None:
-                if not str(getattr(own, "__module__", "")).startswith(SHARDING):
+                if not str(getattr(own, "__module__", "")).startswith(OF_SHARDING):
                     return None
                 files[own.__module__] = None
             files[kind.__module__] = None

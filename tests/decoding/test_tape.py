@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hf_attn_patch.decoding.tape import Program, Tape
+from hf_attn_patch.decoding.program import Program
+from hf_attn_patch.decoding.tape import Tape
 
 aten = torch.ops.aten
 

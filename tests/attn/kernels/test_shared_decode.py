@@ -16,7 +16,8 @@ from hf_attn_patch.attn.kernels.decode_reference import grouped_decode_reference
 from hf_attn_patch.attn.kernels.shared_decode import shared_decode
 from hf_attn_patch.attn.shared import Parted, Rows, SharedPart
 from hf_attn_patch.attn.shared_attend import shared_torch
-from hf_attn_patch.decoding.tape import Program, Tape
+from hf_attn_patch.decoding.program import Program
+from hf_attn_patch.decoding.tape import Tape
 
 WAYS = {"kernel": shared_decode, "torch": shared_torch}
 
