@@ -5,13 +5,10 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from hf_attn_patch.compat.distributed import collective_name, only_waits, waited_for
 from hf_attn_patch.compat.torch import schema_of
-
-#: operators that only wait for a collective, or wrap what waits
-_WAITING = ("wait_tensor", "_wrap_tensor_autograd")
 
 
 class Collective:
@@ -29,20 +26,18 @@ class Collective:
 
     meets = True
 
-    def __init__(self, func: Any, space: str, name: str) -> None:
+    def __init__(self, func: Any, name: str, functional: bool) -> None:
         self.func = func
-        functional = space == "_c10d_functional"
-        self.waits = functional and name in _WAITING
+        self.waits = only_waits(func)
         self.in_place = not functional and name == "allreduce_"
+        self.known = self.in_place or (functional and not schema_of(func).is_mutable)
         names = [argument.name for argument in schema_of(func).arguments]
         self.async_op = names.index("async_op") if "async_op" in names else None
-        self.known = self.in_place or (functional and not schema_of(func).is_mutable)
 
     def __call__(self, *args: Any) -> list[Tensor]:
         if not self.in_place:
             found = self.func(*args)
-            found = found if isinstance(found, (list, tuple)) else [found]
-            return [torch.ops._c10d_functional.wait_tensor(t) for t in found]
+            return [waited_for(t) for t in (found if isinstance(found, (list, tuple)) else [found])]
         given = [[t.clone() for t in args[0]], *args[1:]]
         if self.async_op is not None:
             given[self.async_op] = True  # else NCCL gives no work to wait for, but an empty object
@@ -54,5 +49,5 @@ class Collective:
 @functools.lru_cache(256)
 def collective_of(func: Any) -> Collective | None:
     """An operator of ``torch.distributed``'s as a function, always the same one; None for other operators."""
-    space, _, name = schema_of(func).name.partition("::")
-    return Collective(func, space, name) if space in ("c10d", "_c10d_functional") else None
+    found = collective_name(func)
+    return None if found is None else Collective(func, *found)
